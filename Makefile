@@ -1,0 +1,46 @@
+PYTHON ?= python3
+SERVE := .venv
+DEV := .venv-dev
+IMAGE ?= vitrine:latest
+ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
+
+.PHONY: help serve test check image lock clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+serve: $(SERVE)/installed  ## serve the bundles on port 3000 (installs what serving needs, without torch)
+	@$(SERVE)/bin/vitrine serve
+
+test: $(SERVE)/installed $(DEV)/installed  ## run every test
+	$(DEV)/bin/python -m pytest
+
+check: $(DEV)/installed  ## lint, types, import rules
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports
+
+image:  ## build the container image
+	$(ENGINE) build -t $(IMAGE) .
+
+lock:  ## pin requirements/*.txt anew from pyproject.toml
+	$(PYTHON) requirements/lock.py
+
+clean:  ## remove both environments
+	rm -rf $(SERVE) $(DEV)
+
+$(SERVE)/installed: requirements/serve.txt pyproject.toml
+	@echo "Installing what serving needs into $(SERVE) ..."
+	@$(PYTHON) -m venv $(SERVE)
+	@$(SERVE)/bin/pip install --quiet --disable-pip-version-check -r requirements/serve.txt
+	@$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(DEV)/installed: requirements/serve.txt requirements/train.txt requirements/dev.txt pyproject.toml
+	@echo "Installing everything into $(DEV) ..."
+	@$(PYTHON) -m venv $(DEV)
+	@$(DEV)/bin/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@$(DEV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@

@@ -1,0 +1,159 @@
+"""From encoded bytes to stackable uint8 pixels: the one preprocessing of training's evaluation, export and service.
+
+Python makes images stackable (decode, orientation, RGB, resize, crop, pad); everything arithmetic (mean/std,
+layout, masks) happens in the ONNX graph.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bundle.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Interpolation
+
+MAX_PIXELS = 50_000_000  # a 50-megapixel photograph; three bytes a pixel once decoded
+
+# Formats by Pillow's name, with the bytes they begin with. MPO is what many phones write as .jpg.
+_SIGNATURES: dict[str, tuple[bytes, ...]] = {
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+    "WEBP": (b"RIFF",),
+    "GIF": (b"GIF87a", b"GIF89a"),
+    "BMP": (b"BM",),
+    "TIFF": (b"II*\x00", b"MM\x00*"),
+}
+SUPPORTED_FORMATS = tuple(_SIGNATURES)
+_PILLOW_FORMATS = (*SUPPORTED_FORMATS, "MPO")
+
+# EXIF tag 0x0112: how the stored rows and columns lie in the upright image (Exif 2.32, table 6).
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_RESAMPLING = {
+    Interpolation.BILINEAR: Image.Resampling.BILINEAR,
+    Interpolation.BICUBIC: Image.Resampling.BICUBIC,
+}
+
+
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an encoded image to upright 8-bit RGB.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, of an
+    animation the first frame is taken.
+
+    Raises:
+        UnsupportedImageError: the bytes are not of a supported type.
+        UndecodableImageError: they are, but broken.
+        ImageTooLargeError: more than `max_pixels` pixels; checked before the pixels are decoded.
+    """
+    if not data:
+        raise UndecodableImageError("it is empty")
+    if not data.startswith(tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes)):
+        raise UnsupportedImageError(supported=SUPPORTED_FORMATS, found=f"bytes that begin with {data[:8]!r}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=f"{width} x {height}")
+        image.load()
+        return _to_rgb(_upright(image))
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=error) from error
+    except (ImageTooLargeError, UndecodableImageError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise almost any type on broken data
+        reason = str(error).split("<_io.BytesIO")[0].strip() or type(error).__name__
+        raise UndecodableImageError(reason) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # broken metadata around sound pixels: show them as they are stored
+        orientation = 1
+    transpose = _UPRIGHT.get(orientation)
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F":
+        raise UndecodableImageError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_classification_pixels(image: Image.Image, preprocessing: ClassificationPreprocessing) -> NDArray[np.uint8]:
+    """Resize an RGB image to the network's input size.
+
+    `crop_mode` "center": the shortest edge becomes input size / `crop_pct`, then the centre is cut out;
+    "squash": both edges are resized, whatever the aspect ratio (timm's terms).
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    height, width = preprocessing.input_size
+    resample = _RESAMPLING[preprocessing.interpolation]
+    if preprocessing.crop_mode == "squash":
+        box = (0.0, 0.0, float(image.width), float(image.height))
+    else:
+        # The part of the source that the crop keeps: cutting before resizing gives the same pixels for less work.
+        scale = min(image.width * preprocessing.crop_pct / width, image.height * preprocessing.crop_pct / height)
+        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+        box = (left, top, left + width * scale, top + height * scale)
+    if image.size == (width, height) and box == (0.0, 0.0, float(width), float(height)):
+        return np.asarray(image)
+    return np.asarray(image.resize((width, height), resample, box=box))
+
+
+def detection_size(width: int, height: int, preprocessing: DetectionPreprocessing) -> tuple[int, int]:
+    """Width and height after the shortest edge is brought to `shortest_edge`, or the longest to `longest_edge` if
+    that would exceed it (DETR's rule, aspect ratio kept)."""
+    scale = min(preprocessing.shortest_edge / min(width, height), preprocessing.longest_edge / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def to_detection_pixels(image: Image.Image, preprocessing: DetectionPreprocessing) -> NDArray[np.uint8]:
+    """Resize an RGB image for detection, keeping its aspect ratio.
+
+    Returns:
+        uint8 [height, width, 3], sized by `detection_size`.
+    """
+    size = detection_size(image.width, image.height, preprocessing)
+    if image.size == size:
+        return np.asarray(image)
+    return np.asarray(image.resize(size, _RESAMPLING[preprocessing.interpolation]))
+
+
+def pad_and_stack(images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Stack images of different sizes, zero-padded below and to the right.
+
+    Args:
+        images: uint8 [h_i, w_i, 3] each.
+
+    Returns:
+        pixels uint8 [batch, max h, max w, 3] and sizes int64 [batch, 2], the valid (height, width) of each.
+    """
+    sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
+    height, width = sizes.max(axis=0)
+    pixels = np.zeros((len(images), height, width, 3), dtype=np.uint8)
+    for target, image in zip(pixels, images, strict=True):
+        target[: image.shape[0], : image.shape[1]] = image
+    return pixels, sizes

@@ -1,0 +1,162 @@
+"""The manifest of a bundle: the schema of `manifest.json`, and the names that bundles may have.
+
+The manifest is the contract between export and service. It is strict (`extra="forbid"`, frozen) so that a bundle
+written for another schema is refused instead of half understood.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+GOLDEN_FILE = "golden.npz"
+CARD_FILE = "README.md"
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Channels = tuple[float, float, float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Task(StrEnum):
+    """What a bundle answers, in Hugging Face's task names."""
+
+    CLASSIFICATION = "image-classification"
+    DETECTION = "object-detection"
+
+
+class Interpolation(StrEnum):
+    """How pixels are resampled when an image is resized (Pillow, with antialiasing)."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+
+
+class ClassificationPreprocessing(_Strict):
+    """How an image becomes `pixels` (in timm's terms), and the mean/std (of 0..1 RGB) applied inside the graph."""
+
+    task: Literal[Task.CLASSIFICATION] = Task.CLASSIFICATION
+    input_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]  # height, width
+    crop_mode: Literal["center", "squash"] = "center"
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interpolation: Interpolation = Interpolation.BILINEAR
+    mean: Channels
+    std: Channels
+
+
+class DetectionPreprocessing(_Strict):
+    """How an image becomes `pixels`: aspect ratio kept, edges in pixels (DETR's rule), mean/std inside the graph."""
+
+    task: Literal[Task.DETECTION] = Task.DETECTION
+    shortest_edge: Annotated[int, Field(ge=1)]
+    longest_edge: Annotated[int, Field(ge=1)]
+    interpolation: Interpolation = Interpolation.BILINEAR
+    mean: Channels
+    std: Channels
+
+    @model_validator(mode="after")
+    def _edges_in_order(self) -> Self:
+        if self.longest_edge < self.shortest_edge:
+            raise ValueError(f"longest_edge {self.longest_edge} is below shortest_edge {self.shortest_edge}")
+        return self
+
+
+Preprocessing = Annotated[ClassificationPreprocessing | DetectionPreprocessing, Field(discriminator="task")]
+
+
+class TensorSpec(_Strict):
+    """One input or output of the ONNX graph; an axis is a fixed length or the name of a dynamic one."""
+
+    name: str
+    datatype: Literal["UINT8", "INT64", "FP32"]  # KServe's names
+    shape: tuple[int | str, ...]
+
+
+class Metrics(_Strict):
+    """Measured on this bundle's ONNX file through `bundle`'s predictor."""
+
+    data: str
+    split: str
+    images: Annotated[int, Field(ge=1)]
+    values: dict[str, float]  # "top1", "top5" or "AP", "AP50", "AP75", ...: fractions, 0 to 1
+    notes: str = ""  # what a reader of these numbers must know about the data
+
+
+class Parity(_Strict):
+    """How far the ONNX file's answers are from torch's, on real images."""
+
+    images: Annotated[int, Field(ge=1)]
+    max_abs_diff: dict[str, float]  # by output name
+    top1_agreement: float
+
+
+class Licences(_Strict):
+    """Terms of what the bundle is made of."""
+
+    code: str
+    data: str
+
+
+class Provenance(_Strict):
+    """Where the weights come from, enough to train them again."""
+
+    recipe: str
+    recipe_settings: dict[str, str | int | float | bool | None]
+    architecture_config: dict[str, str | int | float | bool | None]
+    epochs: int
+    seed: int
+    parameters: int
+    training_seconds: float
+    git_commit: str
+    torch: str
+    onnx: str
+    opset: int
+    checkpoint_sha256: Sha256
+
+
+class File(_Strict):
+    """What a file beside the manifest must be."""
+
+    sha256: Sha256
+    size: Annotated[int, Field(ge=0)]  # bytes
+
+
+class Manifest(_Strict):
+    """`manifest.json` of one bundle version."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    version: Version
+    description: str
+    architecture: str
+    task: Task
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    preprocessing: Preprocessing
+    labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    metrics: Metrics
+    parity: Parity
+    licences: Licences
+    provenance: Provenance
+    files: dict[str, File]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.preprocessing.task is not self.task:
+            raise ValueError(f"preprocessing is for {self.preprocessing.task}, the bundle for {self.task}")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels are not unique")
+        for required in (MODEL_FILE, GOLDEN_FILE):
+            if required not in self.files:
+                raise ValueError(f"files: {required} is not listed")
+        for listed in self.files:
+            if "/" in listed or listed in ("", ".", "..", MANIFEST_FILE):
+                raise ValueError(f"files: {listed!r} is not the name of a file beside the manifest")
+        return self

@@ -1,0 +1,84 @@
+"""Do torch and ONNX Runtime answer the same? Measured on real images, on odd batches and on odd sizes."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Parity
+from bundle.predictors import Network
+from export.errors import ParityError
+
+# Probabilities, scores and box corners all lie in 0..1. Float32 sums taken in another order move them by some 1e-7;
+# a wrong constant, layout or mask moves them by more than 1e-2.
+TOLERANCE = 1e-4
+MIN_AGREEMENT = 0.999  # of the chosen classes: a tie between two may fall either way
+_CONFIDENT = 0.05  # detection: classes are compared where a query scores at least this in torch
+_BATCHES = (1, 3, 8)
+
+Inputs = dict[str, NDArray[np.generic]]
+
+
+def make_inputs(
+    images: Sequence[Image.Image], preprocessing: ClassificationPreprocessing | DetectionPreprocessing
+) -> Inputs:
+    """The graph's inputs for a batch of RGB images."""
+    if isinstance(preprocessing, ClassificationPreprocessing):
+        return {"pixels": np.stack([to_classification_pixels(image, preprocessing) for image in images])}
+    pixels, sizes = pad_and_stack([to_detection_pixels(image, preprocessing) for image in images])
+    return {"pixels": pixels, "sizes": sizes}
+
+
+def check_parity(
+    torch_network: Network,
+    onnx_network: Network,
+    output_names: Sequence[str],
+    images: Sequence[Image.Image],
+    preprocessing: ClassificationPreprocessing | DetectionPreprocessing,
+) -> Parity:
+    """Compare both runtimes on the images, in batches of 1, 3 and 8, every second image cut to another shape.
+
+    Raises:
+        ParityError: an output differs by more than `TOLERANCE`, or the classes do.
+    """
+    largest = dict.fromkeys((name for name in output_names if name != "class_ids"), 0.0)
+    same, compared = 0, 0
+    for inputs in _batches(images, preprocessing):
+        expected = dict(zip(output_names, torch_network(**inputs), strict=True))
+        found = dict(zip(output_names, onnx_network(**inputs), strict=True))
+        for name in largest:
+            if expected[name].shape != found[name].shape:
+                shapes = {"expected": expected[name].shape, "found": found[name].shape}
+                raise ParityError(name, quantity="shape", **shapes)
+            difference = np.abs(expected[name].astype(np.float64) - found[name].astype(np.float64)).max()
+            largest[name] = max(largest[name], float(difference))
+            if not difference <= TOLERANCE:
+                raise ParityError(name, quantity="largest difference", expected=f"<= {TOLERANCE}", found=difference)
+        if "class_ids" in expected:
+            agree = (expected["class_ids"] == found["class_ids"])[np.greater_equal(expected["scores"], _CONFIDENT)]
+        else:
+            agree = expected["probabilities"].argmax(axis=-1) == found["probabilities"].argmax(axis=-1)
+        same, compared = same + int(agree.sum()), compared + agree.size
+    agreement = same / compared if compared else 1.0
+    if agreement < MIN_AGREEMENT:
+        raise ParityError("classes", quantity="agreement", expected=f">= {MIN_AGREEMENT}", found=agreement)
+    return Parity(images=len(images), max_abs_diff=largest, top1_agreement=agreement)
+
+
+def _batches(
+    images: Sequence[Image.Image], preprocessing: ClassificationPreprocessing | DetectionPreprocessing
+) -> Iterator[Inputs]:
+    shaped = [image if i % 2 else _cut(image) for i, image in enumerate(images)]
+    start = 0
+    while start < len(shaped):
+        for size in _BATCHES:
+            if batch := shaped[start : start + size]:
+                yield make_inputs(batch, preprocessing)
+            start += size
+
+
+def _cut(image: Image.Image) -> Image.Image:
+    """The left two thirds: another aspect ratio, and a size that was not traced."""
+    return image.crop((0, 0, max(1, image.width * 2 // 3), image.height))

@@ -1,0 +1,1 @@
+"""Architectures as plain `torch.nn` modules: no file access, no global state."""

@@ -1,0 +1,86 @@
+"""Scaled dot-product attention and its multi-head form (Vaswani et al. 2017, "Attention Is All You Need", eq. 1).
+
+Shapes: B batch, H heads, N queries, M keys, D embedding, d = D / H per head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q Kᵀ / sqrt(d) + bias) V; sqrt(d) is the temperature that keeps the logits' variance near one.
+
+    Args:
+        query: [B, H, N, d].
+        key, value: [B, H, M, d].
+        bias: float, broadcastable to [B, H, N, M]; minus infinity hides a key from a query.
+
+    Returns:
+        [B, H, N, d].
+    """
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, N, D] -> [B, H, N, d]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, H, N, d] -> [B, N, D]."""
+    # Fused attention kernels differ in memory layout: without the copy, an export traced with one fails with another.
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
+
+
+def _check_heads(embed_dim: int, num_heads: int) -> None:
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values (ViT's form)."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads(embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
+        out: Tensor = self.proj(merge_heads(scaled_dot_product_attention(query, key, value)))
+        return out
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention whose queries, keys and values may come from different sequences (DETR's form)."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads(embed_dim, num_heads)
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.k_proj = nn.Linear(embed_dim, embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim)
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend from `query` [B, N, D] to `key` and `value` [B, M, D].
+
+        Args:
+            bias: float, broadcastable to [B, H, N, M], added to the logits before the softmax.
+
+        Returns:
+            [B, N, D].
+        """
+        heads = scaled_dot_product_attention(
+            split_heads(self.q_proj(query), self.num_heads),
+            split_heads(self.k_proj(key), self.num_heads),
+            split_heads(self.v_proj(value), self.num_heads),
+            bias,
+        )
+        out: Tensor = self.out_proj(merge_heads(heads))
+        return out

@@ -1,0 +1,34 @@
+"""From an architecture's name and settings, as checkpoints and manifests hold them, to a network."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from models.detr import Detr, DetrConfig
+from models.mlp_mixer import MlpMixer, MlpMixerConfig
+from models.vit import ViT, ViTConfig
+
+ARCHITECTURES: dict[str, tuple[type[nn.Module], type[Any]]] = {
+    "vit": (ViT, ViTConfig),
+    "mlp_mixer": (MlpMixer, MlpMixerConfig),
+    "detr": (Detr, DetrConfig),
+}
+
+
+def setting_names(architecture: str) -> list[str]:
+    """The names of the settings that an architecture takes, beside `num_classes`."""
+    return [field.name for field in fields(ARCHITECTURES[architecture][1]) if field.name != "num_classes"]
+
+
+def build_model(architecture: str, settings: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """A freshly initialised network.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        settings: fields of its config class, without `num_classes`; lists stand for tuples.
+    """
+    network, config = ARCHITECTURES[architecture]
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return network(config(num_classes=num_classes, **values))

@@ -1,0 +1,83 @@
+"""The networks in the form in which they are served: uint8 pixels in, probabilities or boxes out.
+
+Everything arithmetic between an image and its answer is in here, so that training's evaluation (in torch) and the
+exported graph (in ONNX Runtime) are the same computation and only the runtime differs.
+
+Shapes: B batch, H x W pixels, K classes, N queries.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.detr import Detr
+
+Channels = tuple[float, float, float]
+
+
+class Normalise(nn.Module):
+    """uint8 NHWC pixels to float NCHW, mean and standard deviation (of RGB in 0..1) removed."""
+
+    def __init__(self, mean: Channels, std: Channels) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", 1 / (255 * torch.tensor(std)), persistent=False)
+        self.register_buffer("shift", -torch.tensor(mean) / torch.tensor(std), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float [B, 3, H, W]."""
+        return (pixels.to(torch.float32) * self.scale + self.shift).permute(0, 3, 1, 2)
+
+
+class ServedClassifier(nn.Module):
+    """A classification network between pixels and probabilities."""
+
+    output_names = ("probabilities",)
+
+    def __init__(self, network: nn.Module, mean: Channels, std: Channels) -> None:
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> probabilities float [B, K]."""
+        return torch.softmax(self.network(self.normalise(pixels)), dim=-1)
+
+
+class ServedDetector(nn.Module):
+    """A DETR between pixels and boxes: the best class of each query, "no object" never among them."""
+
+    output_names = ("scores", "class_ids", "boxes")
+
+    def __init__(self, network: Detr, mean: Channels, std: Channels) -> None:
+        super().__init__()
+        self.normalise = Normalise(mean, std)
+        self.network = network
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect objects in padded images.
+
+        Args:
+            pixels: uint8 [B, H, W, 3]; what lies outside the valid region is set to zero after normalisation.
+            sizes: int64 [B, 2], height and width of each valid region.
+
+        Returns:
+            scores float [B, N] in 0..1, class_ids int64 [B, N], boxes float [B, N, 4] as xyxy in 0..1 of the
+            valid region.
+        """
+        rows = torch.arange(pixels.shape[1], device=sizes.device) < sizes[:, :1]  # [B, H]
+        columns = torch.arange(pixels.shape[2], device=sizes.device) < sizes[:, 1:]  # [B, W]
+        valid = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
+        output = self.network(self.normalise(pixels) * valid, sizes)
+        probabilities = torch.softmax(output["pred_logits"], dim=-1)[..., :-1]  # [B, N, K]
+        scores, class_ids = probabilities.max(dim=-1)
+        centre, size = output["pred_boxes"].split(2, dim=-1)
+        boxes = torch.cat((centre - size / 2, centre + size / 2), dim=-1).clamp(0, 1)
+        return scores, class_ids, boxes
+
+
+def served(network: nn.Module, mean: Channels, std: Channels) -> ServedClassifier | ServedDetector:
+    """Wrap a network for serving, by what it is."""
+    if isinstance(network, Detr):
+        return ServedDetector(network, mean, std)
+    return ServedClassifier(network, mean, std)

@@ -1,0 +1,213 @@
+"""Labelled images on disk: packed archives and folders for classification, COCO JSON for detection.
+
+Images stay encoded here; `bundle.images` is the only decoder. Nothing in this module needs torch.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.images import SUPPORTED_FORMATS
+from bundle.manifest import Task
+from models.training.errors import DataError
+
+_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+class _Packed(Sequence[bytes]):
+    """Files laid end to end in one array, with the offset of each."""
+
+    def __init__(self, files: NDArray[np.uint8], offsets: NDArray[np.int64]) -> None:
+        self.files, self.offsets = files, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.files[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+
+class _Files(Sequence[bytes]):
+    """Image files, read when asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [path.read_bytes() for path in self.paths[index]]
+        return self.paths[index].read_bytes()
+
+
+@dataclass(frozen=True)
+class ClassificationData:
+    """One split: encoded images, each with one class."""
+
+    name: str
+    split: str
+    labels: tuple[str, ...]
+    encoded: Sequence[bytes]
+    class_ids: NDArray[np.int64]  # [n], indices into labels
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def subset(self, indices: NDArray[np.int64]) -> "ClassificationData":
+        """The images at `indices`, read into memory."""
+        encoded = [self.encoded[int(i)] for i in indices]
+        return ClassificationData(self.name, self.split, self.labels, encoded, self.class_ids[indices])
+
+
+@dataclass(frozen=True)
+class DetectionData:
+    """One split: encoded images, each with any number of boxes."""
+
+    name: str
+    split: str
+    labels: tuple[str, ...]
+    encoded: Sequence[bytes]
+    class_ids: list[NDArray[np.int64]]  # [n_i] each, indices into labels
+    boxes: list[NDArray[np.float32]]  # [n_i, 4] each, xyxy in pixels of the upright image
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def subset(self, indices: NDArray[np.int64]) -> "DetectionData":
+        """The images at `indices`, read into memory."""
+        chosen = [int(i) for i in indices]
+        return DetectionData(
+            self.name,
+            self.split,
+            self.labels,
+            [self.encoded[i] for i in chosen],
+            [self.class_ids[i] for i in chosen],
+            [self.boxes[i] for i in chosen],
+        )
+
+
+Data = ClassificationData | DetectionData
+
+
+def load_split(path: Path, task: Task, split: str) -> Data:
+    """Read one split of a data set.
+
+    Layouts of `path`:
+        classification: `<split>.npz` with arrays `jpeg` (uint8, files end to end), `offsets` (int64 [n + 1]),
+            `labels` (uint8 [n]) and `classes` (str); or `<split>/<label>/<image>` folders.
+        detection: `<split>.json` in COCO's format beside `images/`; category ids may have holes.
+
+    Raises:
+        DataError: nothing of that kind is there, or it contradicts itself.
+    """
+    if task is Task.DETECTION:
+        if (path / f"{split}.json").is_file():
+            return _load_coco(path, split)
+        raise DataError(f"{path}: expected {split}.json (COCO) beside images/, found {_listing(path)}")
+    if (path / f"{split}.npz").is_file():
+        return _load_packed(path, split)
+    if (path / split).is_dir():
+        return _load_folders(path, split)
+    raise DataError(f"{path}: expected {split}.npz or {split}/<label>/*, found {_listing(path)}")
+
+
+def has_split(path: Path, split: str) -> bool:
+    """Whether the data set at `path` has a split of that name."""
+    return any((path / f"{split}{suffix}").exists() for suffix in (".npz", ".json", ""))
+
+
+def load_training_splits(path: Path, task: Task, *, held_out: float, seed: int) -> tuple[Data, Data]:
+    """The images to train on, and those to watch progress with: the split `val`, else a random part of `train`."""
+    train = load_split(path, task, "train")
+    if has_split(path, "val"):
+        val = load_split(path, task, "val")
+        if val.labels != train.labels:
+            raise DataError(f"{path}: the labels of train are {train.labels}, those of val {val.labels}")
+        return train, val
+    order = np.random.default_rng(seed).permutation(len(train))
+    count = max(1, round(held_out * len(train)))
+    return train.subset(order[count:]), train.subset(order[:count])
+
+
+def _load_packed(path: Path, split: str) -> ClassificationData:
+    file = path / f"{split}.npz"
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("jpeg", "offsets", "labels", "classes")}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{file}: expected arrays jpeg, offsets, labels and classes: {error}") from error
+    class_ids = arrays["labels"].astype(np.int64)
+    labels = tuple(str(label) for label in arrays["classes"])
+    if len(class_ids) != len(arrays["offsets"]) - 1:
+        raise DataError(f"{file}: expected {len(class_ids) + 1} offsets, found {len(arrays['offsets'])}")
+    if len(class_ids) == 0 or class_ids.max() >= len(labels):
+        raise DataError(f"{file}: expected images with labels below {len(labels)}, found {class_ids}")
+    return ClassificationData(path.name, split, labels, _Packed(arrays["jpeg"], arrays["offsets"]), class_ids)
+
+
+def _load_folders(path: Path, split: str) -> ClassificationData:
+    folders = sorted(folder for folder in (path / split).iterdir() if folder.is_dir())
+    files: list[Path] = []
+    class_ids: list[int] = []
+    for class_id, folder in enumerate(folders):
+        images = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGE_SUFFIXES)
+        files += images
+        class_ids += [class_id] * len(images)
+    if not files:
+        raise DataError(f"{path / split}: expected <label>/<image>, found no {', '.join(SUPPORTED_FORMATS)} file")
+    labels = tuple(folder.name for folder in folders)
+    return ClassificationData(path.name, split, labels, _Files(files), np.array(class_ids, dtype=np.int64))
+
+
+def _load_coco(path: Path, split: str) -> DetectionData:
+    file = path / f"{split}.json"
+    try:
+        document: dict[str, Any] = json.loads(file.read_text())
+        categories = sorted(document["categories"], key=lambda category: int(category["id"]))
+        contiguous = {category["id"]: index for index, category in enumerate(categories)}
+        labels = tuple(str(category["name"]) for category in categories)
+        by_image: dict[int, list[tuple[int, list[float]]]] = {image["id"]: [] for image in document["images"]}
+        for annotation in document["annotations"]:
+            x, y, width, height = map(float, annotation["bbox"])
+            if annotation.get("iscrowd", 0) or width <= 0 or height <= 0:
+                continue
+            entry = (contiguous[annotation["category_id"]], [x, y, x + width, y + height])
+            by_image[annotation["image_id"]].append(entry)
+        paths = [path / "images" / image["file_name"] for image in document["images"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not in COCO's format: {type(error).__name__} {error}") from error
+    missing = [image.name for image in paths if not image.is_file()]
+    if missing or not paths:
+        raise DataError(f"{file}: {len(missing)} of {len(paths)} images are not in images/: {missing[:3]}")
+    annotations = list(by_image.values())
+    return DetectionData(
+        path.name,
+        split,
+        labels,
+        _Files(paths),
+        [np.array([class_id for class_id, _ in image], dtype=np.int64) for image in annotations],
+        [np.array([box for _, box in image], dtype=np.float32).reshape(-1, 4) for image in annotations],
+    )
+
+
+def _listing(path: Path) -> str:
+    if not path.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder"

@@ -1,0 +1,27 @@
+"""Errors of training: data that cannot be used, recipes with unknown keys, runs that are none."""
+
+from bundle.errors import VitrineError
+
+
+class TrainingError(VitrineError):
+    """Base of the errors of this package."""
+
+    code = "training_error"
+
+
+class DataError(TrainingError):
+    """A data set is missing, broken or of another layout."""
+
+    code = "invalid_data"
+
+
+class RecipeError(TrainingError):
+    """A recipe is unknown, or one of its keys or values is."""
+
+    code = "invalid_recipe"
+
+
+class CheckpointError(TrainingError):
+    """A run folder holds no readable checkpoint."""
+
+    code = "invalid_checkpoint"

@@ -1,0 +1,49 @@
+"""A served torch module behind the calls of `bundle.predictors`, so that a run is evaluated as a bundle is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from bundle.manifest import Task
+from bundle.predictors import Predictor, make_predictor
+from models.serving import ServedClassifier, ServedDetector, served
+from models.training import checkpoint as checkpoints
+from models.training.recipe import Recipe
+
+
+class TorchNetwork:
+    """A served network run by torch: the same call as an ONNX Runtime session's (`bundle.predictors.Network`)."""
+
+    def __init__(self, module: ServedClassifier | ServedDetector, device: torch.device) -> None:
+        self.module = module.to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, **inputs: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+        training = self.module.training
+        self.module.eval()
+        outputs = self.module(**{name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
+        self.module.train(training)
+        return [output.cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+
+def torch_predictor(network: nn.Module, recipe: Recipe, labels: Sequence[str], device: torch.device) -> Predictor:
+    """The serving predictor around a torch network."""
+    preprocessing = recipe.preprocessing
+    module = served(network, preprocessing.mean, preprocessing.std)
+    return make_predictor(TorchNetwork(module, device), preprocessing, labels)
+
+
+def load_run_predictor(run: Path) -> tuple[Predictor, Task]:
+    """The predictor and task of a trained run.
+
+    Raises:
+        CheckpointError: the run cannot be read.
+    """
+    checkpoint = checkpoints.load(run)
+    recipe = checkpoint.read_recipe()
+    return torch_predictor(checkpoint.build(), recipe, checkpoint.labels, torch.device("cpu")), recipe.task

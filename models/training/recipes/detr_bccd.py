@@ -1,0 +1,32 @@
+"""x"""
+
+from bundle.manifest import DetectionPreprocessing
+from models.training.recipe import Recipe
+
+RECIPE = Recipe(
+    name="detr_bccd",
+    architecture="detr",
+    model={
+        "num_queries": 60,
+        "embed_dim": 128,
+        "num_heads": 4,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "feedforward_dim": 256,
+        "dropout": 0.0,
+        "backbone_layers": (2, 2, 2),
+        "backbone_width": 32,
+        "query_groups": 3,
+    },
+    preprocessing=DetectionPreprocessing(
+        shortest_edge=240, longest_edge=320, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ),
+    epochs=100,
+    batch_size=4,
+    lr=5e-4,
+    weight_decay=1e-4,
+    warmup_epochs=1.0,
+    clip_grad=0.5,
+    evaluate_every=10,
+    data_licence="MIT (BCCD, Shenggan Cheng and contributors)",
+)

@@ -1,0 +1,29 @@
+"""x"""
+
+from bundle.manifest import ClassificationPreprocessing
+from models.training.recipe import Recipe
+
+RECIPE = Recipe(
+    name="vit_cifar10",
+    architecture="vit",
+    model={
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 96,
+        "depth": 6,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+        "stem": "conv",
+        "global_pool": "avg",
+    },
+    preprocessing=ClassificationPreprocessing(
+        input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    ),
+    epochs=14,
+    batch_size=100,
+    lr=2e-3,
+    weight_decay=0.05,
+    warmup_epochs=1.0,
+    label_smoothing=0.1,
+    data_licence="CIFAR-10 states no licence; its author asks to cite the technical report",
+)

@@ -1,0 +1,171 @@
+"""Transformer blocks: ViT's pre-norm encoder block, DETR's encoder and decoder blocks, and the MLP they share.
+
+Shapes: B batch, N queries, M tokens of the memory, D embedding.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import MultiHeadAttention, SelfAttention
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, applied to the last axis."""
+
+    def __init__(self, in_features: int, hidden_features: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_features, hidden_features)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., in_features]."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, drop a residual branch for a random part of the samples (Huang et al. 2016)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> [B, ...], with the expectation kept."""
+        if not self.training or self.probability == 0:
+            return x
+        keep = 1 - self.probability
+        mask = x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(keep)
+        return x * mask / keep
+
+
+class Block(nn.Module):
+    """Pre-norm encoder block (Dosovitskiy et al. 2021, eq. 2 and 3)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = SelfAttention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class DetrEncoderBlock(nn.Module):
+    """Post-norm encoder block with positions added to queries and keys (Carion et al. 2020, fig. 10)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = MultiHeadAttention(embed_dim, num_heads)
+        self.linear1 = nn.Linear(embed_dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, embed_dim)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, positions: Tensor, padding_bias: Tensor) -> Tensor:
+        """Encode the memory.
+
+        Args:
+            x, positions: [B, M, D].
+            padding_bias: float [B, 1, 1, M], minus infinity at padding.
+
+        Returns:
+            [B, M, D].
+        """
+        query = x + positions
+        x = self.norm1(x + self.dropout(self.self_attn(query, query, x, padding_bias)))
+        x = self.norm2(x + self.dropout(self.linear2(self.linear1(x).relu())))
+        return x
+
+
+class SpatialPrior(nn.Module):
+    """Where a query looks first: a Gaussian around its reference box, as wide as the box times a learned factor.
+
+    Each head learns its own (Gao et al. 2021, "Fast Convergence of DETR with Spatially Modulated Co-Attention", eq. 3
+    and 4).
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        factors = torch.logspace(math.log10(0.3), math.log10(2.5), num_heads)  # standard deviation / edge of the box
+        self.log_factor = nn.Parameter(factors.log())
+        self.offset = nn.Parameter(torch.zeros(num_heads, 2))  # in edges of the box
+
+    def forward(self, boxes_cxcywh: Tensor, cells: Tensor) -> Tensor:
+        """Logarithm of the Gaussian.
+
+        Args:
+            boxes_cxcywh: reference boxes of the queries, [B, N, 4], fractions of the image.
+            cells: (x, y) of the memory's cells, [B, M, 2], fractions of the image.
+
+        Returns:
+            [B, H, N, M], at most 0.
+        """
+        centre, size = boxes_cxcywh[:, None].split(2, dim=-1)  # [B, 1, N, 2] each
+        centre = centre + self.offset[:, None] * size  # [B, H, N, 2]
+        deviation = size * self.log_factor.exp()[:, None, None]  # [B, H, N, 2]
+        x, y = cells[:, None, None].unbind(-1)  # [B, 1, 1, M] each
+        x = (x - centre[..., :1]) / deviation[..., :1]  # [B, H, N, M]
+        y = (y - centre[..., 1:]) / deviation[..., 1:]
+        return -(x * x + y * y) / 2
+
+
+class DetrDecoderBlock(nn.Module):
+    """Post-norm decoder block: self-attention among the queries, cross-attention to the memory (fig. 10)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = MultiHeadAttention(embed_dim, num_heads)
+        self.multihead_attn = MultiHeadAttention(embed_dim, num_heads)
+        self.prior = SpatialPrior(num_heads)
+        self.linear1 = nn.Linear(embed_dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, embed_dim)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.norm3 = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        query_positions: Tensor,
+        memory: Tensor,
+        positions: Tensor,
+        padding_bias: Tensor,
+        reference_boxes: Tensor,
+        cells: Tensor,
+        groups: int = 1,
+    ) -> Tensor:
+        """Decode the queries' state.
+
+        Args:
+            x, query_positions: [B, N, D].
+            memory, positions: [B, M, D], the encoder's output and the encoding of where its cells lie.
+            padding_bias: float [B, 1, 1, M], minus infinity at padding.
+            reference_boxes: where the queries look, cxcywh [B, N, 4], fractions of the image.
+            cells: where the memory's cells lie, (x, y) [B, M, 2], fractions of the image.
+            groups: equal parts of the N queries that do not see each other in self-attention.
+
+        Returns:
+            [B, N, D].
+        """
+        batch = x.shape[0]
+        query = (x + query_positions).unflatten(1, (groups, -1)).flatten(0, 1)  # [B * groups, N / groups, D]
+        value = x.unflatten(1, (groups, -1)).flatten(0, 1)
+        seen = self.self_attn(query, query, value).unflatten(0, (batch, groups)).flatten(1, 2)  # [B, N, D]
+        x = self.norm1(x + self.dropout(seen))
+        bias = self.prior(reference_boxes, cells) + padding_bias
+        attended = self.multihead_attn(x + query_positions, memory + positions, memory, bias)
+        x = self.norm2(x + self.dropout(attended))
+        x = self.norm3(x + self.dropout(self.linear2(self.linear1(x).relu())))
+        return x

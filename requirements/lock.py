@@ -1,0 +1,41 @@
+"""Pin the dependencies of pyproject.toml: install each layer into a fresh environment and write down what came.
+
+serve.txt   what serving needs
+train.txt   serve.txt and the extra `train`
+dev.txt     train.txt and the extra `dev`
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SEEDS = {"pip", "setuptools", "wheel"}  # the environment's own; torch needs setuptools, so `train` names it
+
+
+def main() -> None:
+    """Write the three files."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    layers = {"serve": project["dependencies"], "train": extras["train"], "dev": extras["dev"]}
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "bin" / "python"
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pinned: set[str] = set()
+        below = ""
+        for layer, requirements in layers.items():
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+            frozen = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
+            lines = {re.sub(r"\+cpu$", "", line) for line in frozen.splitlines()}
+            new = sorted(line for line in lines - pinned if line.partition("==")[0] not in SEEDS)
+            header = f"# Made by `make lock` from pyproject.toml.\n{below}"
+            (HERE / f"{layer}.txt").write_text(header + "".join(f"{line}\n" for line in new))
+            pinned |= lines
+            below = f"-r {layer}.txt\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""HTTP: the BentoML service, its request and response schemas, its settings."""

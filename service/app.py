@@ -1,0 +1,116 @@
+"""The HTTP routes. Each reads its request, calls a predictor on a thread and writes the answer; nothing else."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import cast
+
+import anyio
+import anyio.to_thread
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from bundle.errors import VitrineError
+from bundle.images import decode
+from bundle.manifest import Task
+from bundle.predictors import Classifier, Detector
+from bundle.repository import Repository
+from service.errors import on_bug, on_http_exception, on_timeout, on_vitrine_error
+from service.openapi import DOCS_PAGE, openapi_document
+from service.requests import read_image_request
+from service.schemas import Classification, Detections, ModelDescription, ModelList
+from service.settings import Settings, read_settings
+
+_log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
+
+
+@asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    settings = read_settings()
+    app.state.settings = settings
+    app.state.limiter = anyio.CapacityLimiter(settings.threads)
+    app.state.repository = await anyio.to_thread.run_sync(Repository, settings.bundles)
+    _log.info("ready: %s", ", ".join(app.state.repository.bundles))
+    yield
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def classify(request: Request) -> Response:
+    """`POST /classify`."""
+    settings, repository = cast(Settings, request.app.state.settings), cast(Repository, request.app.state.repository)
+    async with asyncio.timeout(settings.timeout_seconds):
+        asked = await read_image_request(request, ("model", "top_k"), settings.max_body_bytes)
+        bundle = repository.get(Task.CLASSIFICATION, asked.text("model"))
+        top_k = asked.integer("top_k", 5)
+        predictor = cast(Classifier, bundle.predictor)
+
+        def work() -> Classification:
+            image = decode(asked.image, max_pixels=settings.max_pixels)
+            return Classification.of(bundle, image.size, predictor.classify(image, top_k=top_k))
+
+        return _json(await anyio.to_thread.run_sync(work, limiter=request.app.state.limiter))
+
+
+async def detect(request: Request) -> Response:
+    """`POST /detect`."""
+    settings, repository = cast(Settings, request.app.state.settings), cast(Repository, request.app.state.repository)
+    async with asyncio.timeout(settings.timeout_seconds):
+        known = ("model", "threshold", "max_detections")
+        asked = await read_image_request(request, known, settings.max_body_bytes)
+        bundle = repository.get(Task.DETECTION, asked.text("model"))
+        threshold = asked.number("threshold", 0.5)
+        max_detections = asked.integer("max_detections", 100)
+        predictor = cast(Detector, bundle.predictor)
+
+        def work() -> Detections:
+            image = decode(asked.image, max_pixels=settings.max_pixels)
+            found = predictor.detect(image, threshold=threshold, max_detections=max_detections)
+            return Detections.of(bundle, image.size, found)
+
+        return _json(await anyio.to_thread.run_sync(work, limiter=request.app.state.limiter))
+
+
+async def models(request: Request) -> Response:
+    """`GET /models`."""
+    repository = cast(Repository, request.app.state.repository)
+    manifests = [bundle.manifest for bundle in repository.bundles.values()]
+    described = [ModelDescription.model_validate(manifest, from_attributes=True) for manifest in manifests]
+    return _json(ModelList(models=described))
+
+
+async def openapi(request: Request) -> Response:
+    """`GET /openapi.json`."""
+    return Response(openapi_document(), media_type="application/json")
+
+
+async def docs(request: Request) -> Response:
+    """`GET /`: the OpenAPI page."""
+    return HTMLResponse(DOCS_PAGE)
+
+
+def create_app() -> Starlette:
+    """The routes as an ASGI application that loads its bundles when it starts."""
+    return Starlette(
+        routes=[
+            Route("/classify", classify, methods=["POST"]),
+            Route("/detect", detect, methods=["POST"]),
+            Route("/models", models, methods=["GET"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
+            Route("/", docs, methods=["GET"]),
+        ],
+        exception_handlers={
+            VitrineError: on_vitrine_error,
+            HTTPException: on_http_exception,
+            TimeoutError: on_timeout,
+            Exception: on_bug,
+        },
+        lifespan=_lifespan,
+    )

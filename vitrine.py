@@ -1,0 +1,140 @@
+"""The command line: it only dispatches. Each command imports its layer when it runs, so that serving needs no torch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bundle.errors import VitrineError
+from bundle.loading import find_bundles, load_bundle, read_manifest
+from bundle.manifest import MANIFEST_FILE, Manifest, Task
+from bundle.repository import Repository
+
+app = typer.Typer(
+    help="Vision transformers from training to an HTTP answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe in models/training/recipes/.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set (default: data/ and the end of the recipe's name).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/ and the recipe's name).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+) -> None:
+    """Train a network; KEY=VALUE changes the recipe."""
+    from models.training.loop import train as run_training
+    from models.training.recipe import load_recipe
+
+    chosen = load_recipe(recipe, settings or [])
+    run = out or Path("runs") / recipe
+    run_training(chosen, data or Path("data") / recipe.rpartition("_")[2], run, resume=resume)
+    typer.echo(f"trained: {run}")
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run or a bundle.")],
+    data: Annotated[Path, typer.Option(help="Data set.")],
+    split: Annotated[str, typer.Option(help="Part of the data set.")] = "test",
+) -> None:
+    """Measure accuracy or average precision of a run (in torch) or a bundle (in ONNX Runtime)."""
+    from models.training.data import load_split
+    from models.training.evaluation import evaluate as measure
+
+    if (path / MANIFEST_FILE).is_file():
+        bundle = load_bundle(path, threads=len(os.sched_getaffinity(0)))
+        predictor, task = bundle.predictor, bundle.manifest.task
+    else:
+        from models.training.network import load_run_predictor
+
+        predictor, task = load_run_predictor(path)
+    metrics = measure(predictor, load_split(data, task, split))
+    typer.echo("\n".join(f"{name}\t{value:.4f}" for name, value in metrics.items()))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="The bundle to write: .../NAME/VERSION.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Data set (default: where it was when the run was trained).")
+    ] = None,
+) -> None:
+    """Write a verified bundle from a run."""
+    from export.export import export_run
+
+    manifest = export_run(run, out, data_path=data)
+    typer.echo(f"exported: {out}  {_summary(manifest)}")
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")]) -> None:
+    """Check a bundle's files, graph and golden answers, without torch."""
+    typer.echo(f"verified: {_summary(load_bundle(bundle).manifest)}")
+
+
+@app.command()
+def bundles(root: Annotated[Path, typer.Argument(help="Folder of NAME/VERSION.")] = Path("bundles")) -> None:
+    """List the bundles in a folder."""
+    for path in find_bundles(root):
+        typer.echo(_summary(read_manifest(path)))
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 3000,
+) -> None:
+    """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP."""
+    from service.settings import read_settings
+
+    settings = read_settings()
+    # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
+    manifests = [bundle.manifest for bundle in Repository(settings.bundles).bundles.values()]
+    typer.echo(f"Vitrine serves {settings.bundles} on http://{host}:{port}")
+    for manifest in manifests:
+        typer.echo(f"  {_summary(manifest)}")
+    for task, line in _CURL.items():
+        names = [manifest.name for manifest in manifests if manifest.task is task]
+        if names:
+            typer.echo(f"  try: {line.format(model=names[-1], host=host, port=port)}")
+    sys.stdout.flush()
+    os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+    command = [sys.executable, "-m", "bentoml", "serve", "service.service:vitrine", "--host", host, "--port", str(port)]
+    os.execv(sys.executable, command)
+
+
+_CURL = {
+    Task.CLASSIFICATION: "curl -F image=@examples/frog.jpg -F model={model} http://{host}:{port}/classify",
+    Task.DETECTION: "curl -F image=@examples/blood.jpg -F model={model} http://{host}:{port}/detect",
+}
+
+
+def _summary(manifest: Manifest) -> str:
+    metric = "top1" if manifest.task is Task.CLASSIFICATION else "AP50"
+    return (
+        f"{manifest.name} {manifest.version}  {manifest.task}, {len(manifest.labels)} labels, "
+        f"{metric} {manifest.metrics.values[metric]:.1%} on {manifest.metrics.data} {manifest.metrics.split}"
+    )
+
+
+def main() -> None:
+    """Entry point: an error that a user can act on is one line, never a traceback."""
+    try:
+        app()
+    except VitrineError as error:
+        typer.echo(f"vitrine: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
