@@ -43,12 +43,13 @@ class ParameterError(VitrineError):
 
 
 class UnknownModelError(VitrineError):
-    """No loaded bundle has the requested name (and task)."""
+    """No loaded bundle has the requested name and task."""
 
     code = "unknown_model"
 
-    def __init__(self, name: str, *, available: Iterable[str]) -> None:
-        super().__init__(f"no model named {name!r} here; available: {', '.join(available) or 'none'}")
+    def __init__(self, name: str | None, *, task: str, available: Iterable[str]) -> None:
+        wanted = f"no {task} model" if name is None else f"no {task} model named {name!r}"
+        super().__init__(f"{wanted} here; available: {', '.join(available) or 'none'}")
 
 
 class ImageError(VitrineError):

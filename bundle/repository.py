@@ -35,5 +35,5 @@ class Repository:
         if name is None and fitting:
             return next(iter(fitting.values()))
         if name not in fitting:
-            raise UnknownModelError(name or task, available=fitting)
+            raise UnknownModelError(name, task=task.value, available=fitting)
         return fitting[name]

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from bundle.images import decode
 from bundle.loading import hash_file, load_bundle
@@ -24,7 +24,9 @@ from bundle.manifest import (
     Licences,
     Manifest,
     Metrics,
+    Name,
     Provenance,
+    Version,
 )
 from bundle.predictors import make_predictor
 from bundle.runtime import OnnxNetwork
@@ -57,6 +59,7 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
     """
     if out.exists():
         raise ExportError(f"{out}: already there; a version is never changed, choose the next number")
+    _check_name(out)
     checkpoint = checkpoints.load(run)
     recipe = checkpoint.read_recipe()
     preprocessing = recipe.preprocessing
@@ -80,51 +83,54 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
         parity = check_parity(torch_network, onnx_network, module.output_names, images, preprocessing)
         _write_golden(bundle / GOLDEN_FILE, onnx_network, module.output_names, images, preprocessing)
         metrics = evaluate(make_predictor(onnx_network, preprocessing, checkpoint.labels), data)
-        try:
-            manifest = Manifest(
-                name=out.parent.name,
-                version=out.name,
-                description=f"{recipe.architecture} trained by Vitrine's recipe {recipe.name} on {data.name}.",
-                architecture=recipe.architecture,
-                task=recipe.task,
-                inputs=onnx_network.inputs,
-                outputs=onnx_network.outputs,
-                preprocessing=preprocessing,
-                labels=tuple(checkpoint.labels),
-                metrics=Metrics(
-                    data=data.name, split=data.split, images=len(data), values=metrics, notes=recipe.data_notes
-                ),
-                parity=parity,
-                licences=Licences(code="Apache-2.0", data=recipe.data_licence),
-                provenance=Provenance(
-                    recipe=recipe.name,
-                    recipe_settings={key: _plain(value) for key, value in recipe.changed_settings().items()},
-                    architecture_config={key: _plain(value) for key, value in recipe.model.items()},
-                    epochs=checkpoint.epoch,
-                    seed=recipe.seed,
-                    parameters=sum(parameter.numel() for parameter in network.parameters()),
-                    training_seconds=round(checkpoint.seconds, 1),
-                    git_commit=_git_commit(),
-                    torch=torch.__version__,
-                    onnx=onnx.__version__,
-                    opset=OPSET,
-                    checkpoint_sha256=checkpoints.sha256(run),
-                ),
-                files={
-                    name: File(sha256=hash_file(bundle / name), size=(bundle / name).stat().st_size)
-                    for name in (MODEL_FILE, GOLDEN_FILE)
-                },
-            )
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ExportError(f"{out}: {place}: {first['msg']}, found {first['input']!r}") from error
+        manifest = Manifest(
+            name=out.parent.name,
+            version=out.name,
+            description=f"{recipe.architecture} trained by Vitrine's recipe {recipe.name} on {data.name}.",
+            architecture=recipe.architecture,
+            task=recipe.task,
+            inputs=onnx_network.inputs,
+            outputs=onnx_network.outputs,
+            preprocessing=preprocessing,
+            labels=tuple(checkpoint.labels),
+            metrics=Metrics(
+                data=data.name, split=data.split, images=len(data), values=metrics, notes=recipe.data_notes
+            ),
+            parity=parity,
+            licences=Licences(code="Apache-2.0", data=recipe.data_licence),
+            provenance=Provenance(
+                recipe=recipe.name,
+                recipe_settings={key: _plain(value) for key, value in recipe.changed_settings().items()},
+                architecture_config={key: _plain(value) for key, value in recipe.model.items()},
+                epochs=checkpoint.epoch,
+                seed=recipe.seed,
+                parameters=sum(parameter.numel() for parameter in network.parameters()),
+                training_seconds=round(checkpoint.seconds, 1),
+                git_commit=_git_commit(),
+                torch=torch.__version__,
+                onnx=onnx.__version__,
+                opset=OPSET,
+                checkpoint_sha256=checkpoints.sha256(run),
+            ),
+            files={
+                name: File(sha256=hash_file(bundle / name), size=(bundle / name).stat().st_size)
+                for name in (MODEL_FILE, GOLDEN_FILE)
+            },
+        )
         (bundle / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
         (bundle / CARD_FILE).write_text(model_card(manifest))
         load_bundle(bundle)
         out.parent.mkdir(exist_ok=True)
         bundle.rename(out)
     return manifest
+
+
+def _check_name(out: Path) -> None:
+    for what, kind, value in (("name", Name, out.parent.name), ("version", Version, out.name)):
+        try:
+            TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise ExportError(f"{out}: {what}: {error.errors()[0]['msg']}, found {value!r}") from error
 
 
 def _evaluation_data(path: Path, checkpoint: checkpoints.Checkpoint) -> Data:

@@ -1,0 +1,24 @@
+# Serves the bundles in bundles/. The serving lock alone is installed: no torch, no build tools in the final image.
+FROM python:3.11-slim AS environment
+COPY requirements/serve.txt /tmp/serve.txt
+RUN python -m venv /opt/venv \
+    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -r /tmp/serve.txt \
+    && /opt/venv/bin/pip uninstall --yes --quiet pip
+
+FROM python:3.11-slim
+RUN useradd --system --uid 10001 --no-create-home vitrine
+COPY --from=environment /opt/venv /opt/venv
+WORKDIR /app
+COPY bundle bundle
+COPY service service
+COPY vitrine.py vitrine.py
+COPY bundles bundles
+# BentoML writes its state below BENTOML_HOME; /tmp is the one place that a read-only container leaves writable.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    BENTOML_HOME=/tmp/bentoml BENTOML_DO_NOT_TRACK=True
+USER 10001
+EXPOSE 3000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:3000/readyz', timeout=2)"]
+CMD ["python", "vitrine.py", "serve", "--host", "0.0.0.0"]

@@ -1,0 +1,204 @@
+"""Shared fixtures: tiny data sets, runs and bundles, made once per session by the real commands, and a real server."""
+
+import io
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SERVING_PYTHON = ROOT / ".venv" / "bin" / "python"  # without torch; made by `make test`
+COLOURS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 30)}
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def encode(image: Image.Image, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of noisy, coloured pictures: train/, test/, three labels."""
+    path = tmp_path_factory.mktemp("data") / "colours"
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 12)):
+        for label, colour in COLOURS.items():
+            folder = path / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(colour) + random.normal(0, 25, (16, 20, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return path
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A COCO data set of coloured rectangles on grey noise: train.json, val.json, test.json, images/."""
+    path = tmp_path_factory.mktemp("data") / "squares"
+    (path / "images").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    categories = [{"id": 10 * (i + 1), "name": label} for i, label in enumerate(COLOURS)]
+    for split, count in (("train", 24), ("val", 4), ("test", 8)):
+        images, annotations = [], []
+        for i in range(count):
+            width, height = (96, 64) if i % 2 else (80, 72)
+            pixels = random.normal(128, 12, (height, width, 3))
+            for _ in range(int(random.integers(1, 4))):
+                kind = int(random.integers(3))
+                w, h = (int(edge) for edge in random.integers(14, 30, 2))
+                x, y = int(random.integers(0, width - w)), int(random.integers(0, height - h))
+                pixels[y : y + h, x : x + w] = list(COLOURS.values())[kind]
+                annotation = {"image_id": i, "category_id": categories[kind]["id"], "bbox": [x, y, w, h]}
+                annotations.append({"id": len(annotations), "iscrowd": 0, "area": w * h, **annotation})
+            name = f"{split}{i}.png"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path / "images" / name)
+            images.append({"id": i, "file_name": name, "width": width, "height": height})
+        document = {"images": images, "annotations": annotations, "categories": categories}
+        (path / f"{split}.json").write_text(json.dumps(document))
+    return path
+
+
+TINY_VIT = (
+    "model.image_size=16",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "preprocessing.input_size=[16,16]",
+    "epochs=6",
+    "batch_size=12",
+    "seed=1",
+)
+TINY_DETR = (
+    "model.num_queries=8",
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "model.encoder_layers=1",
+    "model.decoder_layers=2",
+    "model.feedforward_dim=32",
+    "model.backbone_layers=[1,1]",
+    "model.backbone_width=8",
+    "preprocessing.shortest_edge=64",
+    "preprocessing.longest_edge=96",
+    "epochs=4",
+    "lr=2e-3",
+)
+
+
+@pytest.fixture(scope="session")
+def classifier_run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT trained on `colours` by `vitrine train`."""
+    run = tmp_path_factory.mktemp("runs") / "colours"
+    vitrine("train", "vit_cifar10", *TINY_VIT, "--data", colours, "--out", run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def detector_run(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DETR trained on `squares` by `vitrine train`."""
+    run = tmp_path_factory.mktemp("runs") / "squares"
+    vitrine("train", "detr_bccd", *TINY_DETR, "--data", squares, "--out", run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(classifier_run: Path, detector_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`bundles/` with colours/1 and squares/1, exported by `vitrine export`."""
+    bundles = tmp_path_factory.mktemp("tiny") / "bundles"
+    vitrine("export", classifier_run, "--out", bundles / "colours" / "1")
+    vitrine("export", detector_run, "--out", bundles / "squares" / "1")
+    return bundles
+
+
+def vitrine(*arguments: object, status: int = 0) -> str:
+    """Run the command line in its own process; returns what it printed."""
+    command = [sys.executable, "-m", "vitrine", *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    output = result.stdout + result.stderr
+    assert result.returncode == status, output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.fixture(scope="session")
+def run_vitrine() -> Callable[..., str]:
+    return vitrine
+
+
+@contextmanager
+def serving(bundles: Path, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
+    """`vitrine serve` as a process in the serving environment; yields base URL, process and the lines it prints."""
+    assert SERVING_PYTHON.exists(), f"{SERVING_PYTHON} is missing: run the tests by `make test`"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [str(SERVING_PYTHON), "-m", "vitrine", "serve", "--port", str(port)],
+        cwd=ROOT,
+        env={**os.environ, "VITRINE_BUNDLES": str(bundles), "PYTHONUNBUFFERED": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    lines: list[str] = []
+    ready: queue.Queue[bool] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if "ready:" in line:
+                ready.put(True)
+        ready.put(False)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert ready.get(timeout=120), "".join(lines)
+        yield f"http://127.0.0.1:{port}", process, lines
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+        reader.join(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., object]:
+    """The context manager `serving`."""
+    return serving
+
+
+@pytest.fixture(scope="session")
+def server(tiny_bundles: Path) -> Iterator[str]:
+    """Base URL of a server of the tiny bundles."""
+    with serving(tiny_bundles) as (url, _, _):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def photograph() -> bytes:
+    """A real JPEG photograph of 640 x 480 pixels."""
+    return (ROOT / "examples" / "blood.jpg").read_bytes()

@@ -1,0 +1,192 @@
+"""`vitrine export`, `verify` and `evaluate` on real tiny runs: the bundle is right, or there is none."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from bundle.errors import BundleError
+from bundle.images import decode
+from bundle.loading import load_bundle, read_golden, read_manifest
+from bundle.manifest import ClassificationPreprocessing
+from bundle.predictors import Classifier
+from bundle.runtime import OnnxNetwork
+from export.errors import ExportError, ParityError
+from export.export import export_run
+from export.parity import check_parity, make_inputs
+from models.serving import served
+from models.training import checkpoint as checkpoints
+from models.training.data import load_split
+from models.training.evaluation import evaluate
+from models.training.network import TorchNetwork
+
+Run = Callable[..., str]
+
+
+def test_the_bundle_holds_what_the_contract_lists(tiny_bundles: Path) -> None:
+    for name in ("colours", "squares"):
+        assert {file.name for file in (tiny_bundles / name / "1").iterdir()} == {
+            "README.md",
+            "golden.npz",
+            "manifest.json",
+            "model.onnx",
+        }
+    assert {entry.name for entry in tiny_bundles.iterdir()} == {"colours", "squares"}  # nothing partial is left
+
+
+def test_the_graph_has_the_contracts_inputs_outputs_and_axes(tiny_bundles: Path) -> None:
+    classifier = read_manifest(tiny_bundles / "colours" / "1")
+    assert [(spec.name, spec.datatype, spec.shape) for spec in (*classifier.inputs, *classifier.outputs)] == [
+        ("pixels", "UINT8", ("batch", 16, 16, 3)),
+        ("probabilities", "FP32", ("batch", 3)),
+    ]
+    detector = read_manifest(tiny_bundles / "squares" / "1")
+    assert [(spec.name, spec.datatype, spec.shape) for spec in (*detector.inputs, *detector.outputs)] == [
+        ("pixels", "UINT8", ("batch", "height", "width", 3)),
+        ("sizes", "INT64", ("batch", 2)),
+        ("scores", "FP32", ("batch", 8)),
+        ("class_ids", "INT64", ("batch", 8)),
+        ("boxes", "FP32", ("batch", 8, 4)),
+    ]
+
+
+def test_the_trained_network_has_learned(tiny_bundles: Path, colours: Path) -> None:
+    assert read_manifest(tiny_bundles / "colours" / "1").metrics.values["top1"] > 0.8
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (57, 83), (120, 45)])
+def test_detection_answers_as_torch_does_on_any_size(
+    batch: int, height: int, width: int, detector_run: Path, tiny_bundles: Path
+) -> None:
+    checkpoint = checkpoints.load(detector_run)
+    preprocessing = checkpoint.read_recipe().preprocessing
+    module = served(checkpoint.build(), preprocessing.mean, preprocessing.std).eval()
+    random = np.random.default_rng(batch)
+    pixels = random.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
+    sizes = np.stack((random.integers(20, height + 1, batch), random.integers(20, width + 1, batch)), axis=1)
+    expected = TorchNetwork(module, torch.device("cpu"))(pixels=pixels, sizes=sizes)
+    found = OnnxNetwork(tiny_bundles / "squares" / "1" / "model.onnx")(pixels=pixels, sizes=sizes)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_metrics_are_those_of_the_served_file(tiny_bundles: Path, colours: Path, run_vitrine: Run) -> None:
+    path = tiny_bundles / "colours" / "1"
+    bundle = load_bundle(path)
+    data = load_split(colours, bundle.manifest.task, "test")
+    assert evaluate(bundle.predictor, data) == bundle.manifest.metrics.values
+    printed = run_vitrine("evaluate", path, "--data", colours)
+    assert f"top1\t{bundle.manifest.metrics.values['top1']:.4f}" in printed
+
+
+def test_a_run_and_its_bundle_evaluate_alike(
+    classifier_run: Path, detector_run: Path, tiny_bundles: Path, colours: Path, squares: Path, run_vitrine: Run
+) -> None:
+    for run, name, data in ((classifier_run, "colours", colours), (detector_run, "squares", squares)):
+        of_run = run_vitrine("evaluate", run, "--data", data)
+        of_bundle = run_vitrine("evaluate", tiny_bundles / name / "1", "--data", data)
+        assert of_run == of_bundle
+
+
+def test_the_card_says_what_the_manifest_says(tiny_bundles: Path) -> None:
+    manifest = read_manifest(tiny_bundles / "colours" / "1")
+    card = (tiny_bundles / "colours" / "1" / "README.md").read_text()
+    assert f"| top-1 accuracy | {manifest.metrics.values['top1']:.2%} |" in card
+    assert "vitrine train vit_cifar10" in card
+    assert "epochs=6" in card
+
+
+def test_the_file_names_no_path_of_the_machine_that_exported_it(tiny_bundles: Path, root: Path) -> None:
+    for name in ("colours", "squares"):
+        content = (tiny_bundles / name / "1" / "model.onnx").read_bytes()
+        assert str(root).encode() not in content
+        assert b"site-packages" not in content
+
+
+def test_ten_lines_of_plain_onnxruntime_answer_the_golden_sample(tiny_bundles: Path) -> None:
+    path = tiny_bundles / "squares" / "1"
+    golden = np.load(path / "golden.npz")
+    session = onnxruntime.InferenceSession(path / "model.onnx")
+    scores, class_ids, boxes = session.run(None, {"pixels": golden["pixels"], "sizes": golden["sizes"]})
+    np.testing.assert_allclose(scores, golden["scores"], atol=1e-4)
+    np.testing.assert_array_equal(class_ids, golden["class_ids"])
+    np.testing.assert_allclose(boxes, golden["boxes"], atol=1e-4)
+
+
+def test_exporting_twice_gives_the_same_graph(classifier_run: Path, tiny_bundles: Path, tmp_path: Path) -> None:
+    export_run(classifier_run, tmp_path / "colours" / "1")
+    again = (tmp_path / "colours" / "1" / "model.onnx").read_bytes()
+    assert again == (tiny_bundles / "colours" / "1" / "model.onnx").read_bytes()
+
+
+def test_an_existing_version_is_never_changed(classifier_run: Path, tiny_bundles: Path, run_vitrine: Run) -> None:
+    printed = run_vitrine("export", classifier_run, "--out", tiny_bundles / "colours" / "1", status=1)
+    assert "a version is never changed, choose the next number" in printed
+
+
+@pytest.mark.parametrize("out", ["Colours/1", "colours/one", "colours/0"])
+def test_a_bad_name_leaves_nothing_behind(out: str, classifier_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"name|version"):
+        export_run(classifier_run, tmp_path / out)
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, run_vitrine: Run) -> None:
+    printed = run_vitrine("export", tmp_path, "--out", tmp_path / "a" / "1", status=1)
+    assert "expected a run with checkpoint.pt, found none" in printed
+
+
+def test_a_graph_that_answers_otherwise_is_a_parity_error(
+    classifier_run: Path, tiny_bundles: Path, colours: Path
+) -> None:
+    checkpoint = checkpoints.load(classifier_run)
+    preprocessing = checkpoint.read_recipe().preprocessing
+    assert isinstance(preprocessing, ClassificationPreprocessing)
+    wrong_mean = served(checkpoint.build(), (0.0, 0.0, 0.0), preprocessing.std).eval()
+    images = [decode(data) for data in load_split(colours, checkpoint.read_recipe().task, "test").encoded[:8]]
+    network = OnnxNetwork(tiny_bundles / "colours" / "1" / "model.onnx")
+    with pytest.raises(ParityError, match=r"probabilities: largest difference .* expected <= 0.0001, found 0\."):
+        check_parity(TorchNetwork(wrong_mean, torch.device("cpu")), network, ("probabilities",), images, preprocessing)
+
+
+def test_verify_accepts_the_bundle_and_refuses_changed_weights(
+    tiny_bundles: Path, tmp_path: Path, run_vitrine: Run
+) -> None:
+    assert "verified: squares 1" in run_vitrine("verify", tiny_bundles / "squares" / "1")
+    path = tmp_path / "squares" / "1"
+    shutil.copytree(tiny_bundles / "squares" / "1", path)
+    model = onnx.load(path / "model.onnx")
+    largest = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    largest.raw_data = bytes(len(largest.raw_data))
+    onnx.save(model, path / "model.onnx")
+    assert "size: expected" in run_vitrine("verify", path, status=1) or "sha256" in run_vitrine(
+        "verify", path, status=1
+    )
+
+    # whoever also writes the new hash meets the golden sample
+    import hashlib
+
+    manifest = json.loads((path / "manifest.json").read_text())
+    content = (path / "model.onnx").read_bytes()
+    manifest["files"]["model.onnx"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="golden answer"):
+        load_bundle(path)
+
+
+def test_the_golden_sample_is_real_images(tiny_bundles: Path, colours: Path) -> None:
+    manifest = read_manifest(tiny_bundles / "colours" / "1")
+    golden = read_golden(tiny_bundles / "colours" / "1", manifest)
+    preprocessing = manifest.preprocessing
+    images = [decode(data) for data in load_split(colours, manifest.task, "test").encoded[:3]]
+    np.testing.assert_array_equal(golden["pixels"], make_inputs(images, preprocessing)["pixels"])
+    predictor = load_bundle(tiny_bundles / "colours" / "1").predictor
+    assert isinstance(predictor, Classifier)
+    np.testing.assert_allclose(golden["probabilities"], predictor.probabilities(images), atol=1e-5)

@@ -1,0 +1,146 @@
+"""Everything around the answers: health, metrics, model list, OpenAPI, errors of other routes, start and stop."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+import pytest
+from openapi_spec_validator import validate
+
+Serving = Callable[..., AbstractContextManager[tuple[str, Popen[str], list[str]]]]
+
+
+@pytest.mark.parametrize("route", ["livez", "readyz"])
+def test_probes(route: str, server: str) -> None:
+    assert httpx.get(f"{server}/{route}").status_code == 200
+
+
+def test_metrics_count_requests(server: str, photograph: bytes) -> None:
+    httpx.post(f"{server}/classify", content=photograph)
+    metrics = httpx.get(f"{server}/metrics").text
+    assert 'endpoint="/classify"' in metrics
+    assert "bentoml_service_request_duration_seconds_bucket" in metrics
+
+
+def test_models_are_listed_with_their_measured_metrics(server: str) -> None:
+    models = httpx.get(f"{server}/models").json()["models"]
+    assert [(model["name"], model["version"], model["task"]) for model in models] == [
+        ("colours", "1", "image-classification"),
+        ("squares", "1", "object-detection"),
+    ]
+    assert models[0]["labels"] == ["blue", "green", "red"]
+    assert 0 <= models[0]["metrics"]["values"]["top1"] <= 1
+
+
+def test_the_openapi_document_is_valid_and_names_every_route(server: str) -> None:
+    document = httpx.get(f"{server}/openapi.json").json()
+    validate(document)
+    assert set(document["paths"]) == {"/classify", "/detect", "/models", "/livez", "/readyz", "/metrics"}
+
+
+def test_the_openapi_page_needs_nothing_from_elsewhere(server: str) -> None:
+    page = httpx.get(f"{server}/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http" not in page.text.replace("http-equiv", "")
+    for asset in ("static_content/swagger-ui.css", "static_content/swagger-ui-bundle.js"):
+        assert asset in page.text
+        assert httpx.get(f"{server}/{asset}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/nowhere", 404, "not_found"),
+        ("POST", "/nowhere", 404, "not_found"),
+        ("GET", "/classify", 405, "method_not_allowed"),
+        ("PUT", "/detect", 405, "method_not_allowed"),
+        ("POST", "/models", 405, "method_not_allowed"),
+        ("POST", "/readyz", 405, "method_not_allowed"),
+        ("GET", "/static_content/nothing.js", 404, "not_found"),
+    ],
+)
+def test_errors_of_other_routes_have_the_same_shape(
+    method: str, path: str, status: int, code: str, server: str
+) -> None:
+    answer = httpx.request(method, server + path)
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["error"]["code"] == code
+    assert answer.json()["error"]["message"].startswith(f"{method} {path}")
+
+
+def test_serve_says_what_it_serves_and_stops_on_sigterm(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    with serve(tiny_bundles) as (url, process, lines):
+        printed = "".join(lines)
+        assert f"on {url}" in printed
+        assert "colours 1  image-classification, 3 labels" in printed
+        assert "squares 1  object-detection, 3 labels" in printed
+        assert f"curl -F image=@examples/frog.jpg -F model=colours {url}/classify" in printed
+        assert httpx.post(f"{url}/classify", content=photograph).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    assert "Traceback" not in "".join(lines)
+
+
+def test_the_highest_version_is_served(serve: Serving, tiny_bundles: Path, tmp_path: Path) -> None:
+    for version in ("1", "2", "10"):
+        target = tmp_path / "colours" / version
+        shutil.copytree(tiny_bundles / "colours" / "1", target)
+        manifest = json.loads((target / "manifest.json").read_text())
+        (target / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
+    with serve(tmp_path) as (url, _, _):
+        models = httpx.get(f"{url}/models").json()["models"]
+        assert [(model["name"], model["version"]) for model in models] == [("colours", "10")]
+        missing = httpx.post(f"{url}/detect", content=b"x")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["message"] == "no object-detection model here; available: none"
+
+
+def test_a_request_that_takes_too_long_is_504(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="1e-6") as (url, _, _):
+        answer = httpx.post(f"{url}/classify", content=photograph)
+        assert answer.status_code == 504
+        assert answer.json()["error"]["code"] == "timeout"
+
+
+def test_limits_come_from_the_environment(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    with serve(tiny_bundles, VITRINE_MAX_PIXELS="1000", VITRINE_MAX_BODY_BYTES="100000") as (url, _, _):
+        answer = httpx.post(f"{url}/classify", content=photograph)
+        assert answer.status_code == 413
+        assert "at most 1000 pixels are accepted, found 640 x 480" in answer.json()["error"]["message"]
+        assert httpx.post(f"{url}/classify", content=bytes(200_000)).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"VITRINE_THREADS": "0"}, "VITRINE_THREADS: Input should be greater than or equal to 1, found '0'"),
+        ({"VITRINE_BUNDLES": "/nowhere"}, "/nowhere: bundles: expected a folder of <name>/<version>, found no such"),
+    ],
+)
+def test_serve_refuses_bad_settings_in_one_sentence(
+    environment: dict[str, str],
+    message: str,
+    run_vitrine: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert f"vitrine: {message}" in run_vitrine("serve", status=1)
+
+
+def test_serve_refuses_a_tampered_bundle(
+    tiny_bundles: Path, tmp_path: Path, run_vitrine: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_bundles, tmp_path, dirs_exist_ok=True)
+    model = tmp_path / "colours" / "1" / "model.onnx"
+    content = bytearray(model.read_bytes())
+    content[-1] ^= 1
+    model.write_bytes(content)
+    monkeypatch.setenv("VITRINE_BUNDLES", str(tmp_path))
+    assert f"vitrine: {model}: sha256: expected" in run_vitrine("serve", status=1)

@@ -1,0 +1,47 @@
+"""The shape of the project: what lies where, and that serving lives without torch (import rules: `make check`)."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("bundle", "export", "models", "models/training", "service")
+PROBE = """
+import importlib.util, sys
+for name in ("torch", "onnx", "scipy", "pycocotools"):
+    assert importlib.util.find_spec(name) is None, f"{name} is installed where it must not be"
+import service.service, vitrine
+assert not {"models", "export"} & set(sys.modules), "the service imports what only training needs"
+"""
+
+
+def test_the_service_imports_without_torch(root: Path) -> None:
+    python = root / ".venv" / "bin" / "python"
+    assert python.exists(), "run the tests by `make test`: it makes the serving environment"
+    result = subprocess.run([str(python), "-c", PROBE], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_init_files_hold_a_docstring_only(package: str, root: Path) -> None:
+    module = ast.parse((root / package / "__init__.py").read_text())
+    assert len(module.body) == 1
+    assert ast.get_docstring(module)
+
+
+def test_tests_mirror_the_packages(root: Path) -> None:
+    for test in (root / "tests").rglob("test_*.py"):
+        package = test.parent.relative_to(root / "tests")
+        assert (root / package).is_dir()
+        if package.parts and package.parts[0] in ("bundle", "models"):
+            source = root / package / test.name.removeprefix("test_")
+            assert source.exists(), f"{test} tests no module"
+
+
+def test_one_lock_feeds_makefile_dockerfile_and_bentofile(root: Path) -> None:
+    for reader in ("Makefile", "Dockerfile", "bentofile.yaml"):
+        assert "requirements/serve.txt" in (root / reader).read_text()
+    lock = (root / "requirements" / "serve.txt").read_text()
+    assert "torch" not in lock
+    assert "torch==2.13.0" in (root / "requirements" / "train.txt").read_text().splitlines()

@@ -1,0 +1,73 @@
+"""The README is run: its curl lines answer what it shows, its tables hold the manifests' numbers."""
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+
+from bundle.loading import find_bundles, load_bundle, read_manifest
+
+Serving = Callable[..., AbstractContextManager[tuple[str, Popen[str], list[str]]]]
+
+
+@pytest.fixture(scope="module")
+def shipped(serve: Serving, root: Path) -> Iterator[str]:
+    with serve(root / "bundles") as (url, _, _):
+        yield url
+
+
+def curl_examples(readme: str) -> list[tuple[str, str]]:
+    """Each ```sh block that begins with curl, and the ```json block after it."""
+    return re.findall(r"```sh\n(curl .*?)\n```\n+```json\n(.*?)\n```", readme, flags=re.DOTALL)
+
+
+def approximately(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: approximately(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [approximately(item) for item in value]
+    return pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value
+
+
+def test_curl_lines_answer_what_the_readme_shows(shipped: str, root: Path) -> None:
+    examples = curl_examples((root / "README.md").read_text())
+    assert len(examples) >= 2
+    for command, answer in examples:
+        shown = json.loads(answer)
+        local = command.replace("http://localhost:3000", shipped)
+        result = subprocess.run(["bash", "-c", local], cwd=root, capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout) == approximately(shown), command
+
+
+def test_the_results_table_holds_the_manifests_numbers(root: Path) -> None:
+    readme = (root / "README.md").read_text()
+    for path in find_bundles(root / "bundles"):
+        manifest = read_manifest(path)
+        rows = [line for line in readme.splitlines() if line.startswith(f"| [`{manifest.name}`]")]
+        assert len(rows) == 1, manifest.name
+        for metric in ("top1",) if "top1" in manifest.metrics.values else ("AP", "AP50"):
+            assert f"{manifest.metrics.values[metric]:.1%}" in rows[0]
+        assert f"{manifest.provenance.parameters:,}" in rows[0]
+
+
+def test_shipped_bundles_verify(root: Path) -> None:
+    names = [load_bundle(path).manifest.name for path in find_bundles(root / "bundles")]
+    assert names == ["detr-bccd", "mixer-cifar10", "vit-cifar10"]
+
+
+def test_shipped_cards_are_written_from_the_manifests(root: Path) -> None:
+    from export.model_card import model_card
+
+    for path in find_bundles(root / "bundles"):
+        assert (path / "README.md").read_text() == model_card(read_manifest(path))
+
+
+def test_links_lead_somewhere(root: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", (root / "README.md").read_text()):
+        assert target.startswith("https://") or (root / target).exists(), target
