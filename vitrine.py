@@ -134,6 +134,10 @@ def main() -> None:
     except VitrineError as error:
         typer.echo(f"vitrine: {error}", err=True)
         raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        needs = f"this command needs {error.name}, which serving does not"
+        typer.echo(f"vitrine: {needs}: pip install -r requirements/train.txt", err=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing,
 
 MAX_PIXELS = 50_000_000  # a 50-megapixel photograph; three bytes a pixel once decoded
 
-# Formats by Pillow's name, with the bytes they begin with. MPO is what many phones write as .jpg.
+# Formats by Pillow's name, with the bytes they begin with. (Pillow's JPEG also reads MPO, which many phones write.)
 _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
@@ -26,7 +26,6 @@ _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "TIFF": (b"II*\x00", b"MM\x00*"),
 }
 SUPPORTED_FORMATS = tuple(_SIGNATURES)
-_PILLOW_FORMATS = (*SUPPORTED_FORMATS, "MPO")
 
 # EXIF tag 0x0112: how the stored rows and columns lie in the upright image (Exif 2.32, table 6).
 _ORIENTATION_TAG = 0x0112
@@ -58,10 +57,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise UndecodableImageError("it is empty")
-    if not data.startswith(tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes)):
+    known = data.startswith(tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes))
+    if not known or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):  # RIFF also holds sound and video
         raise UnsupportedImageError(supported=SUPPORTED_FORMATS, found=f"bytes that begin with {data[:8]!r}")
     try:
-        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS)
         width, height = image.size
         if width * height > max_pixels:
             raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=f"{width} x {height}")
@@ -116,8 +116,9 @@ def to_classification_pixels(image: Image.Image, preprocessing: ClassificationPr
     else:
         # The part of the source that the crop keeps: cutting before resizing gives the same pixels for less work.
         scale = min(image.width * preprocessing.crop_pct / width, image.height * preprocessing.crop_pct / height)
-        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-        box = (left, top, left + width * scale, top + height * scale)
+        left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
+        right, bottom = min(image.width, left + width * scale), min(image.height, top + height * scale)
+        box = (left, top, right, bottom)  # kept inside the image in spite of rounding
     if image.size == (width, height) and box == (0.0, 0.0, float(width), float(height)):
         return np.asarray(image)
     return np.asarray(image.resize((width, height), resample, box=box))

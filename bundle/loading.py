@@ -5,6 +5,7 @@ up). Any failure is a `BundleError`; there is no fallback.
 """
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,5 +132,5 @@ def read_golden(path: Path, manifest: Manifest) -> dict[str, NDArray[np.generic]
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in names}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise BundleError(file, "arrays", expected=", ".join(names), found=error) from error

@@ -9,7 +9,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 GOLDEN_FILE = "golden.npz"
@@ -19,6 +18,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Channels = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0)]
+Deviations = tuple[Positive, Positive, Positive]
 
 
 class _Strict(BaseModel):
@@ -48,7 +49,7 @@ class ClassificationPreprocessing(_Strict):
     crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Interpolation = Interpolation.BILINEAR
     mean: Channels
-    std: Channels
+    std: Deviations
 
 
 class DetectionPreprocessing(_Strict):
@@ -59,7 +60,7 @@ class DetectionPreprocessing(_Strict):
     longest_edge: Annotated[int, Field(ge=1)]
     interpolation: Interpolation = Interpolation.BILINEAR
     mean: Channels
-    std: Channels
+    std: Deviations
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:
@@ -131,7 +132,7 @@ class File(_Strict):
 class Manifest(_Strict):
     """`manifest.json` of one bundle version."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1]
     name: Name
     version: Version
     description: str

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from bundle.images import decode
 from bundle.loading import hash_file, load_bundle
 from bundle.manifest import (
     CARD_FILE,
@@ -37,6 +36,7 @@ from export.parity import check_parity, make_inputs
 from models.serving import served
 from models.training import checkpoint as checkpoints
 from models.training.data import Data, has_split, load_split
+from models.training.data_terms import data_terms
 from models.training.evaluation import evaluate
 from models.training.network import TorchNetwork
 
@@ -64,7 +64,8 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
     recipe = checkpoint.read_recipe()
     preprocessing = recipe.preprocessing
     data = _evaluation_data(data_path or Path(checkpoint.data_path), checkpoint)
-    images = [decode(encoded) for encoded in data.encoded[:_PARITY_IMAGES]]
+    terms = data_terms(data.name)
+    images = [data.image(i) for i in range(min(_PARITY_IMAGES, len(data)))]
     network = checkpoint.build()
     module = served(network, preprocessing.mean, preprocessing.std).eval()
     if isinstance(preprocessing, DetectionPreprocessing):
@@ -84,6 +85,7 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
         _write_golden(bundle / GOLDEN_FILE, onnx_network, module.output_names, images, preprocessing)
         metrics = evaluate(make_predictor(onnx_network, preprocessing, checkpoint.labels), data)
         manifest = Manifest(
+            schema_version=1,
             name=out.parent.name,
             version=out.name,
             description=f"{recipe.architecture} trained by Vitrine's recipe {recipe.name} on {data.name}.",
@@ -93,11 +95,9 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
             outputs=onnx_network.outputs,
             preprocessing=preprocessing,
             labels=tuple(checkpoint.labels),
-            metrics=Metrics(
-                data=data.name, split=data.split, images=len(data), values=metrics, notes=recipe.data_notes
-            ),
+            metrics=Metrics(data=data.name, split=data.split, images=len(data), values=metrics, notes=terms.notes),
             parity=parity,
-            licences=Licences(code="Apache-2.0", data=recipe.data_licence),
+            licences=Licences(code="Apache-2.0", data=terms.licence),
             provenance=Provenance(
                 recipe=recipe.name,
                 recipe_settings={key: _plain(value) for key, value in recipe.changed_settings().items()},

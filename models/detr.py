@@ -17,7 +17,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from models.position import grid_centres, sine_2d
+from models.position import grid_centres, sine_2d, valid_cells
 from models.resnet import ResNet
 from models.transformer import DetrDecoderBlock, DetrEncoderBlock
 
@@ -76,6 +76,8 @@ class Detr(nn.Module):
         super().__init__()
         self.config = config
         dim = config.embed_dim
+        if dim % 4:
+            raise ValueError(f"embed_dim {dim} is not divisible by 4 (sine and cosine of x and y)")
         self.backbone = ResNet(config.backbone_layers, config.backbone_width)
         self.stride = 2 ** (1 + len(config.backbone_layers))
         self.input_proj = nn.Conv2d(self.backbone.num_features, dim, kernel_size=1)
@@ -103,12 +105,12 @@ class Detr(nn.Module):
         """Detect objects.
 
         Args:
-            images: normalised, float [B, 3, H, W], padded below and to the right.
+            images: normalised, float [B, 3, H, W], padded with zeros below and to the right.
             sizes: int64 [B, 2], height and width of each image's valid region.
         """
         dim = self.config.embed_dim
-        features = self.input_proj(self.backbone(images))  # [B, D, h, w]
-        valid = self._valid_cells(features, sizes)  # [B, h, w]
+        features = self.input_proj(self.backbone(images, sizes))  # [B, D, h, w]
+        valid = valid_cells(sizes, features.shape[-2:], self.stride)  # [B, h, w]
         y, x = grid_centres(valid)
         cells = torch.stack((x, y), dim=-1).flatten(1, 2)  # [B, M, 2]
         positions = sine_2d(cells, dim)  # [B, M, D]
@@ -135,14 +137,6 @@ class Detr(nn.Module):
                 layers.append({"pred_logits": self.class_embed(normed), "pred_boxes": box_logits.sigmoid()})
             reference = box_logits.detach()
         return {**layers[-1], "aux_outputs": layers[:-1]}
-
-    def _valid_cells(self, features: Tensor, sizes: Tensor) -> Tensor:
-        """Which cells [B, h, w] hold image: each stride-2 layer rounds an edge up, so the whole stride does."""
-        height, width = features.shape[-2:]
-        cells = (sizes + self.stride - 1) // self.stride  # [B, 2]
-        rows = torch.arange(height, device=sizes.device) < cells[:, :1]  # [B, h]
-        columns = torch.arange(width, device=sizes.device) < cells[:, 1:]  # [B, w]
-        return rows[:, :, None] & columns[:, None, :]
 
 
 def _grid_of_boxes(count: int) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B batch, h x w grid, N = h w tokens, D embedding.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,25 @@ def sine_2d(points: Tensor, embed_dim: int) -> Tensor:
     """
     x, y = (points * 2 * math.pi).unbind(-1)
     return torch.cat((sine(y, embed_dim // 2), sine(x, embed_dim // 2)), dim=-1)
+
+
+def valid_cells(sizes: Tensor, grid: Sequence[int], stride: int = 1) -> Tensor:
+    """Which cells of a padded feature map hold image.
+
+    Each stride-2 layer rounds an edge up, and so does the whole stride.
+
+    Args:
+        sizes: int64 [B, 2], height and width of each image's valid region in pixels.
+        grid: height and width (h, w) of the feature map.
+        stride: pixels per cell.
+
+    Returns:
+        bool [B, h, w], True in the top-left rectangle that is no padding.
+    """
+    cells = (sizes + stride - 1) // stride  # [B, 2]
+    rows = torch.arange(grid[0], device=sizes.device) < cells[:, :1]  # [B, h]
+    columns = torch.arange(grid[1], device=sizes.device) < cells[:, 1:]  # [B, w]
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def grid_centres(valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,17 @@
 """ResNet feature extractor, DETR's backbone (He et al. 2016, "Deep Residual Learning for Image Recognition").
 
+It is trained from random weights with batch norm. Padding is kept at zero before every spatial convolution and pooling:
+batch norm would otherwise lift it from zero, and it would leak into the features along an image's border, so that an
+image's answer depended on the batch that it is in.
+
 Shapes: B batch, H x W pixels, C channels.
 """
 
+from typing import cast
+
 from torch import Tensor, nn
+
+from models.position import valid_cells
 
 
 class BasicBlock(nn.Module):
@@ -22,11 +30,22 @@ class BasicBlock(nn.Module):
                 nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, H, W] -> [B, channels, H / stride, W / stride]."""
+    def forward(self, x: Tensor, sizes: Tensor, total_stride: int) -> Tensor:
+        """Transform features.
+
+        Args:
+            x: [B, in_channels, h, w], zero outside the valid regions.
+            sizes: int64 [B, 2], height and width of each image's valid region in pixels.
+            total_stride: pixels per cell of the result.
+
+        Returns:
+            [B, channels, h / stride, w / stride] (rounded up), zero outside the valid regions.
+        """
         out = self.relu(self.bn1(self.conv1(x)))
+        valid = valid_cells(sizes, out.shape[-2:], total_stride)[:, None]
+        out = out * valid
         out = self.bn2(self.conv2(out))
-        result: Tensor = self.relu(out + self.downsample(x))
+        result: Tensor = self.relu(out + self.downsample(x)) * valid
         return result
 
 
@@ -49,16 +68,27 @@ class ResNet(nn.Module):
             stride = 1 if index == 0 else 2
             stage = [BasicBlock(channels, out_channels, stride)]
             stage += [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-            self.stages.append(nn.Sequential(*stage))
+            self.stages.append(nn.ModuleList(stage))
             channels = out_channels
         self.num_features = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> features [B, num_features, H / stride, W / stride], rounded up."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        for stage in self.stages:
-            x = stage(x)
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+        """Extract features.
+
+        Args:
+            x: normalised images, float [B, 3, H, W], zero outside their valid regions.
+            sizes: int64 [B, 2], height and width of each valid region.
+
+        Returns:
+            [B, num_features, H / stride, W / stride] (rounded up), zero outside the valid regions.
+        """
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(x * valid_cells(sizes, x.shape[-2:], stride=2)[:, None])
+        x = x * valid_cells(sizes, x.shape[-2:], stride=4)[:, None]
+        for index, stage in enumerate(self.stages):
+            for block in cast(nn.ModuleList, stage):
+                x = block(x, sizes, 4 * 2**index)
         return x

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.detr import Detr
+from models.position import valid_cells
 
 Channels = tuple[float, float, float]
 
@@ -65,9 +66,7 @@ class ServedDetector(nn.Module):
             scores float [B, N] in 0..1, class_ids int64 [B, N], boxes float [B, N, 4] as xyxy in 0..1 of the
             valid region.
         """
-        rows = torch.arange(pixels.shape[1], device=sizes.device) < sizes[:, :1]  # [B, H]
-        columns = torch.arange(pixels.shape[2], device=sizes.device) < sizes[:, 1:]  # [B, W]
-        valid = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
+        valid = valid_cells(sizes, pixels.shape[1:3])[:, None]  # [B, 1, H, W]
         output = self.network(self.normalise(pixels) * valid, sizes)
         probabilities = torch.softmax(output["pred_logits"], dim=-1)[..., :-1]  # [B, N, K]
         scores, class_ids = probabilities.max(dim=-1)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import cast
 
 import anyio
@@ -11,7 +12,7 @@ import anyio.to_thread
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
@@ -20,7 +21,7 @@ from bundle.images import decode
 from bundle.manifest import Task
 from bundle.predictors import Classifier, Detector
 from bundle.repository import Repository
-from service.errors import on_bug, on_http_exception, on_timeout, on_vitrine_error
+from service.errors import on_bug, on_disconnect, on_http_exception, on_timeout, on_vitrine_error
 from service.openapi import DOCS_PAGE, openapi_document
 from service.requests import read_image_request
 from service.schemas import Classification, Detections, ModelDescription, ModelList
@@ -29,14 +30,26 @@ from service.settings import Settings, read_settings
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What the routes share while the process serves."""
+
+    settings: Settings
+    repository: Repository
+    limiter: anyio.CapacityLimiter  # of images in work
+
+
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     settings = read_settings()
-    app.state.settings = settings
-    app.state.limiter = anyio.CapacityLimiter(settings.threads)
-    app.state.repository = await anyio.to_thread.run_sync(Repository, settings.bundles)
-    _log.info("ready: %s", ", ".join(app.state.repository.bundles))
+    repository = await anyio.to_thread.run_sync(Repository, settings.bundles)
+    app.state.serving = Serving(settings, repository, anyio.CapacityLimiter(settings.threads))
+    _log.info("ready: %s", ", ".join(repository.bundles))
     yield
+
+
+def _serving(request: Request) -> Serving:
+    return cast(Serving, request.app.state.serving)
 
 
 def _json(answer: BaseModel) -> Response:
@@ -45,43 +58,44 @@ def _json(answer: BaseModel) -> Response:
 
 async def classify(request: Request) -> Response:
     """`POST /classify`."""
-    settings, repository = cast(Settings, request.app.state.settings), cast(Repository, request.app.state.repository)
+    serving = _serving(request)
+    settings = serving.settings
     async with asyncio.timeout(settings.timeout_seconds):
         asked = await read_image_request(request, ("model", "top_k"), settings.max_body_bytes)
-        bundle = repository.get(Task.CLASSIFICATION, asked.text("model"))
-        top_k = asked.integer("top_k", 5)
+        bundle = serving.repository.get(Task.CLASSIFICATION, asked.text("model"))
         predictor = cast(Classifier, bundle.predictor)
+        top_k = asked.integer("top_k", 5)
 
-        def work() -> Classification:
+        def work() -> Response:
             image = decode(asked.image, max_pixels=settings.max_pixels)
-            return Classification.of(bundle, image.size, predictor.classify(image, top_k=top_k))
+            return _json(Classification.of(bundle, image.size, predictor.classify(image, top_k=top_k)))
 
-        return _json(await anyio.to_thread.run_sync(work, limiter=request.app.state.limiter))
+        return await anyio.to_thread.run_sync(work, limiter=serving.limiter, abandon_on_cancel=True)
 
 
 async def detect(request: Request) -> Response:
     """`POST /detect`."""
-    settings, repository = cast(Settings, request.app.state.settings), cast(Repository, request.app.state.repository)
+    serving = _serving(request)
+    settings = serving.settings
     async with asyncio.timeout(settings.timeout_seconds):
         known = ("model", "threshold", "max_detections")
         asked = await read_image_request(request, known, settings.max_body_bytes)
-        bundle = repository.get(Task.DETECTION, asked.text("model"))
+        bundle = serving.repository.get(Task.DETECTION, asked.text("model"))
+        predictor = cast(Detector, bundle.predictor)
         threshold = asked.number("threshold", 0.5)
         max_detections = asked.integer("max_detections", 100)
-        predictor = cast(Detector, bundle.predictor)
 
-        def work() -> Detections:
+        def work() -> Response:
             image = decode(asked.image, max_pixels=settings.max_pixels)
             found = predictor.detect(image, threshold=threshold, max_detections=max_detections)
-            return Detections.of(bundle, image.size, found)
+            return _json(Detections.of(bundle, image.size, found))
 
-        return _json(await anyio.to_thread.run_sync(work, limiter=request.app.state.limiter))
+        return await anyio.to_thread.run_sync(work, limiter=serving.limiter, abandon_on_cancel=True)
 
 
 async def models(request: Request) -> Response:
     """`GET /models`."""
-    repository = cast(Repository, request.app.state.repository)
-    manifests = [bundle.manifest for bundle in repository.bundles.values()]
+    manifests = [bundle.manifest for bundle in _serving(request).repository.bundles.values()]
     described = [ModelDescription.model_validate(manifest, from_attributes=True) for manifest in manifests]
     return _json(ModelList(models=described))
 
@@ -110,6 +124,7 @@ def create_app() -> Starlette:
             VitrineError: on_vitrine_error,
             HTTPException: on_http_exception,
             TimeoutError: on_timeout,
+            ClientDisconnect: on_disconnect,
             Exception: on_bug,
         },
         lifespan=_lifespan,

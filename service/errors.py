@@ -51,6 +51,11 @@ async def on_timeout(request: Request, error: Exception) -> Response:
     return error_response(HTTPStatus.GATEWAY_TIMEOUT, "timeout", "the request was not answered in time")
 
 
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """The client went away before it had sent everything: nobody reads this, and it is no fault of ours."""
+    return error_response(HTTPStatus.BAD_REQUEST, "incomplete", "the request's body ended too early")
+
+
 async def on_bug(request: Request, error: Exception) -> Response:
     """Anything else: the client learns nothing of the inside; Starlette raises it on, so that the log gets it all."""
     return error_response(

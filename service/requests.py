@@ -58,7 +58,7 @@ async def read_image_request(request: Request, known: tuple[str, ...], max_bytes
 
     Raises:
         ImageTooLargeError: the body has more than `max_bytes` bytes; the rest is not read.
-        ParameterError: there is no image, or a field is unknown or sent twice.
+        ParameterError: there is no image, or a field is unknown or sent with two values.
     """
     limited = Request(request.scope, _limited(request, max_bytes))
     fields: list[tuple[str, str | UploadFile]] = [*request.query_params.multi_items()]
@@ -77,8 +77,10 @@ async def read_image_request(request: Request, known: tuple[str, ...], max_bytes
     for name, value in fields:
         if name not in known:
             raise ParameterError(name, expected=f"one of the parameters {', '.join(known)}", found="an unknown one")
-        if name in parameters or not isinstance(value, str):
-            raise ParameterError(name, expected="one text value", found="several" if name in parameters else "a file")
+        if not isinstance(value, str):
+            raise ParameterError(name, expected="text", found="a file")
+        if parameters.get(name, value) != value:
+            raise ParameterError(name, expected="one value", found=f"{parameters[name]!r} and {value!r}")
         parameters[name] = value
     return ImageRequest(image, parameters)
 

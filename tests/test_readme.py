@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bundle.loading import find_bundles, load_bundle, read_manifest
+from service.settings import Settings
 
 Serving = Callable[..., AbstractContextManager[tuple[str, Popen[str], list[str]]]]
 
@@ -66,6 +67,15 @@ def test_shipped_cards_are_written_from_the_manifests(root: Path) -> None:
 
     for path in find_bundles(root / "bundles"):
         assert (path / "README.md").read_text() == model_card(read_manifest(path))
+
+
+def test_the_settings_table_is_the_codes(root: Path) -> None:
+    rows = re.findall(r"\| `(VITRINE_\w+)` \| (.*?) \|", (root / "README.md").read_text())
+    documented = {name: default.strip("`") for name, default in rows}
+    assert set(documented) == {f"VITRINE_{name.upper()}" for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+        assert name == "threads" or documented[f"VITRINE_{name.upper()}"] == default
 
 
 def test_links_lead_somewhere(root: Path) -> None:

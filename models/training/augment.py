@@ -73,7 +73,9 @@ def window_and_flip(
     valid = (y < 1)[:, None, :, None] & (x < 1)[:, None, None, :]
     x = torch.where(mirror_x[:, None], 1 - x, x) * scale[:, None] + left[:, None]
     y = torch.where(mirror_y[:, None], 1 - y, y) * scale[:, None] + top[:, None]
-    x, y = x * own_width / width * 2 - 1, y * own_height / height * 2 - 1
+    # Half a pixel inside the valid region, so that interpolation never takes padding in.
+    x = torch.minimum((x * own_width).clamp(min=0.5), own_width - 0.5) / width * 2 - 1
+    y = torch.minimum((y * own_height).clamp(min=0.5), own_height - 0.5) / height * 2 - 1
     grid = torch.stack((x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1)
     images = F.grid_sample(pixels.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=False)
     contrast, brightness = (_uniform(batch, 1 - jitter, 1 + jitter, generator)[:, None, None, None] for _ in range(2))

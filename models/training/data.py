@@ -4,6 +4,8 @@ Images stay encoded here; `bundle.images` is the only decoder. Nothing in this m
 """
 
 import json
+import math
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from bundle.images import SUPPORTED_FORMATS
+from bundle.errors import ImageError
+from bundle.images import SUPPORTED_FORMATS, decode
 from bundle.manifest import Task
 from models.training.errors import DataError
 
@@ -58,37 +62,46 @@ class _Files(Sequence[bytes]):
 
 
 @dataclass(frozen=True)
-class ClassificationData:
-    """One split: encoded images, each with one class."""
-
-    name: str
+class _Images:
+    name: str  # of the data set
     split: str
     labels: tuple[str, ...]
+    names: Sequence[str]  # of the images, for messages
     encoded: Sequence[bytes]
-    class_ids: NDArray[np.int64]  # [n], indices into labels
 
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def subset(self, indices: NDArray[np.int64]) -> "ClassificationData":
-        """The images at `indices`, read into memory."""
-        encoded = [self.encoded[int(i)] for i in indices]
-        return ClassificationData(self.name, self.split, self.labels, encoded, self.class_ids[indices])
+    def image(self, index: int) -> Image.Image:
+        """One image, decoded as the service decodes it.
+
+        Raises:
+            DataError: naming the image that is broken.
+        """
+        try:
+            return decode(self.encoded[index])
+        except ImageError as error:
+            raise DataError(f"{self.names[index]}: {error}") from error
 
 
 @dataclass(frozen=True)
-class DetectionData:
+class ClassificationData(_Images):
+    """One split: encoded images, each with one class."""
+
+    class_ids: NDArray[np.int64]  # [n], indices into labels
+
+    def subset(self, indices: NDArray[np.int64]) -> "ClassificationData":
+        """The images at `indices`, read into memory."""
+        names, encoded = [self.names[i] for i in indices], [self.encoded[int(i)] for i in indices]
+        return ClassificationData(self.name, self.split, self.labels, names, encoded, self.class_ids[indices])
+
+
+@dataclass(frozen=True)
+class DetectionData(_Images):
     """One split: encoded images, each with any number of boxes."""
 
-    name: str
-    split: str
-    labels: tuple[str, ...]
-    encoded: Sequence[bytes]
     class_ids: list[NDArray[np.int64]]  # [n_i] each, indices into labels
     boxes: list[NDArray[np.float32]]  # [n_i, 4] each, xyxy in pixels of the upright image
-
-    def __len__(self) -> int:
-        return len(self.encoded)
 
     def subset(self, indices: NDArray[np.int64]) -> "DetectionData":
         """The images at `indices`, read into memory."""
@@ -97,6 +110,7 @@ class DetectionData:
             self.name,
             self.split,
             self.labels,
+            [self.names[i] for i in chosen],
             [self.encoded[i] for i in chosen],
             [self.class_ids[i] for i in chosen],
             [self.boxes[i] for i in chosen],
@@ -143,6 +157,8 @@ def load_training_splits(path: Path, task: Task, *, held_out: float, seed: int) 
         return train, val
     order = np.random.default_rng(seed).permutation(len(train))
     count = max(1, round(held_out * len(train)))
+    if count >= len(train):
+        raise DataError(f"{path}: expected more images in train than the {count} held out, found {len(train)}")
     return train.subset(order[count:]), train.subset(order[:count])
 
 
@@ -151,19 +167,24 @@ def _load_packed(path: Path, split: str) -> ClassificationData:
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("jpeg", "offsets", "labels", "classes")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise DataError(f"{file}: expected arrays jpeg, offsets, labels and classes: {error}") from error
     class_ids = arrays["labels"].astype(np.int64)
     labels = tuple(str(label) for label in arrays["classes"])
     if len(class_ids) != len(arrays["offsets"]) - 1:
         raise DataError(f"{file}: expected {len(class_ids) + 1} offsets, found {len(arrays['offsets'])}")
-    if len(class_ids) == 0 or class_ids.max() >= len(labels):
-        raise DataError(f"{file}: expected images with labels below {len(labels)}, found {class_ids}")
-    return ClassificationData(path.name, split, labels, _Packed(arrays["jpeg"], arrays["offsets"]), class_ids)
+    if len(class_ids) == 0 or class_ids.min() < 0 or class_ids.max() >= len(labels):
+        raise DataError(f"{file}: expected images with labels from 0 to {len(labels) - 1}, found {class_ids}")
+    offsets = arrays["offsets"]
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(arrays["jpeg"]):
+        raise DataError(f"{file}: expected offsets that rise from 0 to at most {len(arrays['jpeg'])}, found {offsets}")
+    names = [f"{file}[{i}]" for i in range(len(class_ids))]
+    return ClassificationData(path.name, split, labels, names, _Packed(arrays["jpeg"], offsets), class_ids)
 
 
 def _load_folders(path: Path, split: str) -> ClassificationData:
-    folders = sorted(folder for folder in (path / split).iterdir() if folder.is_dir())
+    visible = (folder for folder in (path / split).iterdir() if folder.is_dir() and folder.name[0] not in "._")
+    folders = sorted(visible)  # ".ipynb_checkpoints", "__MACOSX" and the like are no labels
     files: list[Path] = []
     class_ids: list[int] = []
     for class_id, folder in enumerate(folders):
@@ -173,7 +194,8 @@ def _load_folders(path: Path, split: str) -> ClassificationData:
     if not files:
         raise DataError(f"{path / split}: expected <label>/<image>, found no {', '.join(SUPPORTED_FORMATS)} file")
     labels = tuple(folder.name for folder in folders)
-    return ClassificationData(path.name, split, labels, _Files(files), np.array(class_ids, dtype=np.int64))
+    names = [str(file) for file in files]
+    return ClassificationData(path.name, split, labels, names, _Files(files), np.array(class_ids, dtype=np.int64))
 
 
 def _load_coco(path: Path, split: str) -> DetectionData:
@@ -186,10 +208,14 @@ def _load_coco(path: Path, split: str) -> DetectionData:
         by_image: dict[int, list[tuple[int, list[float]]]] = {image["id"]: [] for image in document["images"]}
         for annotation in document["annotations"]:
             x, y, width, height = map(float, annotation["bbox"])
+            if not all(map(math.isfinite, (x, y, width, height))):
+                raise ValueError(f"annotation {annotation.get('id')} has bbox {annotation['bbox']}")
             if annotation.get("iscrowd", 0) or width <= 0 or height <= 0:
                 continue
             entry = (contiguous[annotation["category_id"]], [x, y, x + width, y + height])
             by_image[annotation["image_id"]].append(entry)
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"two categories have the same name: {labels}")
         paths = [path / "images" / image["file_name"] for image in document["images"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file}: not in COCO's format: {type(error).__name__} {error}") from error
@@ -201,6 +227,7 @@ def _load_coco(path: Path, split: str) -> DetectionData:
         path.name,
         split,
         labels,
+        [str(image) for image in paths],
         _Files(paths),
         [np.array([class_id for class_id, _ in image], dtype=np.int64) for image in annotations],
         [np.array([box for _, box in image], dtype=np.float32).reshape(-1, 4) for image in annotations],

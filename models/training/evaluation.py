@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from bundle.images import decode
 from bundle.predictors import Classifier, Detector, Predictor
 from models.training.data import ClassificationData, Data, DetectionData
 from models.training.errors import DataError
@@ -37,11 +36,13 @@ def _progress(items: range) -> "tqdm[int]":
 def _evaluate_classifier(predictor: Classifier, data: ClassificationData) -> dict[str, float]:
     ranks = []
     for start in _progress(range(0, len(data), _BATCH)):
-        images = [decode(encoded) for encoded in data.encoded[start : start + _BATCH]]
+        images = [data.image(i) for i in range(start, min(start + _BATCH, len(data)))]
         probabilities = predictor.probabilities(images)
         truth = data.class_ids[start : start + _BATCH]
-        own = probabilities[np.arange(len(truth)), truth]
-        ranks.append((probabilities > own[:, None]).sum(axis=1))
+        if not np.isfinite(probabilities).all():
+            raise DataError(f"{data.name}: the network answers probabilities that are not finite")
+        order = np.argsort(-probabilities, axis=1, kind="stable")  # as `Classifier.classify` orders them
+        ranks.append((order == truth[:, None]).argmax(axis=1))
     rank = np.concatenate(ranks)
     return {"top1": float((rank < 1).mean()), "top5": float((rank < 5).mean())}
 
@@ -73,7 +74,8 @@ def _evaluate_detector(predictor: Detector, data: DetectionData) -> dict[str, fl
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        evaluator = COCOeval(coco, coco.loadRes(found), "bbox")
+        results = coco.loadRes(found) if found else COCO()
+        evaluator = COCOeval(coco, results, "bbox")
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
@@ -87,7 +89,7 @@ def _evaluate_detector(predictor: Detector, data: DetectionData) -> dict[str, fl
 
 
 def _coco_entries(predictor: Detector, data: DetectionData, image_id: int) -> Iterator[dict[str, object]]:
-    for detection in predictor.detect(decode(data.encoded[image_id]), threshold=0.0, max_detections=100):
+    for detection in predictor.detect(data.image(image_id), threshold=0.0, max_detections=100):
         box = detection.box
         yield {
             "image_id": image_id,

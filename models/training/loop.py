@@ -15,11 +15,13 @@ from models.build import build_model
 from models.training import checkpoint as checkpoints
 from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, Checkpoint
 from models.training.data import load_training_splits
-from models.training.errors import TrainingError
+from models.training.errors import RecipeError, TrainingError
 from models.training.evaluation import evaluate
 from models.training.network import torch_predictor
 from models.training.objectives import Objective, make_objective
 from models.training.recipe import Recipe
+
+_EXPLODED = 1e6  # no weight of a network that still learns comes near it; NaN is not below it either
 
 
 def train(recipe: Recipe, data_path: Path, run: Path, *, resume: bool = False) -> Checkpoint:
@@ -30,13 +32,17 @@ def train(recipe: Recipe, data_path: Path, run: Path, *, resume: bool = False) -
     Raises:
         TrainingError: the run exists (without `resume`), the recipe differs from the run's, or the loss is not finite.
         DataError: the data cannot be read.
+        RecipeError: the architecture cannot be built with these settings.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     previous = _previous(recipe, run, resume)
     train_data, val_data = load_training_splits(data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed)
     objective = make_objective(recipe, train_data, device)
     torch.manual_seed(recipe.seed)
-    network = build_model(recipe.architecture, recipe.model, len(train_data.labels)).to(device)
+    try:
+        network = build_model(recipe.architecture, recipe.model, len(train_data.labels)).to(device)
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        raise RecipeError(f"{recipe.name}: model: {error}") from error
     optimizer = make_optimizer(network, recipe)
     if previous is None:
         run.mkdir(parents=True, exist_ok=True)
@@ -93,8 +99,8 @@ def train_epoch(
     All randomness is drawn from the recipe's seed and the epoch's number, so that a resumed run repeats it.
     """
     network.train()
-    torch.manual_seed(hash_seed(recipe.seed, epoch))  # dropout
-    generator = torch.Generator(device).manual_seed(hash_seed(recipe.seed, epoch))
+    torch.manual_seed(epoch_seed(recipe.seed, epoch))  # dropout
+    generator = torch.Generator(device).manual_seed(epoch_seed(recipe.seed, epoch))
     order = torch.randperm(len(objective), generator=generator, device=device)
     batches = order.split(recipe.batch_size)
     sums: dict[str, float] = {}
@@ -110,16 +116,18 @@ def train_epoch(
                 f"epoch {epoch + 1}, step {step}: the loss is {loss.item()}; try a smaller lr than {lr:g}"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_grad)
         optimizer.step()
         for name, value in parts.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
         progress.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}")
+    if not all(parameter.abs().max() < _EXPLODED for parameter in network.parameters()):
+        raise TrainingError(f"epoch {epoch + 1}: the weights have exploded; try a smaller lr than {recipe.lr:g}")
     return {name: value / len(objective) for name, value in sums.items()}
 
 
-def hash_seed(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
     """One seed for each pair of run seed and epoch."""
     return (seed * 100_003 + epoch) % 2**63
 

@@ -49,6 +49,7 @@ class HungarianMatcher:
         l1_cost = torch.cdist(boxes, boxes_target.expand(len(targets), -1, -1), p=1)
         giou_cost = -generalised_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(boxes_target))
         cost = self.class_cost * class_cost + self.l1_cost * l1_cost + self.giou_cost * giou_cost
+        cost = cost.nan_to_num()  # a diverged network: let the loss, not the matching, say so
         matches = []
         for image_cost, own in zip(cost.cpu(), torch.arange(len(class_ids)).split(counts), strict=True):
             queries, objects = [], []

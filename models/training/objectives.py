@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-from bundle.images import decode, pad_and_stack, to_classification_pixels, to_detection_pixels
+from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
 from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
 from models.detr import Detr
 from models.serving import Normalise
@@ -39,7 +39,7 @@ class ClassificationObjective:
         assert isinstance(preprocessing, ClassificationPreprocessing)
         pixels = np.empty((len(data), *preprocessing.input_size, 3), dtype=np.uint8)
         for i in tqdm(range(len(data)), desc="decode", leave=False, disable=None):
-            pixels[i] = to_classification_pixels(decode(data.encoded[i]), preprocessing)
+            pixels[i] = to_classification_pixels(data.image(i), preprocessing)
         self.pixels = torch.from_numpy(pixels).to(device)
         self.class_ids = torch.from_numpy(data.class_ids).to(device)
         self.normalise = Normalise(preprocessing.mean, preprocessing.std).to(device)
@@ -63,7 +63,7 @@ class DetectionObjective:
         images = []
         self.targets = []
         for i in tqdm(range(len(data)), desc="decode", leave=False, disable=None):
-            image = decode(data.encoded[i])
+            image = data.image(i)
             images.append(to_detection_pixels(image, preprocessing))
             edges = np.array([image.width, image.height] * 2, dtype=np.float32)
             boxes = torch.from_numpy(data.boxes[i] / edges).clamp(0, 1)

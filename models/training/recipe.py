@@ -7,9 +7,9 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from bundle.manifest import Preprocessing, Task
+from bundle.manifest import ClassificationPreprocessing, Preprocessing, Task
 from models.training import recipes
 from models.training.errors import RecipeError
 
@@ -36,8 +36,6 @@ class Recipe(BaseModel):
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.04  # of train, where the data has no split "val"
     evaluate_every: Positive = 1  # epochs
     seed: int = 0
-    data_licence: str = "not stated"
-    data_notes: str = ""  # what a reader of the measured numbers must know about the data
 
     @model_validator(mode="after")
     def _settings_exist(self) -> "Recipe":
@@ -49,6 +47,17 @@ class Recipe(BaseModel):
         for key in self.model:
             if key not in known:
                 raise ValueError(_unknown(f"model.{key}", [f"model.{name}" for name in known]))
+        try:
+            config = ARCHITECTURES[self.architecture][1]
+            settings = TypeAdapter(config).validate_python({"num_classes": 1, **self.model})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"model.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from error
+        if isinstance(self.preprocessing, ClassificationPreprocessing):
+            size = getattr(settings, "image_size", None)
+            if self.preprocessing.input_size != (size, size):
+                found = f"{size} and {self.preprocessing.input_size}"
+                raise ValueError(f"model.image_size and preprocessing.input_size have to agree, found {found}")
         return self
 
     @property
@@ -85,7 +94,9 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         return Recipe.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        if not first["loc"]:  # from a validator of the whole recipe, whose sentence is complete
+            raise RecipeError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
+        place = ".".join(map(str, first["loc"]))
         raise RecipeError(f"{name}: {place}: {first['msg']}, found {first['input']!r}") from error
 
 

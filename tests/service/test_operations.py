@@ -1,8 +1,10 @@
 """Everything around the answers: health, metrics, model list, OpenAPI, errors of other routes, start and stop."""
 
+import io
 import json
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -11,6 +13,7 @@ from subprocess import Popen
 import httpx
 import pytest
 from openapi_spec_validator import validate
+from PIL import Image
 
 Serving = Callable[..., AbstractContextManager[tuple[str, Popen[str], list[str]]]]
 
@@ -106,6 +109,29 @@ def test_a_request_that_takes_too_long_is_504(serve: Serving, tiny_bundles: Path
         answer = httpx.post(f"{url}/classify", content=photograph)
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "timeout"
+
+
+def test_work_that_takes_too_long_is_504_and_the_next_request_is_answered(
+    serve: Serving, tiny_bundles: Path, photograph: bytes
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (7000, 7000)).save(buffer, "PNG")  # small to send, long to decode
+    with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="0.3") as (url, _, _):
+        answer = httpx.post(f"{url}/classify", content=buffer.getvalue())
+        assert answer.status_code == 504
+        assert httpx.post(f"{url}/classify", content=photograph).status_code == 200
+
+
+def test_a_client_that_leaves_early_harms_nobody(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    with serve(tiny_bundles) as (url, _, lines):
+        host, port = url.removeprefix("http://").split(":")
+        for content_type in ("image/jpeg", "multipart/form-data; boundary=x"):
+            with socket.create_connection((host, int(port))) as connection:
+                headers = ("Host: x", f"Content-Type: {content_type}", "Content-Length: 9999", "", "")
+                head = "\r\n".join(("POST /classify HTTP/1.1", *headers))
+                connection.sendall(head.encode() + photograph[:1000])
+        assert httpx.post(f"{url}/classify", content=photograph).status_code == 200
+    assert "Traceback" not in "".join(lines)
 
 
 def test_limits_come_from_the_environment(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:

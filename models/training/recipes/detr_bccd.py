@@ -21,12 +21,11 @@ RECIPE = Recipe(
     preprocessing=DetectionPreprocessing(
         shortest_edge=240, longest_edge=320, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     ),
-    epochs=100,
+    epochs=150,
     batch_size=4,
     lr=5e-4,
     weight_decay=1e-4,
     warmup_epochs=1.0,
     clip_grad=0.5,
-    evaluate_every=10,
-    data_licence="MIT (BCCD, Shenggan Cheng and contributors)",
+    evaluate_every=5,
 )

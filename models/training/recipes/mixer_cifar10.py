@@ -17,11 +17,10 @@ RECIPE = Recipe(
     preprocessing=ClassificationPreprocessing(
         input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     ),
-    epochs=14,
+    epochs=11,
     batch_size=100,
     lr=2e-3,
     weight_decay=0.05,
     warmup_epochs=1.0,
     label_smoothing=0.1,
-    data_licence="CIFAR-10 states no licence; its author asks to cite the technical report",
 )

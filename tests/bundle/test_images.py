@@ -1,0 +1,327 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from bundle.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+from bundle.images import (
+    SUPPORTED_FORMATS,
+    decode,
+    detection_size,
+    pad_and_stack,
+    to_classification_pixels,
+    to_detection_pixels,
+)
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
+
+CHANNELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+ORIENTATION = 0x0112
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+
+
+def encode(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """A picture of slow gradients, different in each channel and corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = (255 * x / width, 255 * y / height, 127 * (x / width + 1 - y / height))
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that claims to be of that size and holds no pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def mean_difference(a: object, b: object) -> float:
+    return float(np.abs(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)).mean())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_decodes_to_the_same_rgb(form: str) -> None:
+    image = smooth(48, 32)
+    decoded = decode(encode(image, form))
+    assert (decoded.mode, decoded.size) == ("RGB", (48, 32))
+    assert mean_difference(decoded, image) < (16 if form == "GIF" else 4)  # a GIF has 256 colours
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_first_frame_of_several_is_taken(form: str) -> None:
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    decoded = decode(encode(red, form, save_all=True, append_images=[blue]))
+    assert mean_difference(decoded, red) < 3
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (4, 4), 77), (77, 77, 77)),
+        (Image.new("LA", (4, 4), (0, 0)), (255, 255, 255)),
+        (Image.new("LA", (4, 4), (40, 255)), (40, 40, 40)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (Image.new("1", (4, 4), 0), (0, 0, 0)),
+        (Image.new("RGBA", (4, 4), (10, 20, 30, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (10, 20, 30, 255)), (10, 20, 30)),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 51)), (204, 204, 204)),
+        (Image.fromarray(np.full((4, 4), 0x12FF, np.uint16)), (0x12, 0x12, 0x12)),
+        (Image.fromarray(np.full((4, 4), 0xFFFF, np.uint16)), (255, 255, 255)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value[0]),
+)
+def test_modes_of_png(image: Image.Image, expected: tuple[int, int, int]) -> None:
+    decoded = decode(encode(image, "PNG"))
+    assert decoded.mode == "RGB"
+    assert mean_difference(decoded, np.full((4, 4, 3), expected)) <= 1 / 3
+
+
+def test_transparent_palette_entry_is_white() -> None:
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.paste(1, (2, 0, 4, 2))
+    pixels = np.asarray(decode(encode(image, "PNG", transparency=0)))
+    assert pixels[0, 0].tolist() == [255, 255, 255]
+    assert pixels[0, 3].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "TIFF"])
+def test_cmyk(form: str) -> None:
+    image = smooth(32, 32)
+    assert mean_difference(decode(encode(image.convert("CMYK"), form)), image) < 6
+
+
+def test_floating_point_tiff_is_refused() -> None:
+    with pytest.raises(UndecodableImageError, match="floating-point"):
+        decode(encode(Image.new("F", (4, 4), 0.5), "TIFF"))
+
+
+# How upright rows and columns are stored under each orientation: the inverse of what a viewer does.
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int, form: str) -> None:
+    upright = np.asarray(smooth(48, 32))
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    decoded = np.asarray(decode(encode(stored, form, exif=exif)))
+    assert decoded.shape == upright.shape
+    assert mean_difference(decoded, upright) < (3 if form == "JPEG" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00garbage", b"Exif\x00\x00MM\x00*\x00"],
+)
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_is_ignored(form: str, exif: bytes) -> None:
+    image = smooth(32, 24)
+    assert mean_difference(decode(encode(image, form, exif=exif)), image) < 4
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_unknown_orientation_is_ignored(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    assert decode(encode(smooth(8, 4), "PNG", exif=exif)).size == (8, 4)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_truncated_image(form: str) -> None:
+    data = encode(smooth(64, 64), form)
+    with pytest.raises(UndecodableImageError):
+        decode(data[: len(data) // 2])
+
+
+def test_empty() -> None:
+    with pytest.raises(UndecodableImageError, match="empty"):
+        decode(b"")
+
+
+@pytest.mark.parametrize("data", [b"hello", b"<svg/>", b"%PDF-1.7", b"\x00" * 100, b"\xff\xd8"])
+def test_not_an_image(data: bytes) -> None:
+    with pytest.raises(UnsupportedImageError) as caught:
+        decode(data)
+    assert all(form in str(caught.value) for form in SUPPORTED_FORMATS)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"GIF89a", b"BM", b"II*\x00"]
+)
+def test_only_the_signature(data: bytes) -> None:
+    with pytest.raises(UndecodableImageError, match="identify"):
+        decode(data)
+
+
+@pytest.mark.parametrize(("width", "height"), [(8_000, 8_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1)])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_header_is_refused_before_decoding(width: int, height: int) -> None:
+    with pytest.raises(ImageTooLargeError, match="50000000 pixels"):
+        decode(png(width, height))
+
+
+def test_max_pixels() -> None:
+    data = encode(smooth(20, 10), "PNG")
+    assert decode(data, max_pixels=200).size == (20, 10)
+    with pytest.raises(ImageTooLargeError, match="at most 199 pixels are accepted, found 20 x 10"):
+        decode(data, max_pixels=199)
+
+
+VALID = {form: encode(smooth(24, 16), form) for form in FORMATS}
+
+
+def decodes_or_refuses(data: bytes) -> None:
+    try:
+        image = decode(data, max_pixels=100_000)
+    except ImageError:
+        return
+    assert image.mode == "RGB"
+    assert np.asarray(image).dtype == np.uint8
+
+
+SIGNATURES = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b"GIF89a", b"BM", b"II*\x00", b"MM\x00*"]
+
+
+@given(st.sampled_from(SIGNATURES), st.binary(max_size=200))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes(signature: bytes, data: bytes) -> None:
+    decodes_or_refuses(signature + data)
+
+
+@given(
+    st.sampled_from(FORMATS),
+    st.floats(0, 1),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+)
+@settings(max_examples=300, deadline=None)
+@pytest.mark.filterwarnings("ignore")  # Pillow and libtiff warn of what is broken
+def test_any_corruption(form: str, kept: float, changes: list[tuple[float, int]]) -> None:
+    data = bytearray(VALID[form])
+    for place, value in changes:
+        data[int(place * len(data))] = value
+    decodes_or_refuses(bytes(data[: round(kept * len(data))]))
+    decodes_or_refuses(bytes(data))
+
+
+@pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 256), (256, 384)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_centre_crop_is_resize_then_crop(width: int, height: int, interpolation: str) -> None:
+    image = smooth(width, height)
+    preprocessing = ClassificationPreprocessing(
+        input_size=(56, 56), crop_pct=0.875, interpolation=interpolation, **CHANNELS
+    )
+    scale = 64 / min(width, height)
+    size = (round(width * scale), round(height * scale))
+    left, top = (size[0] - 56) // 2, (size[1] - 56) // 2
+    resized = image.resize(size, Image.Resampling[interpolation.upper()])
+    expected = resized.crop((left, top, left + 56, top + 56))
+    pixels = to_classification_pixels(image, preprocessing)
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_squash_is_a_plain_resize() -> None:
+    image = smooth(90, 40)
+    preprocessing = ClassificationPreprocessing(input_size=(16, 32), crop_mode="squash", **CHANNELS)
+    expected = np.asarray(image.resize((32, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(to_classification_pixels(image, preprocessing), expected)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_image_of_the_input_size_is_left_alone(crop_mode: str) -> None:
+    image = smooth(32, 24)
+    preprocessing = ClassificationPreprocessing(input_size=(24, 32), crop_mode=crop_mode, **CHANNELS)
+    np.testing.assert_array_equal(to_classification_pixels(image, preprocessing), np.asarray(image))
+
+
+@given(
+    st.tuples(st.integers(1, 500), st.integers(1, 500)),
+    st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    st.floats(0.1, 1),
+)
+@settings(max_examples=150, deadline=None)
+def test_classification_pixels_of_any_size(size: tuple[int, int], input_size: tuple[int, int], crop_pct: float) -> None:
+    preprocessing = ClassificationPreprocessing(input_size=input_size, crop_pct=crop_pct, **CHANNELS)
+    assert to_classification_pixels(Image.new("RGB", size), preprocessing).shape == (*input_size, 3)
+
+
+@pytest.mark.parametrize("size", [(106, 106), (106, 143), (406, 406)])
+def test_rounding_does_not_push_the_crop_outside(size: tuple[int, int]) -> None:
+    preprocessing = ClassificationPreprocessing(input_size=(49, 49), **CHANNELS)
+    pixels = to_classification_pixels(Image.new("RGB", size, "red"), preprocessing)
+    assert (pixels == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((640, 480), (1067, 800)),
+        ((480, 640), (800, 1067)),
+        ((2000, 500), (1333, 333)),
+        ((800, 800), (800, 800)),
+        ((10_000, 1), (1333, 1)),
+    ],
+)
+def test_detection_size(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    preprocessing = DetectionPreprocessing(shortest_edge=800, longest_edge=1333, **CHANNELS)
+    assert detection_size(*size, preprocessing) == expected
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 900), st.integers(0, 900))
+def test_detection_size_keeps_the_aspect_ratio_within_bounds(
+    width: int, height: int, shortest: int, extra: int
+) -> None:
+    longest = shortest + extra
+    preprocessing = DetectionPreprocessing(shortest_edge=shortest, longest_edge=longest, **CHANNELS)
+    new_width, new_height = detection_size(width, height, preprocessing)
+    assert 1 <= min(new_width, new_height) <= shortest
+    assert max(new_width, new_height) <= longest
+    assert min(new_width, new_height) == shortest or max(new_width, new_height) == longest
+    scale = max(new_width, new_height) / max(width, height)
+    slack = 0.5 + 0.5 * min(width, height) / max(width, height) + 1e-6  # each edge is rounded
+    assert abs(min(new_width, new_height) - min(width, height) * scale) <= max(slack, 1)
+
+
+def test_detection_pixels_have_the_detection_size() -> None:
+    preprocessing = DetectionPreprocessing(shortest_edge=32, longest_edge=64, **CHANNELS)
+    assert to_detection_pixels(smooth(100, 80), preprocessing).shape == (32, 40, 3)
+    image = smooth(64, 32)
+    np.testing.assert_array_equal(to_detection_pixels(image, preprocessing), np.asarray(image))
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5))
+def test_pad_and_stack(shapes: list[tuple[int, int]]) -> None:
+    random = np.random.default_rng(0)
+    images: list[NDArray[np.uint8]] = [random.integers(1, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    pixels, sizes = pad_and_stack(images)
+    assert (pixels.dtype, sizes.dtype) == (np.uint8, np.int64)
+    assert pixels.shape == (len(shapes), max(h for h, _ in shapes), max(w for _, w in shapes), 3)
+    assert sizes.tolist() == [list(shape) for shape in shapes]
+    for stacked, image, (height, width) in zip(pixels, images, shapes, strict=True):
+        np.testing.assert_array_equal(stacked[:height, :width], image)
+        assert np.count_nonzero(stacked) == image.size

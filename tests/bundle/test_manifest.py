@@ -1,0 +1,134 @@
+import copy
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Manifest, Task
+
+CHANNELS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+CLASSIFICATION = {"task": "image-classification", "input_size": [32, 32], **CHANNELS}
+DETECTION = {"task": "object-detection", "shortest_edge": 240, "longest_edge": 320, **CHANNELS}
+SHA = "0" * 64
+VALID: dict[str, Any] = {
+    "schema_version": 1,
+    "name": "pets",
+    "version": "1",
+    "description": "Cats and dogs.",
+    "architecture": "vit",
+    "task": "image-classification",
+    "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": ["batch", 32, 32, 3]}],
+    "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": ["batch", 2]}],
+    "preprocessing": CLASSIFICATION,
+    "labels": ["cat", "dog"],
+    "metrics": {"data": "pets", "split": "test", "images": 10, "values": {"top1": 0.9}},
+    "parity": {"images": 10, "max_abs_diff": {"probabilities": 1e-6}, "top1_agreement": 1.0},
+    "licences": {"code": "Apache-2.0", "data": "MIT"},
+    "provenance": {
+        "recipe": "vit_cifar10",
+        "recipe_settings": {"lr": 0.001, "model.stem": "conv"},
+        "architecture_config": {"depth": 6},
+        "epochs": 1,
+        "seed": 0,
+        "parameters": 1000,
+        "training_seconds": 1.5,
+        "git_commit": "unknown",
+        "torch": "2",
+        "onnx": "1",
+        "opset": 18,
+        "checkpoint_sha256": SHA,
+    },
+    "files": {"model.onnx": {"sha256": SHA, "size": 1}, "golden.npz": {"sha256": SHA, "size": 1}},
+}
+
+
+def changed(place: str, value: object) -> dict[str, Any]:
+    """VALID with one value set; `place` is dotted, but for file names, which follow "files:"."""
+    document = copy.deepcopy(VALID)
+    keys = ["files", place.removeprefix("files:")] if place.startswith("files:") else place.split(".")
+    target = document
+    for key in keys[:-1]:
+        target = target[key]
+    target[keys[-1]] = value
+    return document
+
+
+def test_round_trip() -> None:
+    manifest = Manifest.model_validate(VALID)
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Manifest.model_validate(VALID).name = "other"
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "task", "kind"),
+    [
+        (CLASSIFICATION, Task.CLASSIFICATION, ClassificationPreprocessing),
+        (DETECTION, Task.DETECTION, DetectionPreprocessing),
+    ],
+)
+def test_preprocessing_is_chosen_by_task(preprocessing: dict[str, Any], task: Task, kind: type) -> None:
+    manifest = Manifest.model_validate({**VALID, "task": task, "preprocessing": preprocessing})
+    assert type(manifest.preprocessing) is kind
+
+
+@pytest.mark.parametrize("name", ["a", "vit-cifar10", "0", "a.b_c", "a" * 64])
+def test_names(name: str) -> None:
+    assert Manifest.model_validate(changed("name", name)).name == name
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("colour", "red", "colour\n  Extra inputs"),
+        ("metrics.f1", 0.5, r"metrics.f1\n  Extra inputs"),
+        ("preprocessing.shortest_edge", 240, r"shortest_edge\n  Extra inputs"),
+        ("schema_version", 2, "schema_version\n  Input should be 1"),
+        *[("name", name, "name\n  String should match") for name in ("", "A", "a b", "../a", ".a", "a\n", "a" * 65)],
+        *[("version", v, "version\n  String should match") for v in ("", "0", "01", "1.0", "v1", "-1", "1\n")],
+        ("version", 1, "version\n  Input should be a valid string"),
+        ("task", "segmentation", "task\n  Input should be 'image-classification' or 'object-detection'"),
+        ("task", "object-detection", "preprocessing is for image-classification, the bundle for object-detection"),
+        ("preprocessing", DETECTION, "preprocessing is for object-detection, the bundle for image-classification"),
+        ("preprocessing", {**CLASSIFICATION, "task": "other"}, "'other' found using 'task'"),
+        ("preprocessing", CHANNELS, "Unable to extract tag using discriminator 'task'"),
+        ("preprocessing.input_size", [0, 32], "input_size.0\n  Input should be greater than or equal to 1"),
+        ("preprocessing.crop_pct", 0, "greater than 0"),
+        ("preprocessing.crop_pct", 1.01, "less than or equal to 1"),
+        ("preprocessing.crop_mode", "border", "'center' or 'squash'"),
+        ("preprocessing.interpolation", "nearest", "'bilinear' or 'bicubic'"),
+        ("preprocessing.mean", [0.5, 0.5], r"mean.2\n  Field required"),
+        ("preprocessing.std", [0.5, 0.5, float("nan")], "finite number"),
+        ("labels", [], "at least 1 item"),
+        ("labels", ["cat", "cat"], "labels are not unique"),
+        ("metrics.images", 0, "metrics.images\n  Input should be greater"),
+        ("metrics.values", {"top1": float("inf")}, "finite number"),
+        ("inputs", [{"name": "x", "datatype": "FP16", "shape": [1]}], "'UINT8', 'INT64' or 'FP32'"),
+        ("files", {"golden.npz": {"sha256": SHA, "size": 1}}, "model.onnx is not listed"),
+        ("files", {"model.onnx": {"sha256": SHA, "size": 1}}, "golden.npz is not listed"),
+        ("files:README.md", {"sha256": "abc", "size": 1}, "sha256\n  String should match"),
+        ("files:README.md", {"sha256": SHA, "size": -1}, "size\n  Input should be greater"),
+        *[
+            (f"files:{name}", {"sha256": SHA, "size": 1}, "is not the name of a file beside the manifest")
+            for name in ("../secret", "/etc/passwd", "a/b", "", ".", "..", "manifest.json")
+        ],
+    ],
+)
+def test_refused_with_the_place_and_the_reason(place: str, value: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Manifest.model_validate(changed(place, value))
+
+
+@pytest.mark.parametrize("field", sorted(VALID.keys() - {"schema_version"}))
+def test_required_fields(field: str) -> None:
+    document = {key: value for key, value in VALID.items() if key != field}
+    with pytest.raises(ValidationError, match=f"{field}\n  Field required"):
+        Manifest.model_validate(document)
+
+
+def test_detection_edges_in_order() -> None:
+    with pytest.raises(ValidationError, match="longest_edge 200 is below shortest_edge 240"):
+        DetectionPreprocessing.model_validate({**DETECTION, "longest_edge": 200})

@@ -1,0 +1,147 @@
+"""The predictors around real, hand-made ONNX graphs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from PIL import Image
+
+from bundle.errors import ParameterError
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
+from bundle.predictors import Classifier, Detector, make_predictor
+from bundle.runtime import OnnxNetwork
+
+CHANNELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+CLASSIFICATION = ClassificationPreprocessing(input_size=(8, 8), **CHANNELS)
+DETECTION = DetectionPreprocessing(shortest_edge=16, longest_edge=32, **CHANNELS)
+PIXELS = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", "height", "width", 3])
+
+
+def network(
+    file: Path,
+    nodes: Sequence[NodeProto],
+    inputs: Sequence[ValueInfoProto],
+    outputs: Sequence[ValueInfoProto],
+    **constants: np.ndarray,
+) -> OnnxNetwork:
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "graph", inputs, outputs, initializers)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
+    return OnnxNetwork(file)
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Classifier:
+    """Answers each channel's share of the light: red, green, blue."""
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["float", "edges"], ["mean"], keepdims=0),
+        helper.make_node("ReduceSum", ["mean", "channels"], ["sum"], keepdims=1),
+        helper.make_node("Div", ["mean", "sum"], ["probabilities"]),
+    ]
+    outputs = [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 3])]
+    constants = {"edges": np.array([1, 2]), "channels": np.array([1])}
+    graph = network(tmp_path / "classifier.onnx", nodes, [PIXELS], outputs, **constants)
+    return Classifier(graph, CLASSIFICATION, ("red", "green", "blue"))
+
+
+SCORES = np.array([[0.3, 0.9, 0.5, 0.5, 0.0]], np.float32)
+CLASS_IDS = np.array([[1, 0, 1, 0, 1]])
+BOXES = np.array(
+    [[[0, 0, 1, 1], [0.25, 0.5, 0.75, 1], [0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0, 0, 0.1, 0.1]]], np.float32
+)
+
+
+@pytest.fixture
+def detector(tmp_path: Path) -> Detector:
+    """Answers the same five boxes whatever it sees."""
+    nodes = [
+        helper.make_node("Cast", ["sizes"], ["float_sizes"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float_sizes", "zero"], ["zeros"]),
+        helper.make_node("ReduceSum", ["zeros"], ["nothing"], keepdims=0),
+        helper.make_node("Add", ["fixed_scores", "nothing"], ["scores"]),
+        helper.make_node("Identity", ["fixed_ids"], ["class_ids"]),
+        helper.make_node("Identity", ["fixed_boxes"], ["boxes"]),
+    ]
+    sizes = helper.make_tensor_value_info("sizes", TensorProto.INT64, ["batch", 2])
+    outputs = [
+        helper.make_tensor_value_info("scores", TensorProto.FLOAT, [1, 5]),
+        helper.make_tensor_value_info("class_ids", TensorProto.INT64, [1, 5]),
+        helper.make_tensor_value_info("boxes", TensorProto.FLOAT, [1, 5, 4]),
+    ]
+    constants = {"fixed_scores": SCORES, "fixed_ids": CLASS_IDS, "fixed_boxes": BOXES, "zero": np.float32([0])}
+    graph = network(tmp_path / "detector.onnx", nodes, [PIXELS, sizes], outputs, **constants)
+    return Detector(graph, DETECTION, ("cell", "platelet"))
+
+
+def test_most_probable_first(classifier: Classifier) -> None:
+    found = classifier.classify(Image.new("RGB", (20, 30), (50, 100, 150)))
+    assert [prediction.label for prediction in found] == ["blue", "green", "red"]
+    assert [prediction.class_id for prediction in found] == [2, 1, 0]
+    assert [prediction.probability for prediction in found] == pytest.approx([1 / 2, 1 / 3, 1 / 6])
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(1, 1), (2, 2), (3, 3), (1000, 3)])
+def test_top_k(classifier: Classifier, top_k: int, expected: int) -> None:
+    assert len(classifier.classify(Image.new("RGB", (8, 8), "white"), top_k=top_k)) == expected
+
+
+def test_ties_keep_the_order_of_the_labels(classifier: Classifier) -> None:
+    found = classifier.classify(Image.new("RGB", (8, 8), "white"))
+    assert [prediction.label for prediction in found] == ["red", "green", "blue"]
+
+
+def test_batch_answers_what_single_images_answer(classifier: Classifier) -> None:
+    images = [Image.new("RGB", (5 + i, 9), (10 * i, 20, 30)) for i in range(4)]
+    batch = classifier.probabilities(images)
+    assert (batch.shape, batch.dtype) == ((4, 3), np.float32)
+    for image, row in zip(images, batch, strict=True):
+        np.testing.assert_array_equal(classifier.probabilities([image])[0], row)
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_below_one_is_refused(classifier: Classifier, top_k: int) -> None:
+    with pytest.raises(ParameterError, match=f"top_k: expected an integer of at least 1, found {top_k}"):
+        classifier.classify(Image.new("RGB", (8, 8)), top_k=top_k)
+
+
+def test_best_first_in_pixels_of_the_image(detector: Detector) -> None:
+    found = detector.detect(Image.new("RGB", (200, 100)))
+    assert [detection.score for detection in found] == pytest.approx([0.9, 0.5, 0.5])
+    assert [detection.label for detection in found] == ["cell", "platelet", "cell"]  # the tie stays in query order
+    box = found[0].box
+    assert (box.x_min, box.y_min, box.x_max, box.y_max) == (50, 50, 150, 100)
+
+
+@pytest.mark.parametrize(("threshold", "count"), [(0.0, 5), (0.3, 4), (0.31, 3), (0.5, 3), (0.9, 1), (0.91, 0), (1, 0)])
+def test_threshold(detector: Detector, threshold: float, count: int) -> None:
+    """A score equal to the threshold, as float32, counts."""
+    found = detector.detect(Image.new("RGB", (10, 10)), threshold=float(np.float32(threshold)))
+    assert len(found) == count
+
+
+@pytest.mark.parametrize("max_detections", [1, 2, 5, 100])
+def test_max_detections(detector: Detector, max_detections: int) -> None:
+    everything = detector.detect(Image.new("RGB", (10, 10)), threshold=0)
+    found = detector.detect(Image.new("RGB", (10, 10)), threshold=0, max_detections=max_detections)
+    assert found == everything[:max_detections]
+
+
+@pytest.mark.parametrize("threshold", [-0.01, 1.01, float("nan"), float("inf"), -float("inf")])
+def test_threshold_outside_its_range(detector: Detector, threshold: float) -> None:
+    with pytest.raises(ParameterError, match="threshold: expected a number from 0 to 1, found"):
+        detector.detect(Image.new("RGB", (10, 10)), threshold=threshold)
+
+
+@pytest.mark.parametrize("max_detections", [0, -5])
+def test_max_detections_outside_its_range(detector: Detector, max_detections: int) -> None:
+    with pytest.raises(ParameterError, match="max_detections: expected an integer of at least 1, found"):
+        detector.detect(Image.new("RGB", (10, 10)), max_detections=max_detections)
+
+
+def test_make_predictor_goes_by_the_preprocessing(classifier: Classifier, detector: Detector) -> None:
+    assert type(make_predictor(classifier.network, CLASSIFICATION, "abc")) is Classifier
+    assert type(make_predictor(detector.network, DETECTION, "ab")) is Detector

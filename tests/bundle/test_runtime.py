@@ -1,0 +1,97 @@
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from bundle.errors import BundleError
+from bundle.manifest import TensorSpec
+from bundle.runtime import OnnxNetwork
+
+
+@pytest.fixture
+def adder(tmp_path: Path) -> Path:
+    """A graph of `total = float(pixels) + offset`, with a dynamic batch."""
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["offset"], ["shift"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["float", "shift"], ["total"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "adder",
+        [
+            helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3]),
+            helper.make_tensor_value_info("offset", TensorProto.INT64, [1]),
+        ],
+        [helper.make_tensor_value_info("total", TensorProto.FLOAT, ["batch", 3])],
+    )
+    file = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), file)
+    return file
+
+
+def test_telemetry_is_off_before_the_runtime_is_imported(root: Path) -> None:
+    program = """
+import builtins, os, sys
+seen = []
+original = builtins.__import__
+def spy(name, *args, **kwargs):
+    if name == "onnxruntime" and name not in sys.modules:
+        seen.append(os.environ.get("ORT_DISABLE_TELEMETRY"))
+    return original(name, *args, **kwargs)
+builtins.__import__ = spy
+import bundle.runtime
+print(seen)
+"""
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "['1']"
+
+
+def test_runs_the_graph(adder: Path) -> None:
+    (total,) = OnnxNetwork(adder)(pixels=np.array([[1, 2, 3]], np.uint8), offset=np.array([10], np.int64))
+    np.testing.assert_array_equal(total, np.array([[11, 12, 13]], np.float32))
+
+
+def test_specs_are_the_graphs(adder: Path) -> None:
+    network = OnnxNetwork(adder)
+    assert network.inputs == (
+        TensorSpec(name="pixels", datatype="UINT8", shape=("batch", 3)),
+        TensorSpec(name="offset", datatype="INT64", shape=(1,)),
+    )
+    assert network.outputs == (TensorSpec(name="total", datatype="FP32", shape=("batch", 3)),)
+
+
+def test_concurrent_calls_do_not_mix(adder: Path) -> None:
+    network = OnnxNetwork(adder)
+
+    def call(value: int) -> bool:
+        (total,) = network(pixels=np.full((5, 3), value, np.uint8), offset=np.array([1], np.int64))
+        return bool((total == value + 1).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(200)))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an onnx file", b"\x08\x0a" * 50])
+def test_broken_file(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match=r"model.onnx: graph: expected an ONNX graph, found \S"):
+        OnnxNetwork(file)
+
+
+def test_missing_and_truncated_file(adder: Path) -> None:
+    with pytest.raises(BundleError, match=r"nowhere.onnx"):
+        OnnxNetwork(adder.with_name("nowhere.onnx"))
+    adder.write_bytes(adder.read_bytes()[:-40])
+    with pytest.raises(BundleError):
+        OnnxNetwork(adder)

@@ -1,0 +1,109 @@
+import pytest
+import torch
+
+from models.detr import Detr, DetrConfig
+from models.serving import Normalise, ServedClassifier, ServedDetector, served
+from models.vit import ViT, ViTConfig
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def detector() -> ServedDetector:
+    torch.manual_seed(0)
+    network = Detr(
+        DetrConfig(
+            num_classes=3,
+            num_queries=10,
+            embed_dim=16,
+            num_heads=2,
+            encoder_layers=1,
+            decoder_layers=2,
+            feedforward_dim=16,
+            backbone_layers=(1, 1),
+            backbone_width=4,
+        )
+    )
+    torch.nn.init.normal_(network.bbox_embed.layers[-1].weight)
+    return ServedDetector(network, MEAN, STD).eval()
+
+
+def pixels(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_normalise() -> None:
+    x = pixels(2, 4, 5, 3)
+    expected = ((x.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()).permute(0, 3, 1, 2)
+    torch.testing.assert_close(Normalise(MEAN, STD)(x).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_wrapping_adds_nothing_to_the_weights() -> None:
+    network = ViT(ViTConfig(num_classes=3, image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2))
+    names = {name.removeprefix("network.") for name in served(network, MEAN, STD).state_dict()}
+    assert names == network.state_dict().keys()
+
+
+def test_classifier_answers_probabilities() -> None:
+    network = ViT(ViTConfig(num_classes=3, image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2))
+    module = served(network, MEAN, STD)
+    assert isinstance(module, ServedClassifier)
+    probabilities = module(pixels(2, 8, 8, 3))
+    assert probabilities.shape == (2, 3)
+    torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(2))
+
+
+def test_detector_answers_scores_classes_and_corners(detector: ServedDetector) -> None:
+    scores, class_ids, boxes = detector(pixels(2, 32, 48, 3), torch.tensor([[32, 48], [20, 30]]))
+    assert (scores.shape, class_ids.shape, boxes.shape) == ((2, 10), (2, 10), (2, 10, 4))
+    assert class_ids.dtype == torch.int64
+    assert ((scores >= 0) & (scores <= 1)).all()
+    assert ((boxes >= 0) & (boxes <= 1)).all()
+    assert (boxes[..., :2] <= boxes[..., 2:]).all()
+
+
+def test_boxes_are_the_networks_as_corners(detector: ServedDetector) -> None:
+    x, sizes = pixels(1, 32, 32, 3), torch.tensor([[32, 32]])
+    cx, cy, w, h = detector.network(detector.normalise(x), sizes)["pred_boxes"].unbind(-1)
+    corners = torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), dim=-1).clamp(0, 1)
+    torch.testing.assert_close(detector(x, sizes)[2], corners)
+
+
+def test_no_object_is_never_the_answer(detector: ServedDetector) -> None:
+    torch.nn.init.zeros_(detector.network.class_embed.weight)
+    with torch.no_grad():
+        detector.network.class_embed.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 20.0]))  # the last is "no object"
+    scores, class_ids, _ = detector(pixels(1, 32, 32, 3), torch.tensor([[32, 32]]))
+    assert (class_ids == 1).all()
+    assert (scores < 1e-6).all()
+
+
+def test_content_of_the_padding_does_not_matter(detector: ServedDetector) -> None:
+    x, sizes = pixels(2, 40, 48, 3), torch.tensor([[40, 30], [17, 48]])
+    other = x.clone()
+    other[0, :, 30:], other[1, 17:] = 255, 7
+    for found, expected in zip(detector(other, sizes), detector(x, sizes), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_image_answers_the_same_in_any_batch(detector: ServedDetector) -> None:
+    x = pixels(3, 32, 48, 3)
+    sizes = torch.tensor([[32, 48], [20, 30], [32, 20]])
+    for i in range(3):
+        alone = detector(x[i : i + 1], sizes[i : i + 1])
+        torch.testing.assert_close(alone[2][0], detector(x, sizes)[2][i], atol=1e-5, rtol=1e-4)
+
+
+def test_a_padded_batch_answers_what_each_image_answers_alone(detector: ServedDetector) -> None:
+    torch.manual_seed(2)
+    for module in detector.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after training: zero does not stay zero
+            torch.nn.init.normal_(module.bias)
+            torch.nn.init.normal_(module.running_mean)
+    sizes = torch.tensor([[32, 48], [21, 37], [5, 64], [40, 9]])
+    batch = pixels(4, 48, 64, 3)  # noise where there is padding
+    together = detector(batch, sizes)
+    for i, (height, width) in enumerate(sizes.tolist()):
+        alone = detector(batch[i : i + 1, :height, :width], sizes[i : i + 1])
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a[0], b[i], atol=1e-5, rtol=0)

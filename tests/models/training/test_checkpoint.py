@@ -1,0 +1,140 @@
+import os
+import pickle
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from models.build import build_model
+from models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, load, save, sha256
+from models.training.errors import CheckpointError
+from models.training.recipe import load_recipe
+
+TINY = ["model.depth=1", "model.embed_dim=8", "model.num_heads=2"]
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    recipe = load_recipe("vit_cifar10", TINY)
+    torch.manual_seed(0)
+    return Checkpoint(
+        recipe=recipe.model_dump(mode="json"),
+        labels=["cat", "dog"],
+        weights=build_model(recipe.architecture, recipe.model, 2).state_dict(),
+        optimizer={"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        epoch=3,
+        seconds=1.5,
+        metrics={"top1": 0.5},
+        data_path="/data",
+    )
+
+
+def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    save(checkpoint, tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.read_recipe() == load_recipe("vit_cifar10", TINY)
+    for name, value in asdict(checkpoint).items():
+        if name != "weights":
+            assert getattr(loaded, name) == value
+    assert all(torch.equal(loaded.weights[name], value) for name, value in checkpoint.weights.items())
+    network = loaded.build()
+    assert not network.training
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in checkpoint.weights.items())
+
+
+def test_leaves_nothing_beside_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    save(checkpoint, tmp_path)
+    save(replace(checkpoint, epoch=4), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT_FILE]
+    assert load(tmp_path).epoch == 4
+
+
+def test_failed_save_leaves_the_old_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    save(checkpoint, tmp_path)
+    before = sha256(tmp_path)
+    with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
+        save(replace(checkpoint, optimizer={"lock": threading.Lock}, metrics={"f": lambda: 0}), tmp_path)  # type: ignore[dict-item]
+    assert sha256(tmp_path) == before
+    assert load(tmp_path).epoch == 3
+
+
+def test_half_written_file_is_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    save(checkpoint, tmp_path)
+    (tmp_path / f"{CHECKPOINT_FILE}.partial").write_bytes(b"half")
+    assert load(tmp_path).epoch == 3
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"expected a run with checkpoint\.pt, found none"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
+def test_truncated(checkpoint: Checkpoint, tmp_path: Path, kept: float) -> None:
+    save(checkpoint, tmp_path)
+    data = (tmp_path / CHECKPOINT_FILE).read_bytes()
+    (tmp_path / CHECKPOINT_FILE).write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not a checkpoint of this version"):
+        load(tmp_path)
+
+
+@given(st.binary(max_size=60))
+@example(b"Vgarbage\n.")
+@example(b"X\x02\x00\x00\x00\xff\xff.")  # a string that is not UTF-8
+@example(b"0")  # nothing on the stack
+@settings(max_examples=60, deadline=None)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    run = tmp_path_factory.getbasetemp() / "any_bytes"
+    run.mkdir(exist_ok=True)
+    (run / CHECKPOINT_FILE).write_bytes(data)
+    with pytest.raises(CheckpointError):
+        load(run)
+
+
+class Malicious:
+    """Creates a file when unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[str, int]]:
+        return os.open, (str(self.file), os.O_CREAT)
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_code_in_the_file_is_not_run(checkpoint: Checkpoint, tmp_path: Path, archive: bool) -> None:
+    trace = tmp_path / "executed"
+    content = {**asdict(checkpoint), "data_path": Malicious(trace)}
+    if archive:
+        torch.save(content, tmp_path / CHECKPOINT_FILE)
+    else:
+        (tmp_path / CHECKPOINT_FILE).write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError):
+        load(tmp_path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format: expected 1, found 2"),
+        ({"colour": "red"}, "not a checkpoint of this version.*colour"),
+        ({"recipe": {"name": "x"}}, "not a checkpoint of this version.*architecture"),
+    ],
+)
+def test_other_format(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    torch.save({**asdict(checkpoint), **change}, tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, torch.zeros(3)])
+def test_something_else_saved_by_torch(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / CHECKPOINT_FILE)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
+        load(tmp_path)
