@@ -40,6 +40,7 @@ from models.training.data_terms import data_terms
 from models.training.evaluation import evaluate
 from models.training.network import TorchNetwork
 
+_FULL_NAMES = {"vit": "Vision Transformer", "mlp_mixer": "MLP-Mixer", "detr": "DETR"}
 _PARITY_IMAGES = 48
 _GOLDEN_IMAGES = 3
 
@@ -88,7 +89,7 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
             schema_version=1,
             name=out.parent.name,
             version=out.name,
-            description=f"{recipe.architecture} trained by Vitrine's recipe {recipe.name} on {data.name}.",
+            description=f"{_FULL_NAMES[recipe.architecture]} trained by Vitrine's recipe {recipe.name} on {data.name}.",
             architecture=recipe.architecture,
             task=recipe.task,
             inputs=onnx_network.inputs,

@@ -27,11 +27,13 @@ def model_card(manifest: Manifest) -> str:
     sections = [
         f"# {manifest.name} {manifest.version}",
         f"{manifest.description} It answers {question}.",
+        "",
         f"- Architecture: `{manifest.architecture}` ({settings}), {provenance.parameters:,} parameters",
         f"- Labels: {', '.join(manifest.labels)}",
         f"- Weights: {manifest.licences.code}. Training data: {manifest.licences.data}.",
         "",
         "## Measured",
+        "",
         f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with this ONNX file through "
         f"the predictor that serves it. {metrics.notes}".strip(),
         "",
@@ -43,11 +45,13 @@ def model_card(manifest: Manifest) -> str:
         f"same class in {parity.top1_agreement:.2%}.",
         "",
         "## Limits",
+        "",
         f"It knows only its {len(manifest.labels)} labels and was trained on `{metrics.data}` alone, from random "
         "weights. Pictures that look unlike that data get confident, wrong answers. It is a demonstration, not fit for "
         "decisions about people, medicine or safety.",
         "",
         "## Reproduce",
+        "",
         f"Recipe `{provenance.recipe}`, {provenance.epochs} epochs in {provenance.training_seconds / 60:.0f} minutes "
         f"of training, seed {provenance.seed}, torch {provenance.torch}, commit `{provenance.git_commit}`:",
         "",
@@ -58,6 +62,7 @@ def model_card(manifest: Manifest) -> str:
         "```",
         "",
         "## Use",
+        "",
         "```sh",
         f"curl -F image=@photo.jpg -F model={manifest.name} http://localhost:3000/{route}",
         "```",
