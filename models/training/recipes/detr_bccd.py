@@ -1,4 +1,11 @@
-"""x"""
+"""A small DETR (half-width ResNet of three stages, 2 + 3 layers) on BCCD, from random weights.
+
+    vitrine train detr_bccd --data DATA/bccd
+
+Data: 205 microscope images of 640 x 480 pixels, 3 classes, at 320 x 240; `val` (87 images) to watch progress.
+Time: 65 minutes on one core of a shared two-core AVX2 machine.
+Result: 50.7 % AP, 83.1 % AP50 on `test` (72 images, measured on the exported bundle).
+"""
 
 from bundle.manifest import DetectionPreprocessing
 from models.training.recipe import Recipe
