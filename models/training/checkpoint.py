@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from models.build import build_model
@@ -69,6 +70,10 @@ def load(run: Path) -> Checkpoint:
         content = torch.load(file, map_location="cpu", weights_only=True)
         checkpoint = Checkpoint(**content)
         checkpoint.read_recipe()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{file}: recipe: {place}: {first['msg']}, found {first['input']!r}") from error
     except Exception as error:  # on broken bytes the unpickler raises almost anything
         raise CheckpointError(f"{file}: not a checkpoint of this version: {error}") from error
     if checkpoint.format != _FORMAT:

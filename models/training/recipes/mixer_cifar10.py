@@ -1,4 +1,11 @@
-"""x"""
+"""A small MLP-Mixer on CIFAR-10, from random weights.
+
+    vitrine train mixer_cifar10 --data DATA/cifar10
+
+Data: 32 x 32 pixels, 10 classes, 48,000 images to train on and 2,000 held out.
+Time: 33 minutes on one core of a shared two-core AVX2 machine.
+Result: 75.2 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the exported bundle).
+"""
 
 from bundle.manifest import ClassificationPreprocessing
 from models.training.recipe import Recipe
