@@ -124,7 +124,7 @@ def test_code_in_the_file_is_not_run(checkpoint: Checkpoint, tmp_path: Path, arc
     [
         ({"format": 2}, "format: expected 1, found 2"),
         ({"colour": "red"}, "not a checkpoint of this version.*colour"),
-        ({"recipe": {"name": "x"}}, "not a checkpoint of this version.*architecture"),
+        ({"recipe": {"name": "x"}}, "recipe: architecture: Field required"),
     ],
 )
 def test_other_format(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, object], message: str) -> None:
