@@ -13,9 +13,8 @@ COPY bundle bundle
 COPY service service
 COPY vitrine.py vitrine.py
 COPY bundles bundles
-# BentoML writes its state below BENTOML_HOME; /tmp is the one place that a read-only container leaves writable.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    BENTOML_HOME=/tmp/bentoml BENTOML_DO_NOT_TRACK=True
+# The server writes below /tmp only: a read-only container needs no other writable place.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER 10001
 EXPOSE 3000
 STOPSIGNAL SIGTERM

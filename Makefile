@@ -23,6 +23,7 @@ check: $(DEV)/installed  ## lint, types, import rules
 	$(DEV)/bin/lint-imports
 
 image:  ## build the container image
+	@test -n "$(ENGINE)" || { echo "make image: needs docker, podman or buildah" >&2; exit 1; }
 	$(ENGINE) build -t $(IMAGE) .
 
 lock:  ## pin requirements/*.txt anew from pyproject.toml

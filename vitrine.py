@@ -1,7 +1,9 @@
 """The command line: it only dispatches. Each command imports its layer when it runs, so that serving needs no torch."""
 
 import os
+import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +11,9 @@ import typer
 
 from bundle.errors import VitrineError
 from bundle.loading import find_bundles, load_bundle, read_manifest
-from bundle.manifest import MANIFEST_FILE, Manifest, Task
+from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Licences, Manifest, Task
 from bundle.repository import Repository
+from bundle.runtime import available_cores
 
 app = typer.Typer(
     help="Vision transformers from training to an HTTP answer.",
@@ -51,7 +54,7 @@ def evaluate(
     from models.training.evaluation import evaluate as measure
 
     if (path / MANIFEST_FILE).is_file():
-        bundle = load_bundle(path, threads=len(os.sched_getaffinity(0)))
+        bundle = load_bundle(path, threads=available_cores())
         predictor, task = bundle.predictor, bundle.manifest.task
     else:
         from models.training.network import load_run_predictor
@@ -68,11 +71,15 @@ def export(
     data: Annotated[
         Path | None, typer.Option(help="Data set (default: where it was when the run was trained).")
     ] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = NOT_STATED,
+    data_licence: Annotated[str, typer.Option(help="Terms of the data, for the model card.")] = NOT_STATED,
+    data_notes: Annotated[str, typer.Option(help="What a reader of the figures must know about the data.")] = "",
 ) -> None:
     """Write a verified bundle from a run."""
     from export.export import export_run
 
-    manifest = export_run(run, out, data_path=data)
+    licences = Licences(weights=licence, data=data_licence)
+    manifest = export_run(run, out, data_path=data, licences=licences, data_notes=data_notes)
     typer.echo(f"exported: {out}  {_summary(manifest)}")
 
 
@@ -92,12 +99,13 @@ def bundles(root: Annotated[Path, typer.Argument(help="Folder of NAME/VERSION.")
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 3000,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 3000,
 ) -> None:
     """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP."""
     from service.settings import read_settings
 
     settings = read_settings()
+    _check_address(host, port)
     # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
     manifests = [bundle.manifest for bundle in Repository(settings.bundles).bundles.values()]
     typer.echo(f"Vitrine serves {settings.bundles} on http://{host}:{port}")
@@ -109,8 +117,23 @@ def serve(
             typer.echo(f"  try: {line.format(model=names[-1], host=host, port=port)}")
     sys.stdout.flush()
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+    # Servers that share BentoML's home share the files behind /metrics, and each deletes them when it starts.
+    os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="vitrine-")
     command = [sys.executable, "-m", "bentoml", "serve", "service.service:vitrine", "--host", host, "--port", str(port)]
     os.execv(sys.executable, command)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened on in one sentence: BentoML would do it by a traceback."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise VitrineError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
 
 
 _CURL = {
@@ -120,7 +143,7 @@ _CURL = {
 
 
 def _summary(manifest: Manifest) -> str:
-    metric = "top1" if manifest.task is Task.CLASSIFICATION else "AP50"
+    metric = MAIN_METRIC[manifest.task]
     return (
         f"{manifest.name} {manifest.version}  {manifest.task}, {len(manifest.labels)} labels, "
         f"{metric} {manifest.metrics.values[metric]:.1%} on {manifest.metrics.data} {manifest.metrics.split}"

@@ -48,7 +48,7 @@ class UnknownModelError(VitrineError):
     code = "unknown_model"
 
     def __init__(self, name: str | None, *, task: str, available: Iterable[str]) -> None:
-        wanted = f"no {task} model" if name is None else f"no {task} model named {name!r}"
+        wanted = f"no {task} model" if name is None else f"no {task} model named {name[:100]!r}"
         super().__init__(f"{wanted} here; available: {', '.join(available) or 'none'}")
 
 

@@ -21,6 +21,7 @@ from bundle.runtime import OnnxNetwork
 # Largest difference to the golden outputs, which were made by ONNX Runtime on the exporting machine: other vector
 # units and thread counts sum in another order. Probabilities, scores and boxes are all in 0..1.
 GOLDEN_TOLERANCE = 1e-3
+CONFIDENT_SCORE = 0.05  # classes of detections are compared from this score on
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,13 @@ def _check_golden(path: Path, manifest: Manifest, network: OnnxNetwork) -> None:
     found = network(**{spec.name: golden[spec.name] for spec in manifest.inputs})
     for spec, output in zip(manifest.outputs, found, strict=True):
         expected = golden[spec.name]
+        if spec.name == "class_ids" and output.shape == expected.shape:
+            # Where no class is likely, rounding may choose another one.
+            confident = np.greater_equal(golden["scores"], CONFIDENT_SCORE)
+            output, expected = output[confident], expected[confident]
         if output.shape != expected.shape:
             raise BundleError(path / GOLDEN_FILE, spec.name, expected=expected.shape, found=output.shape)
-        difference = float(np.abs(output.astype(np.float64) - expected.astype(np.float64)).max())
+        difference = float(np.abs(output.astype(np.float64) - expected.astype(np.float64)).max(initial=0))
         if not difference <= GOLDEN_TOLERANCE:
             wanted = f"the golden answer to within {GOLDEN_TOLERANCE}"
             raise BundleError(path / MODEL_FILE, spec.name, expected=wanted, found=f"a difference of {difference:.3g}")

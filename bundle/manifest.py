@@ -14,6 +14,8 @@ MODEL_FILE = "model.onnx"
 GOLDEN_FILE = "golden.npz"
 CARD_FILE = "README.md"
 
+NOT_STATED = "not stated"
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,8}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -31,6 +33,9 @@ class Task(StrEnum):
 
     CLASSIFICATION = "image-classification"
     DETECTION = "object-detection"
+
+
+MAIN_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP50"}  # every bundle states this one
 
 
 class Interpolation(StrEnum):
@@ -101,8 +106,8 @@ class Parity(_Strict):
 class Licences(_Strict):
     """Terms of what the bundle is made of."""
 
-    code: str
-    data: str
+    weights: str = NOT_STATED
+    data: str = NOT_STATED
 
 
 class Provenance(_Strict):
@@ -152,6 +157,8 @@ class Manifest(_Strict):
     def _consistent(self) -> Self:
         if self.preprocessing.task is not self.task:
             raise ValueError(f"preprocessing is for {self.preprocessing.task}, the bundle for {self.task}")
+        if MAIN_METRIC[self.task] not in self.metrics.values:
+            raise ValueError(f"metrics: {MAIN_METRIC[self.task]} is not among {', '.join(self.metrics.values)}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels are not unique")
         for required in (MODEL_FILE, GOLDEN_FILE):

@@ -1,5 +1,6 @@
 """`vitrine export`: from a run to a verified bundle, or to an error that leaves nothing behind."""
 
+import json
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -36,7 +37,6 @@ from export.parity import check_parity, make_inputs
 from models.serving import served
 from models.training import checkpoint as checkpoints
 from models.training.data import Data, has_split, load_split
-from models.training.data_terms import data_terms
 from models.training.evaluation import evaluate
 from models.training.network import TorchNetwork
 
@@ -45,13 +45,17 @@ _PARITY_IMAGES = 48
 _GOLDEN_IMAGES = 3
 
 
-def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manifest:
+def export_run(
+    run: Path, out: Path, *, data_path: Path | None = None, licences: Licences | None = None, data_notes: str = ""
+) -> Manifest:
     """Write the bundle `out` (`.../<name>/<version>`) from the checkpoint of `run`.
 
     Accuracy and parity are measured on the split `test` of the data, or `val` where there is no `test`.
 
     Args:
         data_path: the data set; by default where it was when the run was trained.
+        licences: terms of the weights and of the data, for manifest and card.
+        data_notes: what a reader of the figures must know about the data.
 
     Raises:
         CheckpointError, DataError: the run or its data cannot be read.
@@ -65,7 +69,6 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
     recipe = checkpoint.read_recipe()
     preprocessing = recipe.preprocessing
     data = _evaluation_data(data_path or Path(checkpoint.data_path), checkpoint)
-    terms = data_terms(data.name)
     images = [data.image(i) for i in range(min(_PARITY_IMAGES, len(data)))]
     network = checkpoint.build()
     module = served(network, preprocessing.mean, preprocessing.std).eval()
@@ -96,9 +99,9 @@ def export_run(run: Path, out: Path, *, data_path: Path | None = None) -> Manife
             outputs=onnx_network.outputs,
             preprocessing=preprocessing,
             labels=tuple(checkpoint.labels),
-            metrics=Metrics(data=data.name, split=data.split, images=len(data), values=metrics, notes=terms.notes),
+            metrics=Metrics(data=data.name, split=data.split, images=len(data), values=metrics, notes=data_notes),
             parity=parity,
-            licences=Licences(code="Apache-2.0", data=terms.licence),
+            licences=licences or Licences(),
             provenance=Provenance(
                 recipe=recipe.name,
                 recipe_settings={key: _plain(value) for key, value in recipe.changed_settings().items()},
@@ -155,7 +158,8 @@ def _write_golden(
 
 
 def _plain(value: object) -> str | int | float | bool | None:
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    """Lists as compact JSON, which `vitrine train` reads back."""
+    return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, separators=(",", ":"))
 
 
 def _git_commit() -> str:

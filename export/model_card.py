@@ -1,5 +1,7 @@
 """The model card (README.md) of a bundle, written from its manifest alone so that the two cannot disagree."""
 
+import shlex
+
 from bundle.manifest import Manifest, Task
 
 _METRIC_NAMES = {
@@ -30,7 +32,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         f"- Architecture: `{manifest.architecture}` ({settings}), {provenance.parameters:,} parameters",
         f"- Labels: {', '.join(manifest.labels)}",
-        f"- Weights: {manifest.licences.code}. Training data: {manifest.licences.data}.",
+        f"- Licence of the weights: {manifest.licences.weights}. Terms of the training data: {manifest.licences.data}.",
         "",
         "## Measured",
         "",
@@ -57,7 +59,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         "```sh",
         f"vitrine train {provenance.recipe} --data DATA/{metrics.data} --out runs/{manifest.name} "
-        f"{' '.join(f'{key}={value}' for key, value in provenance.recipe_settings.items())}".strip(),
+        f"{' '.join(shlex.quote(f'{key}={value}') for key, value in provenance.recipe_settings.items())}".strip(),
         f"vitrine export runs/{manifest.name} --out bundles/{manifest.name}/{manifest.version}",
         "```",
         "",

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
+from bundle.loading import CONFIDENT_SCORE
 from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Parity
 from bundle.predictors import Network
 from export.errors import ParityError
@@ -15,7 +16,6 @@ from export.errors import ParityError
 # a wrong constant, layout or mask moves them by more than 1e-2.
 TOLERANCE = 1e-4
 MIN_AGREEMENT = 0.999  # of the chosen classes: a tie between two may fall either way
-_CONFIDENT = 0.05  # detection: classes are compared where a query scores at least this in torch
 _BATCHES = (1, 3, 8)
 
 Inputs = dict[str, NDArray[np.generic]]
@@ -57,7 +57,7 @@ def check_parity(
             if not difference <= TOLERANCE:
                 raise ParityError(name, quantity="largest difference", expected=f"<= {TOLERANCE}", found=difference)
         if "class_ids" in expected:
-            agree = (expected["class_ids"] == found["class_ids"])[np.greater_equal(expected["scores"], _CONFIDENT)]
+            agree = (expected["class_ids"] == found["class_ids"])[np.greater_equal(expected["scores"], CONFIDENT_SCORE)]
         else:
             agree = expected["probabilities"].argmax(axis=-1) == found["probabilities"].argmax(axis=-1)
         same, compared = same + int(agree.sum()), compared + agree.size

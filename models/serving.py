@@ -9,6 +9,7 @@ Shapes: B batch, H x W pixels, K classes, N queries.
 import torch
 from torch import Tensor, nn
 
+from models.boxes import cxcywh_to_xyxy
 from models.detr import Detr
 from models.position import valid_cells
 
@@ -70,9 +71,7 @@ class ServedDetector(nn.Module):
         output = self.network(self.normalise(pixels) * valid, sizes)
         probabilities = torch.softmax(output["pred_logits"], dim=-1)[..., :-1]  # [B, N, K]
         scores, class_ids = probabilities.max(dim=-1)
-        centre, size = output["pred_boxes"].split(2, dim=-1)
-        boxes = torch.cat((centre - size / 2, centre + size / 2), dim=-1).clamp(0, 1)
-        return scores, class_ids, boxes
+        return scores, class_ids, cxcywh_to_xyxy(output["pred_boxes"]).clamp(0, 1)
 
 
 def served(network: nn.Module, mean: Channels, std: Channels) -> ServedClassifier | ServedDetector:

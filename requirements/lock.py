@@ -13,7 +13,6 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SEEDS = {"pip", "setuptools", "wheel"}  # the environment's own; torch needs setuptools, so `train` names it
 
 
 def main() -> None:
@@ -24,14 +23,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
         pinned: set[str] = set()
         below = ""
         for layer, requirements in layers.items():
             subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
-            frozen = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
+            freeze = [python, "-m", "pip", "freeze", "--all", "--exclude", "pip"]
+            frozen = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
             lines = {re.sub(r"\+cpu$", "", line) for line in frozen.splitlines()}
-            new = sorted(line for line in lines - pinned if line.partition("==")[0] not in SEEDS)
-            header = f"# Made by `make lock` from pyproject.toml.\n{below}"
+            new = sorted(lines - pinned)
+            header = f"# Made by `make lock` from pyproject.toml, for CPython 3.11 on Linux x86-64.\n{below}"
             (HERE / f"{layer}.txt").write_text(header + "".join(f"{line}\n" for line in new))
             pinned |= lines
             below = f"-r {layer}.txt\n"

@@ -3,12 +3,11 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import cast
 
-import anyio
-import anyio.to_thread
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,16 +35,17 @@ class Serving:
 
     settings: Settings
     repository: Repository
-    limiter: anyio.CapacityLimiter  # of images in work
+    pool: ThreadPoolExecutor  # one image in work per thread; the others wait, and leave when their time is up
 
 
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     settings = read_settings()
-    repository = await anyio.to_thread.run_sync(Repository, settings.bundles)
-    app.state.serving = Serving(settings, repository, anyio.CapacityLimiter(settings.threads))
-    _log.info("ready: %s", ", ".join(repository.bundles))
-    yield
+    repository = await asyncio.to_thread(Repository, settings.bundles)
+    with ThreadPoolExecutor(settings.threads, "image") as pool:
+        app.state.serving = Serving(settings, repository, pool)
+        _log.info("ready: %s", ", ".join(repository.bundles))
+        yield
 
 
 def _serving(request: Request) -> Serving:
@@ -70,7 +70,7 @@ async def classify(request: Request) -> Response:
             image = decode(asked.image, max_pixels=settings.max_pixels)
             return _json(Classification.of(bundle, image.size, predictor.classify(image, top_k=top_k)))
 
-        return await anyio.to_thread.run_sync(work, limiter=serving.limiter, abandon_on_cancel=True)
+        return await asyncio.get_running_loop().run_in_executor(serving.pool, work)
 
 
 async def detect(request: Request) -> Response:
@@ -90,7 +90,7 @@ async def detect(request: Request) -> Response:
             found = predictor.detect(image, threshold=threshold, max_detections=max_detections)
             return _json(Detections.of(bundle, image.size, found))
 
-        return await anyio.to_thread.run_sync(work, limiter=serving.limiter, abandon_on_cancel=True)
+        return await asyncio.get_running_loop().run_in_executor(serving.pool, work)
 
 
 async def models(request: Request) -> Response:
@@ -118,6 +118,7 @@ def create_app() -> Starlette:
             Route("/detect", detect, methods=["POST"]),
             Route("/models", models, methods=["GET"]),
             Route("/openapi.json", openapi, methods=["GET"]),
+            Route("/docs.json", openapi, methods=["GET"]),  # where BentoML would answer a document of its own
             Route("/", docs, methods=["GET"]),
         ],
         exception_handlers={

@@ -26,6 +26,9 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
 }
 
 
+_STATUSES = set(HTTPStatus)
+
+
 def error_response(status: int, code: str, message: str) -> Response:
     """The one shape of an error."""
     body = ErrorAnswer(error=Error(code=code, message=message)).model_dump_json()
@@ -82,6 +85,8 @@ class ErrorShapeMiddleware:
                 replaced = headers.get(b"content-type") != b"application/json"
                 if replaced:
                     response = _http_error(message["status"], scope["method"], scope["path"])
+                    kept = [(k, v) for k, v in message["headers"] if not k.startswith(b"content-")]  # "allow" and such
+                    response.raw_headers.extend(kept)
                     await response(scope, receive, send)
                     return
             if not replaced:
@@ -91,6 +96,6 @@ class ErrorShapeMiddleware:
 
 
 def _http_error(status: int, method: str, path: str) -> Response:
-    phrase = HTTPStatus(status).phrase
+    phrase = HTTPStatus(status).phrase if status in _STATUSES else "error"
     code = phrase.lower().replace(" ", "_").replace("-", "_")
     return error_response(status, code, f"{method} {path}: {phrase.lower()}")

@@ -1,5 +1,6 @@
 """From an HTTP request to an image's bytes and the parameters beside it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,10 +32,9 @@ class ImageRequest:
         value = self.parameters.get(name)
         if value is None:
             return default
-        try:
-            return int(value)
-        except ValueError:
-            raise ParameterError(name, expected="an integer", found=repr(value)) from None
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+            raise ParameterError(name, expected="an integer", found=repr(value[:100]))
+        return int(value)
 
     def number(self, name: str, default: float) -> float:
         """A parameter as a number.
@@ -48,7 +48,7 @@ class ImageRequest:
         try:
             return float(value)
         except ValueError:
-            raise ParameterError(name, expected="a number", found=repr(value)) from None
+            raise ParameterError(name, expected="a number", found=repr(value[:100])) from None
 
 
 async def read_image_request(request: Request, known: tuple[str, ...], max_bytes: int) -> ImageRequest:
@@ -67,9 +67,10 @@ async def read_image_request(request: Request, known: tuple[str, ...], max_bytes
             async with limited.form(max_files=1, max_fields=len(known) + 1) as form:
                 fields += form.multi_items()
                 image = await _image_field(fields)
-        except HTTPException as error:
+        except (HTTPException, UnicodeError) as error:
             wanted = "one image and its fields as multipart/form-data"
-            raise ParameterError("body", expected=wanted, found=error.detail) from error
+            found = error.detail if isinstance(error, HTTPException) else error
+            raise ParameterError("body", expected=wanted, found=found) from error
         fields = [(name, value) for name, value in fields if name != "image"]
     else:
         image = await limited.body()

@@ -11,6 +11,11 @@ class Vitrine:
 
 
 # BentoML's own timeout cannot be switched off and answers in another shape: it only has to be the later one.
-vitrine = bentoml.service(name="vitrine", traffic={"timeout": 90})(Vitrine)
+# Its access log decodes a request's content type as UTF-8: any other would break the answer.
+vitrine = bentoml.service(
+    name="vitrine",
+    traffic={"timeout": 90},
+    logging={"access": {"request_content_type": False}},
+)(Vitrine)
 vitrine.mount_asgi_app(create_app(), path="/")
 vitrine.add_asgi_middleware(ErrorShapeMiddleware)

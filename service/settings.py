@@ -1,6 +1,5 @@
 """What an operator can set, from the environment (`VITRINE_...`)."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from bundle.errors import VitrineError
 from bundle.images import MAX_PIXELS
+from bundle.runtime import available_cores
 
 
 class SettingsError(VitrineError):
@@ -24,9 +24,11 @@ class Settings(BaseSettings):
 
     bundles: Path = Path("bundles")  # folder of <name>/<version>
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024  # of one request
-    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS  # of one image
+    max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = MAX_PIXELS  # of one image
     timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 30.0  # from a request's headers to its answer
-    threads: Annotated[int, Field(ge=1)] = len(os.sched_getaffinity(0))  # images in work at once, one core each
+    threads: Annotated[int, Field(ge=1)] = Field(
+        default_factory=available_cores
+    )  # images in work at once, one core each
 
 
 def read_settings() -> Settings:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SERVING_PYTHON = ROOT / ".venv" / "bin" / "python"  # without torch; made by `make test`
 COLOURS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 30)}
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: a second thread costs more than it gives
 
 
 def encode(image: Image.Image, form: str = "PNG") -> bytes:
@@ -101,6 +101,12 @@ TINY_DETR = (
     "epochs=4",
     "lr=2e-3",
 )
+
+
+@pytest.fixture(scope="session")
+def tiny_vit() -> tuple[str, ...]:
+    """The settings that `classifier_run` was trained with."""
+    return TINY_VIT
 
 
 @pytest.fixture(scope="session")

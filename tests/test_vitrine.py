@@ -1,10 +1,12 @@
 """The command line: what it prints, and that every mistake is one sentence."""
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 Run = Callable[..., str]
 
@@ -55,6 +57,22 @@ def test_training_into_an_existing_run_needs_resume(classifier_run: Path, colour
     printed = run_vitrine("train", "vit_cifar10", "--data", colours, "--out", classifier_run, "--resume", status=1)
     assert "cannot resume" in printed
     assert "epochs: expected 6, found" in printed
+
+
+def test_a_run_is_not_resumed_on_other_labels(
+    classifier_run: Path, tiny_vit: tuple[str, ...], tmp_path: Path, run_vitrine: Run
+) -> None:
+    folder = tmp_path / "data" / "train"
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16)).save(folder / label / f"{i}.png")
+    resumed = tmp_path / "run"
+    shutil.copytree(classifier_run, resumed)
+    printed = run_vitrine(
+        "train", "vit_cifar10", *tiny_vit, "--data", tmp_path / "data", "--out", resumed, "--resume", status=1
+    )
+    assert "cannot resume: labels: expected ['blue', 'green', 'red'], found ['cat', 'dog']" in printed
 
 
 def test_the_commands_of_serving_work_without_torch(tiny_bundles: Path, root: Path) -> None:

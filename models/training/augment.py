@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from models.training.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from models.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from models.training.matcher import Target
 
 

@@ -126,7 +126,8 @@ def load_split(path: Path, task: Task, split: str) -> Data:
     Layouts of `path`:
         classification: `<split>.npz` with arrays `jpeg` (uint8, files end to end), `offsets` (int64 [n + 1]),
             `labels` (uint8 [n]) and `classes` (str); or `<split>/<label>/<image>` folders.
-        detection: `<split>.json` in COCO's format beside `images/`; category ids may have holes.
+        detection: `<split>.json` in COCO's format beside `images/`; category ids may have holes; crowd annotations
+            and empty boxes are left out.
 
     Raises:
         DataError: nothing of that kind is there, or it contradicts itself.

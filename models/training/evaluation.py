@@ -69,6 +69,8 @@ def _evaluate_detector(predictor: Detector, data: DetectionData) -> dict[str, fl
                     "iscrowd": 0,
                 }
             )
+    if not truth["annotations"]:
+        raise DataError(f"{data.name}: {data.split} has no boxes to measure with")
     found = [entry for i in _progress(range(len(data))) for entry in _coco_entries(predictor, data, i)]
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on standard output
         coco = COCO()

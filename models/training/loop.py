@@ -37,6 +37,10 @@ def train(recipe: Recipe, data_path: Path, run: Path, *, resume: bool = False) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     previous = _previous(recipe, run, resume)
     train_data, val_data = load_training_splits(data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed)
+    if previous is not None and list(train_data.labels) != previous.labels:
+        raise TrainingError(
+            f"{run}: cannot resume: labels: expected {previous.labels}, found {list(train_data.labels)}"
+        )
     objective = make_objective(recipe, train_data, device)
     torch.manual_seed(recipe.seed)
     try:
@@ -58,7 +62,7 @@ def train(recipe: Recipe, data_path: Path, run: Path, *, resume: bool = False) -
             data_path=str(data_path.resolve()),
         )
     else:
-        state = previous
+        state = replace(previous, data_path=str(data_path.resolve()))
         network.load_state_dict(state.weights)
         optimizer.load_state_dict(state.optimizer)
     predictor = torch_predictor(network, recipe, state.labels, device)
@@ -141,7 +145,7 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only, not on biases, norms and other vectors."""
+    """AdamW; weight decay on what has more than one axis (matrices, embeddings), not on biases and norms."""
     matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups: list[dict[str, Any]] = [

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.boxes import cxcywh_to_xyxy, generalised_iou
 from models.detr import DetrOutput, SetPrediction
-from models.training.boxes import cxcywh_to_xyxy, generalised_iou
 from models.training.matcher import HungarianMatcher, Target
 
 

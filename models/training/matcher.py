@@ -6,8 +6,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from models.boxes import cxcywh_to_xyxy, generalised_iou
 from models.detr import SetPrediction
-from models.training.boxes import cxcywh_to_xyxy, generalised_iou
 
 
 @dataclass(frozen=True)

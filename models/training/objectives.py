@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
 from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
+from models.boxes import xyxy_to_cxcywh
 from models.detr import Detr
 from models.serving import Normalise
 from models.training.augment import shift_and_flip, window_and_flip
-from models.training.boxes import xyxy_to_cxcywh
 from models.training.data import ClassificationData, Data, DetectionData
 from models.training.errors import DataError
 from models.training.losses import SetCriterion

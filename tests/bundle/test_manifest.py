@@ -23,7 +23,7 @@ VALID: dict[str, Any] = {
     "labels": ["cat", "dog"],
     "metrics": {"data": "pets", "split": "test", "images": 10, "values": {"top1": 0.9}},
     "parity": {"images": 10, "max_abs_diff": {"probabilities": 1e-6}, "top1_agreement": 1.0},
-    "licences": {"code": "Apache-2.0", "data": "MIT"},
+    "licences": {"weights": "Apache-2.0", "data": "MIT"},
     "provenance": {
         "recipe": "vit_cifar10",
         "recipe_settings": {"lr": 0.001, "model.stem": "conv"},

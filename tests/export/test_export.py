@@ -1,6 +1,7 @@
 """`vitrine export`, `verify` and `evaluate` on real tiny runs: the bundle is right, or there is none."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from models.training import checkpoint as checkpoints
 from models.training.data import load_split
 from models.training.evaluation import evaluate
 from models.training.network import TorchNetwork
+from models.training.recipe import load_recipe
 
 Run = Callable[..., str]
 
@@ -95,12 +97,13 @@ def test_a_run_and_its_bundle_evaluate_alike(
         assert of_run == of_bundle
 
 
-def test_the_card_says_what_the_manifest_says(tiny_bundles: Path) -> None:
+def test_the_card_says_what_the_manifest_says(tiny_bundles: Path, classifier_run: Path) -> None:
     manifest = read_manifest(tiny_bundles / "colours" / "1")
     card = (tiny_bundles / "colours" / "1" / "README.md").read_text()
     assert f"| top-1 accuracy | {manifest.metrics.values['top1']:.2%} |" in card
-    assert "vitrine train vit_cifar10" in card
-    assert "epochs=6" in card
+    command = next(line for line in card.splitlines() if line.startswith("vitrine train"))
+    _, _, recipe, _, _, _, _, *settings = shlex.split(command)
+    assert load_recipe(recipe, settings) == checkpoints.load(classifier_run).read_recipe()
 
 
 def test_the_file_names_no_path_of_the_machine_that_exported_it(tiny_bundles: Path, root: Path) -> None:

@@ -137,6 +137,7 @@ def test_threshold_and_max_detections(server: str, photograph: bytes) -> None:
     [
         ("classify", "top_k=0", "top_k: expected an integer of at least 1, found 0"),
         ("classify", "top_k=many", "top_k: expected an integer, found 'many'"),
+        ("classify", "top_k=1_0", "top_k: expected an integer, found '1_0'"),
         ("classify", "topk=3", "topk: expected one of the parameters model, top_k, found an unknown one"),
         ("classify", "top_k=1&top_k=2", "top_k: expected one value, found '1' and '2'"),
         ("detect", "threshold=1.5", "threshold: expected a number from 0 to 1, found 1.5"),
@@ -217,8 +218,12 @@ def test_an_unknown_model_is_404(server: str, photograph: bytes) -> None:
         {"files": [("image", ("a", b"x")), ("image", ("b", b"y"))]},
         {"content": b"no boundary here", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
         {"content": b"", "headers": {"Content-Type": "multipart/form-data"}},
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\na\xff\r\n--x--\r\n',
+            "headers": {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"},
+        },
     ],
-    ids=["no image", "a URL", "two images", "not multipart", "no boundary"],
+    ids=["no image", "a URL", "two images", "not multipart", "no boundary", "strange charset"],
 )
 def test_a_wrong_multipart_body_is_400(request_body: dict[str, object], server: str) -> None:
     answer = httpx.post(f"{server}/classify", **request_body)  # type: ignore[arg-type]

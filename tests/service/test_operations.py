@@ -122,6 +122,37 @@ def test_work_that_takes_too_long_is_504_and_the_next_request_is_answered(
         assert httpx.post(f"{url}/classify", content=photograph).status_code == 200
 
 
+def test_a_content_type_that_is_no_text_is_answered(server: str, photograph: bytes) -> None:
+    host, port = server.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: image/\xff\r\n"
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(photograph) + photograph)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["model"]["name"] == "colours"
+
+
+def test_a_second_server_leaves_the_first_ones_metrics_alone(
+    serve: Serving, server: str, tiny_bundles: Path, photograph: bytes
+) -> None:
+    httpx.post(f"{server}/classify", content=photograph)
+    before = httpx.get(f"{server}/metrics").text
+    assert "bentoml_service_request_total" in before
+    with serve(tiny_bundles):
+        assert "bentoml_service_request_total" in httpx.get(f"{server}/metrics").text
+
+
+def test_a_port_in_use_is_refused_in_one_sentence(
+    server: str, tiny_bundles: Path, run_vitrine: Callable[..., str]
+) -> None:
+    port = server.rpartition(":")[2]
+    printed = run_vitrine("serve", "--port", port, status=1)
+    assert (
+        printed
+        == f"vitrine: cannot listen on 127.0.0.1:{port}: Address already in use; choose another --host or --port\n"
+    )
+
+
 def test_a_client_that_leaves_early_harms_nobody(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     with serve(tiny_bundles) as (url, _, lines):
         host, port = url.removeprefix("http://").split(":")

@@ -4,8 +4,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from models.training.augment import shift_and_flip, window_and_flip
-from models.training.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from models.training.matcher import Target
 
 BACKGROUND, PAINT = torch.tensor([60, 90, 120], dtype=torch.uint8), torch.tensor([240, 90, 20], dtype=torch.uint8)

@@ -3,8 +3,8 @@ from itertools import permutations
 import pytest
 import torch
 
+from models.boxes import cxcywh_to_xyxy, generalised_iou
 from models.detr import SetPrediction
-from models.training.boxes import cxcywh_to_xyxy, generalised_iou
 from models.training.matcher import HungarianMatcher, Target
 
 CLASSES = 3

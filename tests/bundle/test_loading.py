@@ -1,0 +1,104 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bundle.errors import BundleError
+from bundle.loading import find_bundles, hash_file, load_bundle, read_manifest
+
+
+@pytest.fixture(params=["colours", "squares"])
+def bundle(request: pytest.FixtureRequest, tiny_bundles: Path, tmp_path: Path) -> Path:
+    """A copy of a real bundle that a test may spoil."""
+    path = tmp_path / request.param / "1"
+    shutil.copytree(tiny_bundles / request.param / "1", path)
+    return path
+
+
+def change(path: Path, **fields: Any) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+
+
+def rehash(path: Path, name: str) -> None:
+    """Write the hash that `name` now has into the manifest, as somebody who tampers would."""
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    files[name] = {"sha256": hash_file(path / name), "size": (path / name).stat().st_size}
+    change(path, files=files)
+
+
+def test_a_real_bundle_loads(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    assert loaded.manifest.labels == loaded.predictor.labels == ("blue", "green", "red")
+
+
+def test_bundles_are_found_by_name_and_ascending_version(tmp_path: Path) -> None:
+    for place in ("b/1", "a/10", "a/9", "a/2"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "manifest.json").touch()
+    (tmp_path / "c" / "1").mkdir(parents=True)  # no manifest, no bundle
+    assert [str(path.relative_to(tmp_path)) for path in find_bundles(tmp_path)] == ["a/2", "a/9", "a/10", "b/1"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "a"}', "\xff"])
+def test_a_manifest_that_is_none(content: str, bundle: Path) -> None:
+    (bundle / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        read_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schema_version": 2}, "schema_version: expected Input should be 1, found 2"),
+        ({"version": "2"}, r"name, version: expected folder \w+/2, found folder \w+/1"),
+        ({"labels": ["a", "b"]}, "labels: expected [0-9] labels, found 2|labels"),
+        ({"colour": "blue"}, "colour: expected Extra inputs are not permitted"),
+    ],
+)
+def test_a_manifest_of_something_else(fields: dict[str, Any], message: str, bundle: Path) -> None:
+    change(bundle, **fields)
+    with pytest.raises(BundleError, match=message):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz"])
+def test_a_missing_or_changed_file(name: str, bundle: Path) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name}: sha256: expected [0-9a-f]{{64}}, found"):
+        load_bundle(bundle)
+    (bundle / name).write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=f"{name}: size: expected {len(content)}, found {len(content) - 1}"):
+        load_bundle(bundle)
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=f"{name}: file: expected .* found no such file"):
+        load_bundle(bundle)
+
+
+def test_a_graph_with_other_inputs(bundle: Path) -> None:
+    inputs = json.loads((bundle / "manifest.json").read_text())["inputs"]
+    change(bundle, inputs=[{**inputs[0], "name": "image"}, *inputs[1:]])
+    with pytest.raises(BundleError, match=r"model.onnx: inputs: expected .*image.* found .*pixels"):
+        load_bundle(bundle)
+
+
+def test_golden_answers_that_are_not_the_graphs(bundle: Path) -> None:
+    golden = dict(np.load(bundle / "golden.npz"))
+    first = read_manifest(bundle).outputs[0].name
+    np.savez_compressed(bundle / "golden.npz", **{**golden, first: golden[first] + np.float32(0.01)})
+    rehash(bundle, "golden.npz")
+    with pytest.raises(BundleError, match=f"{first}: expected the golden answer to within 0.001, found a difference"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive"])
+def test_a_golden_sample_that_cannot_be_read(content: bytes, bundle: Path) -> None:
+    (bundle / "golden.npz").write_bytes(content)
+    rehash(bundle, "golden.npz")
+    with pytest.raises(BundleError, match=r"golden\.npz: arrays: expected pixels"):
+        load_bundle(bundle)
