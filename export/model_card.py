@@ -2,7 +2,7 @@
 
 import shlex
 
-from bundle.manifest import Manifest, Task
+from bundle.manifest import NOT_STATED, Manifest, Task
 
 _METRIC_NAMES = {
     "top1": "top-1 accuracy",
@@ -60,7 +60,7 @@ def model_card(manifest: Manifest) -> str:
         "```sh",
         f"vitrine train {provenance.recipe} --data DATA/{metrics.data} --out runs/{manifest.name} "
         f"{' '.join(shlex.quote(f'{key}={value}') for key, value in provenance.recipe_settings.items())}".strip(),
-        f"vitrine export runs/{manifest.name} --out bundles/{manifest.name}/{manifest.version}",
+        f"vitrine export runs/{manifest.name} --out bundles/{manifest.name}/{manifest.version}{_stated(manifest)}",
         "```",
         "",
         "## Use",
@@ -71,6 +71,18 @@ def model_card(manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(sections)
+
+
+def _stated(manifest: Manifest) -> str:
+    """The options of `vitrine export` that said what only its user could know."""
+    options = {
+        "--licence": (manifest.licences.weights, NOT_STATED),
+        "--data-licence": (manifest.licences.data, NOT_STATED),
+        "--data-notes": (manifest.metrics.notes, ""),
+    }
+    return "".join(
+        f" \\\n    {option} {shlex.quote(value)}" for option, (value, default) in options.items() if value != default
+    )
 
 
 def _metric_name(name: str) -> str:

@@ -71,8 +71,17 @@ def test_is_frozen() -> None:
     ],
 )
 def test_preprocessing_is_chosen_by_task(preprocessing: dict[str, Any], task: Task, kind: type) -> None:
-    manifest = Manifest.model_validate({**VALID, "task": task, "preprocessing": preprocessing})
+    metrics = {**VALID["metrics"], "values": {"top1": 0.5, "AP50": 0.5}}
+    manifest = Manifest.model_validate({**VALID, "task": task, "preprocessing": preprocessing, "metrics": metrics})
     assert type(manifest.preprocessing) is kind
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_the_main_metric_is_stated(task: Task) -> None:
+    preprocessing = {Task.CLASSIFICATION: CLASSIFICATION, Task.DETECTION: DETECTION}[task]
+    metrics = {**VALID["metrics"], "values": {"top5": 0.5}}
+    with pytest.raises(ValidationError, match=f"metrics: {MAIN_METRIC[task]} is not among top5"):
+        Manifest.model_validate({**VALID, "task": task, "preprocessing": preprocessing, "metrics": metrics})
 
 
 @pytest.mark.parametrize("name", ["a", "vit-cifar10", "0", "a.b_c", "a" * 64])
