@@ -6,7 +6,7 @@ RUN python -m venv /opt/venv \
     && /opt/venv/bin/pip uninstall --yes --quiet pip
 
 FROM python:3.11-slim
-RUN useradd --system --uid 10001 --no-create-home vitrine
+RUN useradd --uid 10001 --no-create-home vitrine
 COPY --from=environment /opt/venv /opt/venv
 WORKDIR /app
 COPY bundle bundle

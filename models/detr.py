@@ -93,6 +93,7 @@ class Detr(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
+        # Among them the offsets of the spatial priors: each head starts by looking to another side of the box.
         for part in (self.encoder, self.decoder):
             for parameter in part.parameters():
                 if parameter.ndim > 1:

@@ -42,9 +42,8 @@ class BasicBlock(nn.Module):
             [B, channels, h / stride, w / stride] (rounded up), zero outside the valid regions.
         """
         out = self.relu(self.bn1(self.conv1(x)))
-        valid = valid_cells(sizes, out.shape[-2:], total_stride)[:, None]
-        out = out * valid
-        out = self.bn2(self.conv2(out))
+        valid = valid_cells(sizes, out.shape[-2:], total_stride)[:, None]  # [B, 1, h / stride, w / stride]
+        out = self.bn2(self.conv2(out * valid))
         result: Tensor = self.relu(out + self.downsample(x)) * valid
         return result
 

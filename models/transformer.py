@@ -99,7 +99,7 @@ class SpatialPrior(nn.Module):
         super().__init__()
         factors = torch.logspace(math.log10(0.3), math.log10(2.5), num_heads)  # standard deviation / edge of the box
         self.log_factor = nn.Parameter(factors.log())
-        self.offset = nn.Parameter(torch.zeros(num_heads, 2))  # in edges of the box
+        self.offset = nn.Parameter(torch.zeros(num_heads, 2))  # of the centre, in edges of the box
 
     def forward(self, boxes_cxcywh: Tensor, cells: Tensor) -> Tensor:
         """Logarithm of the Gaussian.
