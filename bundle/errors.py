@@ -8,7 +8,7 @@
         ├── UnsupportedImageError   not one of the image types that Vitrine reads
         ├── UndecodableImageError   the right type, but broken
         └── ImageTooLargeError      more bytes or pixels than allowed
-    (training and export add TrainingError and ExportError in their own packages)
+    (TrainingError, ExportError and SettingsError are defined in the packages that raise them)
 
 Each class takes values and writes its own sentence: what, where, expected, found. `code` is the stable,
 machine-readable name that HTTP answers carry.

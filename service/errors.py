@@ -24,8 +24,6 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     UnsupportedImageError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     UndecodableImageError: HTTPStatus.UNPROCESSABLE_ENTITY,
 }
-
-
 _STATUSES = set(HTTPStatus)
 
 

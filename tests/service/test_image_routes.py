@@ -226,7 +226,7 @@ def test_an_unknown_model_is_404(server: str, photograph: bytes) -> None:
     ids=["no image", "a URL", "two images", "not multipart", "no boundary", "strange charset"],
 )
 def test_a_wrong_multipart_body_is_400(request_body: dict[str, object], server: str) -> None:
-    answer = httpx.post(f"{server}/classify", **request_body)  # type: ignore[arg-type]
+    answer = httpx.post(f"{server}/classify", **request_body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["code"] == "invalid_parameter"
 
