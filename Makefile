@@ -39,9 +39,9 @@ $(SERVE)/installed: requirements/serve.txt pyproject.toml
 	@$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-$(DEV)/installed: requirements/serve.txt requirements/train.txt requirements/dev.txt pyproject.toml
+$(DEV)/installed: requirements/serve.txt requirements/train.txt requirements/dev.txt requirements/parity.txt pyproject.toml
 	@echo "Installing everything into $(DEV) ..."
 	@$(PYTHON) -m venv $(DEV)
-	@$(DEV)/bin/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@$(DEV)/bin/pip install --quiet --disable-pip-version-check -r requirements/parity.txt
 	@$(DEV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@

@@ -43,6 +43,35 @@ def train(
     typer.echo(f"trained: {run}")
 
 
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="Published weights: safetensors, .pth, .bin, .npz, or a folder.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Standard size, where the file does not tell: detr_resnet50_dc5, ...")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="imagenet-1k, coco or a file with a label on each line.")] = None,
+    reset_head: Annotated[
+        bool, typer.Option("--reset-head", help="New last layer for --labels, to be trained.")
+    ] = False,
+) -> None:
+    """Make a run of published weights; KEY=VALUE changes what was found (image_size=384, preprocessing.crop_pct=1)."""
+    from models.published.importing import import_weights
+
+    imported = import_weights(
+        checkpoint, out, variant=variant, labels=labels, reset_head=reset_head, changes=settings or []
+    )
+    for note in imported.notes:
+        typer.echo(f"  {note}")
+    made = imported.checkpoint
+    assert made.origin is not None
+    size = f"{imported.parameters / 1e6:.2f} M parameters"
+    typer.echo(f"imported: {out}  {made.origin.layout}, {size}, {len(made.labels)} labels")
+    if made.origin.untrained:
+        typer.echo(f"  to be trained: {', '.join(made.origin.untrained)}")
+
+
 @app.command()
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A run or a bundle.")],
@@ -143,11 +172,12 @@ _CURL = {
 
 
 def _summary(manifest: Manifest) -> str:
-    metric = MAIN_METRIC[manifest.task]
-    return (
-        f"{manifest.name} {manifest.version}  {manifest.task}, {len(manifest.labels)} labels, "
-        f"{metric} {manifest.metrics.values[metric]:.1%} on {manifest.metrics.data} {manifest.metrics.split}"
-    )
+    measured = "accuracy not measured"
+    if manifest.metrics is not None:
+        metric = MAIN_METRIC[manifest.task]
+        value = manifest.metrics.values[metric]
+        measured = f"{metric} {value:.1%} on {manifest.metrics.data} {manifest.metrics.split}"
+    return f"{manifest.name} {manifest.version}  {manifest.task}, {len(manifest.labels)} labels, {measured}"
 
 
 def main() -> None:

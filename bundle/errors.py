@@ -14,7 +14,8 @@ Each class takes values and writes its own sentence: what, where, expected, foun
 machine-readable name that HTTP answers carry.
 """
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -81,3 +82,9 @@ class ImageTooLargeError(ImageError):
 
     def __init__(self, *, limit: int, unit: str, found: object) -> None:
         super().__init__(f"image: at most {limit} {unit} are accepted, found {found}")
+
+
+def unknown(name: str, known: Sequence[str]) -> str:
+    """The sentence for a name that is none of those known, with the nearest of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"unknown {name!r}: did you mean {close[0]!r}? Known: {', '.join(known)}"

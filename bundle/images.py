@@ -106,8 +106,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def to_classification_pixels(image: Image.Image, preprocessing: ClassificationPreprocessing) -> NDArray[np.uint8]:
     """Resize an RGB image to the network's input size.
 
-    `crop_mode` "center": the shortest edge becomes input size / `crop_pct`, then the centre is cut out;
-    "squash": both edges are resized, whatever the aspect ratio (timm's terms).
+    `crop_mode` "center": the shortest edge becomes input size / `crop_pct`, rounded down, then the centre is cut out;
+    "squash": both edges are resized, whatever the aspect ratio (timm's terms and rounding).
 
     Returns:
         uint8 [height, width, 3].
@@ -117,11 +117,16 @@ def to_classification_pixels(image: Image.Image, preprocessing: ClassificationPr
     if preprocessing.crop_mode == "squash":
         box = (0.0, 0.0, float(image.width), float(image.height))
     else:
-        # The part of the source that the crop keeps: cutting before resizing gives the same pixels for less work.
-        scale = min(image.width * preprocessing.crop_pct / width, image.height * preprocessing.crop_pct / height)
-        left, top = max(0.0, (image.width - width * scale) / 2), max(0.0, (image.height - height * scale) / 2)
-        right, bottom = min(image.width, left + width * scale), min(image.height, top + height * scale)
-        box = (left, top, right, bottom)  # kept inside the image in spite of rounding
+        # The part of the source that the crop keeps: resizing it alone gives the same pixels for less work.
+        least_width, least_height = int(width / preprocessing.crop_pct), int(height / preprocessing.crop_pct)
+        if image.width * least_height <= image.height * least_width:
+            resized = least_width, int(least_width * image.height / image.width)
+        else:
+            resized = int(least_height * image.width / image.height), least_height
+        left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
+        x_scale, y_scale = image.width / resized[0], image.height / resized[1]
+        right, bottom = min(image.width, (left + width) * x_scale), min(image.height, (top + height) * y_scale)
+        box = (left * x_scale, top * y_scale, right, bottom)  # kept inside the image in spite of rounding
     if image.size == (width, height) and box == (0.0, 0.0, float(width), float(height)):
         return np.asarray(image)
     return np.asarray(image.resize((width, height), resample, box=box))
@@ -129,9 +134,13 @@ def to_classification_pixels(image: Image.Image, preprocessing: ClassificationPr
 
 def detection_size(width: int, height: int, preprocessing: DetectionPreprocessing) -> tuple[int, int]:
     """Width and height after the shortest edge is brought to `shortest_edge`, or the longest to `longest_edge` if
-    that would exceed it (DETR's rule, aspect ratio kept)."""
-    scale = min(preprocessing.shortest_edge / min(width, height), preprocessing.longest_edge / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
+    that would exceed it (the rule and the rounding of DETR's transforms, aspect ratio kept)."""
+    shortest, longest = min(width, height), max(width, height)
+    target = preprocessing.shortest_edge
+    if longest * target > preprocessing.longest_edge * shortest:
+        target = max(1, round(preprocessing.longest_edge * shortest / longest))
+    other = min(int(target * longest / shortest), preprocessing.longest_edge)
+    return (target, other) if width <= height else (other, target)
 
 
 def to_detection_pixels(image: Image.Image, preprocessing: DetectionPreprocessing) -> NDArray[np.uint8]:

@@ -35,7 +35,7 @@ class Task(StrEnum):
     DETECTION = "object-detection"
 
 
-MAIN_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP50"}  # every bundle states this one
+MAIN_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP50"}  # every measured bundle states this one
 
 
 class Interpolation(StrEnum):
@@ -95,9 +95,13 @@ class Metrics(_Strict):
     notes: str = ""  # what a reader of these numbers must know about the data
 
 
-class Parity(_Strict):
-    """How far the ONNX file's answers are from torch's, on real images."""
+GENERATED = "generated"  # parity images drawn by Vitrine itself, where the exporter had no data
 
+
+class Parity(_Strict):
+    """How far the ONNX file's answers are from torch's."""
+
+    data: str  # the data set of the images, or GENERATED
     images: Annotated[int, Field(ge=1)]
     max_abs_diff: dict[str, float]  # by output name
     top1_agreement: float
@@ -110,21 +114,43 @@ class Licences(_Strict):
     data: str = NOT_STATED
 
 
-class Provenance(_Strict):
-    """Where the weights come from, enough to train them again."""
+class Training(_Strict):
+    """How the weights were trained, enough to train them again."""
 
     recipe: str
     recipe_settings: dict[str, str | int | float | bool | None]
-    architecture_config: dict[str, str | int | float | bool | None]
     epochs: int
     seed: int
+    seconds: float
+
+
+class Import(_Strict):
+    """The published file that the weights were read from."""
+
+    file: str
+    sha256: Sha256
+    layout: str
+    arguments: tuple[str, ...]  # that `vitrine import` was given beside it
+
+
+class Provenance(_Strict):
+    """Where the weights come from, and what made the ONNX file of them."""
+
+    training: Training | None = None
+    imported: Import | None = None
+    architecture_config: dict[str, str | int | float | bool | None]
     parameters: int
-    training_seconds: float
     git_commit: str
     torch: str
     onnx: str
     opset: int
     checkpoint_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if self.training is None and self.imported is None:
+            raise ValueError("neither training nor imported is given")
+        return self
 
 
 class File(_Strict):
@@ -147,7 +173,7 @@ class Manifest(_Strict):
     outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing
     labels: Annotated[tuple[str, ...], Field(min_length=1)]
-    metrics: Metrics
+    metrics: Metrics | None = None  # None where the exporter had no labelled data
     parity: Parity
     licences: Licences
     provenance: Provenance
@@ -157,7 +183,7 @@ class Manifest(_Strict):
     def _consistent(self) -> Self:
         if self.preprocessing.task is not self.task:
             raise ValueError(f"preprocessing is for {self.preprocessing.task}, the bundle for {self.task}")
-        if MAIN_METRIC[self.task] not in self.metrics.values:
+        if self.metrics is not None and MAIN_METRIC[self.task] not in self.metrics.values:
             raise ValueError(f"metrics: {MAIN_METRIC[self.task]} is not among {', '.join(self.metrics.values)}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels are not unique")

@@ -15,17 +15,20 @@ from pydantic import TypeAdapter, ValidationError
 from bundle.loading import hash_file, load_bundle
 from bundle.manifest import (
     CARD_FILE,
+    GENERATED,
     GOLDEN_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
-    ClassificationPreprocessing,
     DetectionPreprocessing,
     File,
+    Import,
     Licences,
     Manifest,
     Metrics,
     Name,
+    Preprocessing,
     Provenance,
+    Training,
     Version,
 )
 from bundle.predictors import make_predictor
@@ -33,16 +36,19 @@ from bundle.runtime import OnnxNetwork
 from export.errors import ExportError
 from export.graph import OPSET, export_graph
 from export.model_card import model_card
-from export.parity import check_parity, make_inputs
+from export.parity import check_parity, generated_images, make_inputs
 from models.serving import served
 from models.training import checkpoint as checkpoints
-from models.training.data import Data, has_split, load_split
+from models.training.checkpoint import Checkpoint
+from models.training.data import Data, check_labels, has_split, load_split
 from models.training.evaluation import evaluate
 from models.training.network import TorchNetwork
 
-_FULL_NAMES = {"vit": "Vision Transformer", "mlp_mixer": "MLP-Mixer", "detr": "DETR"}
+_FULL_NAMES = {"vit": "Vision Transformer", "mlp_mixer": "MLP-Mixer", "resnetv2": "BiT", "detr": "DETR"}
 _PARITY_IMAGES = 48
+_GENERATED_IMAGES = 12
 _GOLDEN_IMAGES = 3
+_GOLDEN_EDGES = 240, 320  # of detection, at most: the file stays small and a start quick
 
 
 def export_run(
@@ -50,7 +56,8 @@ def export_run(
 ) -> Manifest:
     """Write the bundle `out` (`.../<name>/<version>`) from the checkpoint of `run`.
 
-    Accuracy and parity are measured on the split `test` of the data, or `val` where there is no `test`.
+    Accuracy and parity are measured on the split `test` of the data, or `val` where there is no `test`. Without data,
+    which only an imported run may be, accuracy is not measured, and parity on generated images.
 
     Args:
         data_path: the data set; by default where it was when the run was trained.
@@ -66,10 +73,15 @@ def export_run(
         raise ExportError(f"{out}: already there; a version is never changed, choose the next number")
     _check_name(out)
     checkpoint = checkpoints.load(run)
-    recipe = checkpoint.read_recipe()
-    preprocessing = recipe.preprocessing
-    data = _evaluation_data(data_path or Path(checkpoint.data_path), checkpoint)
-    images = [data.image(i) for i in range(min(_PARITY_IMAGES, len(data)))]
+    if checkpoint.origin is not None and checkpoint.origin.untrained and checkpoint.progress is None:
+        untrained = ", ".join(checkpoint.origin.untrained)
+        raise ExportError(f"{run}: weights: expected a trained network, found random numbers in {untrained}")
+    preprocessing = checkpoint.read_preprocessing()
+    data = _evaluation_data(data_path, checkpoint)
+    if data is None:
+        images = generated_images(_GENERATED_IMAGES, preprocessing)
+    else:
+        images = [data.image(i) for i in range(min(_PARITY_IMAGES, len(data)))]
     network = checkpoint.build()
     module = served(network, preprocessing.mean, preprocessing.std).eval()
     if isinstance(preprocessing, DetectionPreprocessing):
@@ -85,31 +97,37 @@ def export_run(
         export_graph(module, input_size, bundle / MODEL_FILE)
         onnx_network = OnnxNetwork(bundle / MODEL_FILE)
         torch_network = TorchNetwork(module, torch.device("cpu"))
-        parity = check_parity(torch_network, onnx_network, module.output_names, images, preprocessing)
+        source = GENERATED if data is None else data.name
+        parity = check_parity(torch_network, onnx_network, module.output_names, images, preprocessing, source)
         _write_golden(bundle / GOLDEN_FILE, onnx_network, module.output_names, images, preprocessing)
-        metrics = evaluate(make_predictor(onnx_network, preprocessing, checkpoint.labels), data)
+        predictor = make_predictor(onnx_network, preprocessing, checkpoint.labels)
         manifest = Manifest(
             schema_version=1,
             name=out.parent.name,
             version=out.name,
-            description=f"{_FULL_NAMES[recipe.architecture]} trained by Vitrine's recipe {recipe.name} on {data.name}.",
-            architecture=recipe.architecture,
-            task=recipe.task,
+            description=_description(checkpoint, data),
+            architecture=checkpoint.architecture,
+            task=preprocessing.task,
             inputs=onnx_network.inputs,
             outputs=onnx_network.outputs,
             preprocessing=preprocessing,
             labels=tuple(checkpoint.labels),
-            metrics=Metrics(data=data.name, split=data.split, images=len(data), values=metrics, notes=data_notes),
+            metrics=None
+            if data is None
+            else Metrics(
+                data=data.name,
+                split=data.split,
+                images=len(data),
+                values=evaluate(predictor, data),
+                notes=data_notes,
+            ),
             parity=parity,
             licences=licences or Licences(),
             provenance=Provenance(
-                recipe=recipe.name,
-                recipe_settings={key: _plain(value) for key, value in recipe.changed_settings().items()},
-                architecture_config={key: _plain(value) for key, value in recipe.model.items()},
-                epochs=checkpoint.epoch,
-                seed=recipe.seed,
+                training=_training(checkpoint),
+                imported=_imported(checkpoint),
+                architecture_config={key: _plain(value) for key, value in checkpoint.settings.items()},
                 parameters=sum(parameter.numel() for parameter in network.parameters()),
-                training_seconds=round(checkpoint.seconds, 1),
                 git_commit=_git_commit(),
                 torch=torch.__version__,
                 onnx=onnx.__version__,
@@ -137,11 +155,43 @@ def _check_name(out: Path) -> None:
             raise ExportError(f"{out}: {what}: {error.errors()[0]['msg']}, found {value!r}") from error
 
 
-def _evaluation_data(path: Path, checkpoint: checkpoints.Checkpoint) -> Data:
-    task = checkpoint.read_recipe().task
-    data = load_split(path, task, "test" if has_split(path, "test") else "val")
-    if list(data.labels) != checkpoint.labels:
-        raise ExportError(f"{path}: labels: expected {checkpoint.labels}, found {list(data.labels)}")
+def _description(checkpoint: Checkpoint, data: Data | None) -> str:
+    name = _FULL_NAMES[checkpoint.architecture]
+    if checkpoint.progress is not None:
+        trained_on = "" if data is None else f" on {data.name}"
+        return f"{name} trained by Vitrine's recipe {checkpoint.progress.read_recipe().name}{trained_on}."
+    assert checkpoint.origin is not None
+    return f"{name} with the weights of {checkpoint.origin.file}."
+
+
+def _training(checkpoint: Checkpoint) -> Training | None:
+    progress = checkpoint.progress
+    if progress is None:
+        return None
+    recipe = progress.read_recipe()
+    return Training(
+        recipe=recipe.name,
+        recipe_settings={key: _plain(value) for key, value in recipe.changed_settings().items()},
+        epochs=progress.epoch,
+        seed=recipe.seed,
+        seconds=round(progress.seconds, 1),
+    )
+
+
+def _imported(checkpoint: Checkpoint) -> Import | None:
+    origin = checkpoint.origin
+    if origin is None:
+        return None
+    return Import(file=origin.file, sha256=origin.sha256, layout=origin.layout, arguments=tuple(origin.arguments))
+
+
+def _evaluation_data(path: Path | None, checkpoint: Checkpoint) -> Data | None:
+    if path is None:
+        if checkpoint.progress is None:
+            return None
+        path = Path(checkpoint.progress.data_path)
+    data = load_split(path, checkpoint.task, "test" if has_split(path, "test") else "val")
+    check_labels(data, checkpoint.labels)
     return data
 
 
@@ -150,8 +200,15 @@ def _write_golden(
     network: OnnxNetwork,
     output_names: Sequence[str],
     images: Sequence[Image.Image],
-    preprocessing: ClassificationPreprocessing | DetectionPreprocessing,
+    preprocessing: Preprocessing,
 ) -> None:
+    if isinstance(preprocessing, DetectionPreprocessing):
+        shortest, longest = _GOLDEN_EDGES
+        edges = {
+            "shortest_edge": min(shortest, preprocessing.shortest_edge),
+            "longest_edge": min(longest, preprocessing.longest_edge),
+        }
+        preprocessing = preprocessing.model_copy(update=edges)
     inputs = make_inputs(images[:_GOLDEN_IMAGES], preprocessing)
     outputs = dict(zip(output_names, network(**inputs), strict=True))
     np.savez_compressed(file, allow_pickle=False, **inputs, **outputs)

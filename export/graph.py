@@ -1,5 +1,6 @@
 """From a served torch module to an ONNX file with the bundle contract's inputs, outputs and dynamic axes."""
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -8,6 +9,7 @@ import onnx
 import torch
 from torch.export import Dim
 
+from models.resnetv2 import fold_weight_standardisation
 from models.serving import ServedClassifier, ServedDetector
 
 OPSET = 20  # has Gelu and LayerNormalization as single nodes
@@ -16,9 +18,13 @@ OPSET = 20  # has Gelu and LayerNormalization as single nodes
 def export_graph(module: ServedClassifier | ServedDetector, input_size: tuple[int, int], file: Path) -> None:
     """Trace the module and write a checked ONNX file whose batch axis (for detection also height and width) is dynamic.
 
+    The file holds standardised filters; the module is left as it is.
+
     Args:
         input_size: height and width to trace with; classifiers keep it.
     """
+    module = copy.deepcopy(module).eval()
+    fold_weight_standardisation(module)
     height, width = input_size
     # Two images: torch.export would take a batch of one for a constant.
     pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8)
@@ -37,7 +43,7 @@ def export_graph(module: ServedClassifier | ServedDetector, input_size: tuple[in
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
         program = torch.onnx.export(
-            module.eval(),
+            module,
             arguments,
             dynamo=True,
             opset_version=OPSET,

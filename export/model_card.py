@@ -2,7 +2,9 @@
 
 import shlex
 
-from bundle.manifest import NOT_STATED, Manifest, Task
+from bundle.manifest import GENERATED, NOT_STATED, Manifest, Task
+
+_MOST_LABELS = 100  # that a card lists
 
 _METRIC_NAMES = {
     "top1": "top-1 accuracy",
@@ -18,10 +20,8 @@ _METRIC_NAMES = {
 
 def model_card(manifest: Manifest) -> str:
     """Markdown."""
-    metrics, provenance, parity = manifest.metrics, manifest.provenance, manifest.parity
-    rows = [f"| {_metric_name(name)} | {value:.2%} |" for name, value in metrics.values.items()]
+    provenance = manifest.provenance
     settings = ", ".join(f"{key}={value}" for key, value in provenance.architecture_config.items())
-    differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())
     route, question = {
         Task.CLASSIFICATION: ("classify", "which of the labels an image shows"),
         Task.DETECTION: ("detect", "where in an image objects of the labels are"),
@@ -31,37 +31,20 @@ def model_card(manifest: Manifest) -> str:
         f"{manifest.description} It answers {question}.",
         "",
         f"- Architecture: `{manifest.architecture}` ({settings}), {provenance.parameters:,} parameters",
-        f"- Labels: {', '.join(manifest.labels)}",
+        f"- Labels: {_labels(manifest)}",
         f"- Licence of the weights: {manifest.licences.weights}. Terms of the training data: {manifest.licences.data}.",
         "",
         "## Measured",
         "",
-        f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with this ONNX file through "
-        f"the predictor that serves it. {metrics.notes}".strip(),
-        "",
-        "| metric | value |",
-        "|---|---|",
-        *rows,
-        "",
-        f"ONNX Runtime against torch on {parity.images} of these images: largest difference {differences}; "
-        f"same class in {parity.top1_agreement:.2%}.",
+        *_measured(manifest),
         "",
         "## Limits",
         "",
-        f"It knows only its {len(manifest.labels)} labels and was trained on `{metrics.data}` alone, from random "
-        "weights. Pictures that look unlike that data get confident, wrong answers. It is a demonstration, not fit for "
-        "decisions about people, medicine or safety.",
+        _limits(manifest),
         "",
         "## Reproduce",
         "",
-        f"Recipe `{provenance.recipe}`, {provenance.epochs} epochs in {provenance.training_seconds / 60:.0f} minutes "
-        f"of training, seed {provenance.seed}, torch {provenance.torch}, commit `{provenance.git_commit}`:",
-        "",
-        "```sh",
-        f"vitrine train {provenance.recipe} --data DATA/{metrics.data} --out runs/{manifest.name} "
-        f"{' '.join(shlex.quote(f'{key}={value}') for key, value in provenance.recipe_settings.items())}".strip(),
-        f"vitrine export runs/{manifest.name} --out bundles/{manifest.name}/{manifest.version}{_stated(manifest)}",
-        "```",
+        *_reproduce(manifest),
         "",
         "## Use",
         "",
@@ -73,12 +56,76 @@ def model_card(manifest: Manifest) -> str:
     return "\n".join(sections)
 
 
+def _labels(manifest: Manifest) -> str:
+    if len(manifest.labels) <= _MOST_LABELS:
+        return ", ".join(manifest.labels)
+    return f"{len(manifest.labels):,}, in the manifest"
+
+
+def _measured(manifest: Manifest) -> list[str]:
+    metrics, parity = manifest.metrics, manifest.parity
+    images = f"{parity.images} {'generated images' if parity.data == GENERATED else f'images of `{parity.data}`'}"
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())
+    agreement = (
+        f"ONNX Runtime against torch on {images}: largest difference {differences}; "
+        f"same class in {parity.top1_agreement:.2%}."
+    )
+    if metrics is None:
+        return ["Its accuracy was not measured here: the exporter had no labelled data.", "", agreement]
+    return [
+        f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with this ONNX file through "
+        f"the predictor that serves it. {metrics.notes}".strip(),
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {_metric_name(name)} | {value:.2%} |" for name, value in metrics.values.items()),
+        "",
+        agreement,
+    ]
+
+
+def _limits(manifest: Manifest) -> str:
+    known = f"It knows only its {len(manifest.labels):,} labels"
+    if manifest.provenance.training is None:
+        return (
+            f"{known}. What it was trained on, and what it may be used for, its publisher says; pictures that look "
+            "unlike that data get confident, wrong answers."
+        )
+    trained = "" if manifest.metrics is None else f" and was trained on `{manifest.metrics.data}` alone"
+    start = "from imported weights" if manifest.provenance.imported else "from random weights"
+    return (
+        f"{known}{trained}, {start}. Pictures that look unlike that data get confident, wrong answers. It is a "
+        "demonstration, not fit for decisions about people, medicine or safety."
+    )
+
+
+def _reproduce(manifest: Manifest) -> list[str]:
+    provenance, training, imported = manifest.provenance, manifest.provenance.training, manifest.provenance.imported
+    run = f"runs/{manifest.name}"
+    data = "" if manifest.metrics is None else f" --data DATA/{manifest.metrics.data}"
+    made_by = f"torch {provenance.torch}, commit `{provenance.git_commit}`"
+    export = f"vitrine export {run} --out bundles/{manifest.name}/{manifest.version}"
+    if training is not None:
+        settings = (shlex.quote(f"{key}={value}") for key, value in training.recipe_settings.items())
+        said = (
+            f"Recipe `{training.recipe}`, {training.epochs} epochs in {training.seconds / 60:.0f} minutes of training, "
+            f"seed {training.seed}, {made_by}:"
+        )
+        first = f"vitrine train {training.recipe}{data} --out {run} {' '.join(settings)}".strip()
+    else:
+        assert imported is not None
+        said = f"Imported from `{imported.file}` ({imported.layout}, SHA-256 `{imported.sha256}`), {made_by}:"
+        first = f"vitrine import {shlex.join((imported.file, *imported.arguments))} --out {run}"
+        export += data
+    return [said, "", "```sh", first, f"{export}{_stated(manifest)}", "```"]
+
+
 def _stated(manifest: Manifest) -> str:
     """The options of `vitrine export` that said what only its user could know."""
     options = {
         "--licence": (manifest.licences.weights, NOT_STATED),
         "--data-licence": (manifest.licences.data, NOT_STATED),
-        "--data-notes": (manifest.metrics.notes, ""),
+        "--data-notes": ("" if manifest.metrics is None else manifest.metrics.notes, ""),
     }
     return "".join(
         f" \\\n    {option} {shlex.quote(value)}" for option, (value, default) in options.items() if value != default

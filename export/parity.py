@@ -1,4 +1,4 @@
-"""Do torch and ONNX Runtime answer the same? Measured on real images, on odd batches and on odd sizes."""
+"""Do torch and ONNX Runtime answer the same? Measured on odd batches and on odd sizes, on real images if there are."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
 from bundle.loading import CONFIDENT_SCORE
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Parity
+from bundle.manifest import ClassificationPreprocessing, Parity, Preprocessing
 from bundle.predictors import Network
 from export.errors import ParityError
 
@@ -21,9 +21,26 @@ _BATCHES = (1, 3, 8)
 Inputs = dict[str, NDArray[np.generic]]
 
 
-def make_inputs(
-    images: Sequence[Image.Image], preprocessing: ClassificationPreprocessing | DetectionPreprocessing
-) -> Inputs:
+def generated_images(count: int, preprocessing: Preprocessing) -> list[Image.Image]:
+    """Coloured clouds with the structure of pictures at every scale, the same ones each time."""
+    if isinstance(preprocessing, ClassificationPreprocessing):
+        height, width = preprocessing.input_size
+    else:
+        height, width = preprocessing.shortest_edge, preprocessing.longest_edge
+    random = np.random.default_rng(0)
+    images = []
+    for _ in range(count):
+        cloud = np.zeros((height, width, 3))
+        for octave in range(1, 8):
+            noise = random.normal(0, 1, (2**octave, 2**octave, 3))
+            channels = [Image.fromarray(noise[..., c].astype(np.float32)) for c in range(3)]
+            resized = [np.asarray(channel.resize((width, height), Image.Resampling.BICUBIC)) for channel in channels]
+            cloud += np.stack(resized, axis=-1) / octave
+        images.append(Image.fromarray((128 + 48 * cloud).clip(0, 255).astype(np.uint8)))
+    return images
+
+
+def make_inputs(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Inputs:
     """The graph's inputs for a batch of RGB images."""
     if isinstance(preprocessing, ClassificationPreprocessing):
         return {"pixels": np.stack([to_classification_pixels(image, preprocessing) for image in images])}
@@ -36,9 +53,10 @@ def check_parity(
     onnx_network: Network,
     output_names: Sequence[str],
     images: Sequence[Image.Image],
-    preprocessing: ClassificationPreprocessing | DetectionPreprocessing,
+    preprocessing: Preprocessing,
+    data: str,
 ) -> Parity:
-    """Compare both runtimes on the images, in batches of 1, 3 and 8, every second image cut to another shape.
+    """Compare both runtimes on the images (of `data`), in batches of 1, 3 and 8, every second one cut to another shape.
 
     Raises:
         ParityError: an output differs by more than `TOLERANCE`, or the classes do.
@@ -64,12 +82,10 @@ def check_parity(
     agreement = same / compared if compared else 1.0
     if agreement < MIN_AGREEMENT:
         raise ParityError("classes", quantity="agreement", expected=f">= {MIN_AGREEMENT}", found=agreement)
-    return Parity(images=len(images), max_abs_diff=largest, top1_agreement=agreement)
+    return Parity(data=data, images=len(images), max_abs_diff=largest, top1_agreement=agreement)
 
 
-def _batches(
-    images: Sequence[Image.Image], preprocessing: ClassificationPreprocessing | DetectionPreprocessing
-) -> Iterator[Inputs]:
+def _batches(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Iterator[Inputs]:
     shaped = [image if i % 2 else _cut(image) for i, image in enumerate(images)]
     start = 0
     while start < len(shaped):

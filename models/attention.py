@@ -1,25 +1,52 @@
 """Scaled dot-product attention and its multi-head form (Vaswani et al. 2017, "Attention Is All You Need", eq. 1).
 
+Attention is computed by a fused kernel, which never holds the weights in memory. Who wants to see them passes a list
+`record`: the weights are then computed as eq. 1 is written, and appended to it.
+
 Shapes: B batch, H heads, N queries, M keys, D embedding, d = D / H per head.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(Q Kᵀ / sqrt(d) + bias) V; sqrt(d) is the temperature that keeps the logits' variance near one.
+def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q Kᵀ / sqrt(d) + bias); sqrt(d) is the temperature that keeps the logits' variance near one.
+
+    Args:
+        query: [B, H, N, d].
+        key: [B, H, M, d].
+        bias: float, broadcastable to [B, H, N, M]; minus infinity hides a key from a query.
+
+    Returns:
+        [B, H, N, M]; each row is not negative and sums to one.
+    """
+    logits = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    return torch.softmax(logits if bias is None else logits + bias, dim=-1)
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, record: list[Tensor] | None = None
+) -> Tensor:
+    """`attention_weights(query, key, bias)` times V.
 
     Args:
         query: [B, H, N, d].
         key, value: [B, H, M, d].
         bias: float, broadcastable to [B, H, N, M]; minus infinity hides a key from a query.
+        record: where the attention weights [B, H, N, M] are appended; None for the fused kernel.
 
     Returns:
         [B, H, N, d].
     """
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    if record is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    weights = attention_weights(query, key, bias)
+    record.append(weights)
+    return weights @ value
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -48,10 +75,10 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+    def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; `record` takes the attention weights [B, H, N, N]."""
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        out: Tensor = self.proj(merge_heads(scaled_dot_product_attention(query, key, value)))
+        out: Tensor = self.proj(merge_heads(scaled_dot_product_attention(query, key, value, record=record)))
         return out
 
 
@@ -67,11 +94,19 @@ class MultiHeadAttention(nn.Module):
         self.v_proj = nn.Linear(embed_dim, embed_dim)
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Tensor:
         """Attend from `query` [B, N, D] to `key` and `value` [B, M, D].
 
         Args:
             bias: float, broadcastable to [B, H, N, M], added to the logits before the softmax.
+            record: takes the attention weights [B, H, N, M].
 
         Returns:
             [B, N, D].
@@ -81,6 +116,7 @@ class MultiHeadAttention(nn.Module):
             split_heads(self.k_proj(key), self.num_heads),
             split_heads(self.v_proj(value), self.num_heads),
             bias,
+            record,
         )
         out: Tensor = self.out_proj(merge_heads(heads))
         return out

@@ -6,14 +6,25 @@ from typing import Any
 
 from torch import nn
 
-from models.detr import Detr, DetrConfig
-from models.mlp_mixer import MlpMixer, MlpMixerConfig
-from models.vit import ViT, ViTConfig
+from models import detr, mlp_mixer, resnetv2, vit
 
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[Any]]] = {
-    "vit": (ViT, ViTConfig),
-    "mlp_mixer": (MlpMixer, MlpMixerConfig),
-    "detr": (Detr, DetrConfig),
+    "vit": (vit.ViT, vit.ViTConfig),
+    "mlp_mixer": (mlp_mixer.MlpMixer, mlp_mixer.MlpMixerConfig),
+    "resnetv2": (resnetv2.ResNetV2, resnetv2.ResNetV2Config),
+    "detr": (detr.Detr, detr.DetrConfig),
+}
+
+# The standard sizes: by name, settings of an architecture.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (architecture, settings)
+    for architecture, variants in (
+        ("vit", vit.VARIANTS),
+        ("mlp_mixer", mlp_mixer.VARIANTS),
+        ("resnetv2", resnetv2.VARIANTS),
+        ("detr", detr.VARIANTS),
+    )
+    for name, settings in variants.items()
 }
 
 

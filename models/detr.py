@@ -1,33 +1,42 @@
 """DETR: detection as set prediction (Carion et al. 2020, "End-to-End Object Detection with Transformers").
 
 Backbone, transformer encoder, decoder with N object queries, a class head and a box head: no region proposals, no NMS.
-Plain learned queries need hundreds of epochs to find out where they look. Here each query has a learned reference box:
-its sine encoding is the query's position, the query looks around it first (`models.transformer.SpatialPrior`), and
-every decoder layer predicts an offset to it and hands the moved box on (Liu et al. 2022, "DAB-DETR", sec. 4). While
-training, several groups of queries are matched independently (Chen et al. 2023, "Group DETR"), which gives each image
-more supervision; only the first group exists at inference.
+
+The paper's queries are learned vectors, which need hundreds of epochs to find out where they look. Queries of the kind
+"boxes" have a learned reference box each: its sine encoding is the query's position, the query looks around it first
+(`models.transformer.SpatialPrior`), and every decoder layer predicts an offset to it and hands the moved box on (Liu et
+al. 2022, "DAB-DETR", sec. 4). While training, several groups of queries may be matched independently (Chen et al. 2023,
+"Group DETR"), which gives each image more supervision; only the first group exists at inference.
 
 Shapes: B batch, H x W pixels, h x w cells of the feature map, M = h w, N queries, D embedding, K classes.
 """
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from models.position import grid_centres, sine_2d, valid_cells
-from models.resnet import ResNet
-from models.transformer import DetrDecoderBlock, DetrEncoderBlock
+from models.position import grid_points, nearest_valid_cells, sine_2d, valid_cells
+from models.resnet import VARIANTS as RESNETS
+from models.resnet import Norm, ResNet, ResNetConfig
+from models.transformer import DetrDecoderBlock, DetrEncoderBlock, SpatialPrior
 
 
 @dataclass(frozen=True)
 class DetrConfig:
-    """The shape of a DETR. `backbone_layers` and `backbone_width` are those of `models.resnet.ResNet`."""
+    """The shape of a DETR. What begins with `backbone_`, and `dilation`, is that of `models.resnet.ResNetConfig`.
+
+    `unused_classes` of the class head stand for no label: they take part in the softmax and are never answered (the
+    holes in COCO's category ids).
+    """
 
     num_classes: int
+    unused_classes: int = 0
     num_queries: int = 100
+    queries: Literal["learned", "boxes"] = "learned"
+    query_groups: int = 1
     embed_dim: int = 256
     num_heads: int = 8
     encoder_layers: int = 6
@@ -36,7 +45,32 @@ class DetrConfig:
     dropout: float = 0.1
     backbone_layers: tuple[int, ...] = (2, 2, 2, 2)
     backbone_width: int = 64
-    query_groups: int = 1
+    backbone_block: Literal["basic", "bottleneck"] = "basic"
+    backbone_norm: Norm = "batch"
+    dilation: bool = False
+
+    @property
+    def backbone(self) -> ResNetConfig:
+        """The shape of the backbone."""
+        return ResNetConfig(
+            self.backbone_layers, self.backbone_width, self.backbone_block, self.backbone_norm, self.dilation
+        )
+
+
+def _variant(resnet: str, **settings: Any) -> dict[str, Any]:
+    shape = RESNETS[resnet]
+    backbone = {"backbone_layers": shape.layers, "backbone_block": shape.block}
+    return {**backbone, "backbone_norm": "frozen", **settings}
+
+
+# Table 1 of the paper, and a small sibling.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "detr_resnet50": _variant("resnet50"),
+    "detr_resnet50_dc5": _variant("resnet50", dilation=True),
+    "detr_resnet101": _variant("resnet101"),
+    "detr_resnet101_dc5": _variant("resnet101", dilation=True),
+    "detr_small": _variant("resnet18", encoder_layers=3, decoder_layers=3, feedforward_dim=1024),
+}
 
 
 class SetPrediction(TypedDict):
@@ -78,66 +112,106 @@ class Detr(nn.Module):
         dim = config.embed_dim
         if dim % 4:
             raise ValueError(f"embed_dim {dim} is not divisible by 4 (sine and cosine of x and y)")
-        self.backbone = ResNet(config.backbone_layers, config.backbone_width)
-        self.stride = 2 ** (1 + len(config.backbone_layers))
+        self.backbone = ResNet(config.backbone)
         self.input_proj = nn.Conv2d(self.backbone.num_features, dim, kernel_size=1)
         shape = (dim, config.num_heads, config.feedforward_dim, config.dropout)
         self.encoder = nn.ModuleList(DetrEncoderBlock(*shape) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DetrDecoderBlock(*shape) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(dim)
         self.query_embed = nn.Embedding(config.num_queries * config.query_groups, dim)
-        self.reference_boxes = nn.Parameter(_grid_of_boxes(config.num_queries).repeat(config.query_groups, 1))
-        self.query_pos = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
-        self.class_embed = nn.Linear(dim, config.num_classes + 1)
+        self.query_boxes = QueryBoxes(config) if config.queries == "boxes" else None
+        self.class_embed = nn.Linear(dim, config.num_classes + config.unused_classes + 1)
         self.bbox_embed = BoxHead(dim)
+        # To compare padded batches with public implementations: there, padding leaks into the backbone's features, and
+        # the mask of the feature map is sampled instead of rounded up.
+        self.published_padding = False
         self._init_weights()
 
     def _init_weights(self) -> None:
-        # Among them the offsets of the spatial priors: each head starts by looking to another side of the box.
-        for part in (self.encoder, self.decoder):
+        transformer = [self.encoder, self.decoder]
+        if self.query_boxes is not None:
+            # Among them the priors' offsets: each head starts by looking to another side of the box.
+            transformer.append(self.query_boxes.priors)
+            for parameter in self.bbox_embed.layers[-1].parameters():
+                nn.init.zeros_(parameter)  # the first prediction is the reference box itself
+        for part in transformer:
             for parameter in part.parameters():
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
-        last = self.bbox_embed.layers[-1]  # all zero, so that the first prediction is the reference box itself
-        for parameter in last.parameters():
-            nn.init.zeros_(parameter)
 
-    def forward(self, images: Tensor, sizes: Tensor) -> DetrOutput:
+    def forward(self, images: Tensor, sizes: Tensor, record: list[Tensor] | None = None) -> DetrOutput:
         """Detect objects.
 
         Args:
             images: normalised, float [B, 3, H, W], padded with zeros below and to the right.
             sizes: int64 [B, 2], height and width of each image's valid region.
+            record: takes attention weights: each encoder layer's [B, heads, M, M], then each decoder layer's
+                cross-attention [B, heads, N, M].
         """
-        dim = self.config.embed_dim
-        features = self.input_proj(self.backbone(images, sizes))  # [B, D, h, w]
-        valid = valid_cells(sizes, features.shape[-2:], self.stride)  # [B, h, w]
-        y, x = grid_centres(valid)
-        cells = torch.stack((x, y), dim=-1).flatten(1, 2)  # [B, M, 2]
-        positions = sine_2d(cells, dim)  # [B, M, D]
+        config = self.config
+        features = self.input_proj(self.backbone(images, None if self.published_padding else sizes))  # [B, D, h, w]
+        grid = features.shape[-2:]
+        if self.published_padding:
+            valid = nearest_valid_cells(sizes, images.shape[-2:], grid)
+        else:
+            valid = valid_cells(sizes, grid, config.backbone.stride)  # [B, h, w]
+        cells = grid_points(valid, 1.0 if self.query_boxes is None else 0.5).flatten(1, 2)  # [B, M, 2]
+        positions = sine_2d(cells, config.embed_dim)  # [B, M, D]
         hidden = torch.zeros_like(valid, dtype=features.dtype).masked_fill(~valid, -math.inf)
         padding_bias = hidden.flatten(1)[:, None, None]  # [B, 1, 1, M]
         memory = features.flatten(2).transpose(1, 2)  # [B, M, D]
         for encoder_block in self.encoder:
-            memory = encoder_block(memory, positions, padding_bias)
+            memory = encoder_block(memory, positions, padding_bias, record)
 
-        groups = self.config.query_groups if self.training else 1
-        count = self.config.num_queries * groups
-        batch = images.shape[0]
-        queries = self.query_embed.weight[:count].expand(batch, -1, -1)  # [B, N, D]
-        reference = self.reference_boxes[:count].expand(batch, -1, -1)  # [B, N, 4], logits
+        groups = config.query_groups if self.training else 1
+        count = config.num_queries * groups
+        learned = self.query_embed.weight[:count].expand(images.shape[0], -1, -1)  # [B, N, D]
+        if self.query_boxes is None:
+            queries, query_positions = torch.zeros_like(learned), learned
+            bias, reference = padding_bias, None
+        else:
+            queries = learned
+            reference = self.query_boxes.boxes[:count].expand(images.shape[0], -1, -1)  # [B, N, 4], logits
         layers: list[SetPrediction] = []
         for index, decoder_block in enumerate(self.decoder):
-            boxes = reference.sigmoid()
-            encoded = torch.cat((sine_2d(boxes[..., :2], dim), sine_2d(boxes[..., 2:], dim)), dim=-1)  # [B, N, 2 D]
-            query_positions = self.query_pos(encoded)  # [B, N, D]
-            queries = decoder_block(queries, query_positions, memory, positions, padding_bias, boxes, cells, groups)
+            if self.query_boxes is not None and reference is not None:
+                query_positions, prior = self.query_boxes(reference.sigmoid(), cells, index)
+                bias = prior + padding_bias
+            queries = decoder_block(queries, query_positions, memory, positions, bias, groups, record)
             normed = self.decoder_norm(queries)
-            box_logits = reference + self.bbox_embed(normed)
-            if self.training or index == len(self.decoder) - 1:
-                layers.append({"pred_logits": self.class_embed(normed), "pred_boxes": box_logits.sigmoid()})
-            reference = box_logits.detach()
-        return {**layers[-1], "aux_outputs": layers[:-1]}
+            box_logits = self.bbox_embed(normed)
+            if reference is not None:
+                box_logits = reference + box_logits
+                reference = box_logits.detach()
+            layers.append({"pred_logits": self.class_embed(normed), "pred_boxes": box_logits.sigmoid()})
+        return {**layers[-1], "aux_outputs": layers[:-1] if self.training else []}
+
+
+class QueryBoxes(nn.Module):
+    """A learned reference box per query: it says where the query looks."""
+
+    def __init__(self, config: DetrConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.boxes = nn.Parameter(_grid_of_boxes(config.num_queries).repeat(config.query_groups, 1))
+        self.position = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.priors = nn.ModuleList(SpatialPrior(config.num_heads) for _ in range(config.decoder_layers))
+        self.embed_dim = dim
+
+    def forward(self, boxes_cxcywh: Tensor, cells: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """What a decoder layer needs to know of the boxes that it starts from.
+
+        Args:
+            boxes_cxcywh: [B, N, 4], fractions of the image.
+            cells: (x, y) of the memory's cells, [B, M, 2], fractions of the image.
+            layer: number of the decoder layer.
+
+        Returns:
+            The queries' positions [B, N, D], and the logarithm of where they look [B, heads, N, M].
+        """
+        centres, edges = boxes_cxcywh.split(2, dim=-1)
+        encoded = torch.cat((sine_2d(centres, self.embed_dim), sine_2d(edges, self.embed_dim)), dim=-1)  # [B, N, 2 D]
+        return self.position(encoded), self.priors[layer](boxes_cxcywh, cells)
 
 
 def _grid_of_boxes(count: int) -> Tensor:

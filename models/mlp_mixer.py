@@ -4,11 +4,12 @@ Shapes: B batch, H x W pixels, N tokens (patches), D embedding (channels), K cla
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from models.transformer import DropPath, Mlp
-from models.vit import PatchEmbed, init_weights
+from models.transformer import DropPath, Gelu, Mlp
+from models.vit import PatchEmbed, init_weights, patch_grid
 
 
 @dataclass(frozen=True)
@@ -16,19 +17,48 @@ class MlpMixerConfig:
     """The shape of a Mixer (table 1 of the paper). Token mixing fixes the number of patches."""
 
     num_classes: int
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square
     patch_size: int = 16
     embed_dim: int = 512
     depth: int = 8
     tokens_mlp_dim: int = 256
     channels_mlp_dim: int = 2048
+    gelu: Gelu = "exact"
     drop_path: float = 0.0
 
     @property
     def num_patches(self) -> int:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        return (self.image_size // self.patch_size) ** 2
+        """Tokens that the network mixes."""
+        rows, columns = patch_grid(self.image_size, self.patch_size)
+        return rows * columns
+
+
+# Table 1 of the paper. The last one is for images of 32 x 32 pixels.
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"mixer_{size}{patch}": {
+        "patch_size": patch,
+        "embed_dim": dim,
+        "depth": depth,
+        "tokens_mlp_dim": tokens,
+        "channels_mlp_dim": channels,
+    }
+    for size, dim, depth, tokens, channels, patches in (
+        ("s", 512, 8, 256, 2048, (16, 32)),
+        ("b", 768, 12, 384, 3072, (16, 32)),
+        ("l", 1024, 24, 512, 4096, (16, 32)),
+        ("h", 1280, 32, 640, 5120, (14,)),
+    )
+    for patch in patches
+} | {
+    "mixer_micro4_32": {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 128,
+        "depth": 8,
+        "tokens_mlp_dim": 64,
+        "channels_mlp_dim": 512,
+    }
+}
 
 
 class MixerBlock(nn.Module):
@@ -37,9 +67,9 @@ class MixerBlock(nn.Module):
     def __init__(self, num_patches: int, config: MlpMixerConfig, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp_tokens = Mlp(num_patches, config.tokens_mlp_dim)
+        self.mlp_tokens = Mlp(num_patches, config.tokens_mlp_dim, config.gelu)
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp_channels = Mlp(config.embed_dim, config.channels_mlp_dim)
+        self.mlp_channels = Mlp(config.embed_dim, config.channels_mlp_dim, config.gelu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

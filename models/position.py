@@ -7,20 +7,43 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class LearnedPositions(nn.Module):
-    """One learned vector per token (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", sec. 3.1)."""
+    """One learned vector per token (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", sec. 3.1).
 
-    def __init__(self, num_tokens: int, embed_dim: int) -> None:
+    The tokens are those of a grid, row by row, behind a class token where there is one.
+    """
+
+    def __init__(self, grid: tuple[int, int], embed_dim: int, *, class_token: bool) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(1, num_tokens, embed_dim))
+        self.embedding = nn.Parameter(torch.empty(1, class_token + grid[0] * grid[1], embed_dim))
         nn.init.trunc_normal_(self.embedding, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         return x + self.embedding
+
+
+def interpolate_positions(embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Learned positions for another resolution: the grid is resized as an image is (sec. 3.2 of the ViT paper).
+
+    Args:
+        embedding: [1, P + h w, D]; the P vectors before the grid (a class token's) are kept as they are.
+        old_grid: (h, w) of `embedding`.
+        new_grid: (h', w').
+
+    Returns:
+        [1, P + h' w', D].
+    """
+    if old_grid == new_grid:
+        return embedding
+    prefix = embedding.shape[1] - old_grid[0] * old_grid[1]
+    image = embedding[:, prefix:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, D, h, w]
+    resized = F.interpolate(image, size=new_grid, mode="bicubic", antialias=True)
+    return torch.cat((embedding[:, :prefix], resized.flatten(2).transpose(1, 2)), dim=1)
 
 
 def sine(coordinates: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
@@ -51,6 +74,23 @@ def sine_2d(points: Tensor, embed_dim: int) -> Tensor:
     return torch.cat((sine(y, embed_dim // 2), sine(x, embed_dim // 2)), dim=-1)
 
 
+def sincos_2d(grid: tuple[int, int], embed_dim: int, temperature: float = 10000.0) -> Tensor:
+    """Fixed positions of a ViT's patches (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k").
+
+    Args:
+        grid: rows and columns of patches.
+        embed_dim: a multiple of four: sines of x, cosines of x, sines of y, cosines of y.
+
+    Returns:
+        [1, rows * columns, embed_dim].
+    """
+    y, x = torch.meshgrid(*(torch.arange(edge, dtype=torch.float64) for edge in grid), indexing="ij")
+    steps = torch.arange(embed_dim // 4, dtype=torch.float64) / (embed_dim // 4 - 1)
+    angles = [place.flatten()[:, None] / temperature**steps for place in (x, y)]  # [rows * columns, embed_dim / 4]
+    parts = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=-1)[None].float()
+
+
 def valid_cells(sizes: Tensor, grid: Sequence[int], stride: int = 1) -> Tensor:
     """Which cells of a padded feature map hold image.
 
@@ -70,17 +110,35 @@ def valid_cells(sizes: Tensor, grid: Sequence[int], stride: int = 1) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
-def grid_centres(valid: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_valid_cells(sizes: Tensor, image: Sequence[int], grid: Sequence[int]) -> Tensor:
+    """`valid_cells` by nearest-neighbour sampling of the padded image's mask, as published DETR does it.
+
+    It differs from `valid_cells` where the edges of the padded image are not whole cells.
+
+    Args:
+        sizes: int64 [B, 2], height and width of each image's valid region in pixels.
+        image: height and width of the padded image.
+        grid: height and width (h, w) of the feature map.
+
+    Returns:
+        bool [B, h, w].
+    """
+    mask = valid_cells(sizes, image).to(torch.float32)
+    return F.interpolate(mask[:, None], size=tuple(grid))[:, 0] > 0
+
+
+def grid_points(valid: Tensor, offset: float) -> Tensor:
     """Where the cells of a padded feature map lie in their image.
 
     Args:
         valid: bool [B, h, w], True in the top-left rectangle that is no padding.
+        offset: which point of a cell: 0.5 for its centre, 1 for its lower right corner (published DETR).
 
     Returns:
-        y and x of each cell's centre, float [B, h, w], as fractions of the valid rectangle.
+        (x, y) of each cell, float [B, h, w, 2], as fractions of the valid rectangle.
     """
-    y = torch.cumsum(valid, dim=1, dtype=torch.float32) - 0.5
-    x = torch.cumsum(valid, dim=2, dtype=torch.float32) - 0.5
-    height = y[:, -1:, :1] + 0.5
-    width = x[:, :1, -1:] + 0.5
-    return y / height.clamp(min=1), x / width.clamp(min=1)
+    y = torch.cumsum(valid, dim=1, dtype=torch.float32)
+    x = torch.cumsum(valid, dim=2, dtype=torch.float32)
+    height, width = y[:, -1:, :1], x[:, :1, -1:]
+    shift = 1 - offset
+    return torch.stack(((x - shift) / width.clamp(min=1), (y - shift) / height.clamp(min=1)), dim=-1)

@@ -1,93 +1,202 @@
 """ResNet feature extractor, DETR's backbone (He et al. 2016, "Deep Residual Learning for Image Recognition").
 
-It is trained from random weights with batch norm. Padding is kept at zero before every spatial convolution and pooling:
-batch norm would otherwise lift it from zero, and it would leak into the features along an image's border, so that an
-image's answer depended on the batch that it is in.
+Padding is kept at zero before every spatial convolution and pooling: batch norm would otherwise lift it from zero, and
+it would leak into the features along an image's border, so that an image's answer depended on the batch that it is in.
+Published DETR lets it leak; without sizes this network does so too.
 
-Shapes: B batch, H x W pixels, C channels.
+Shapes: B batch, H x W pixels, C channels, h x w cells of a level.
 """
 
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from models.position import valid_cells
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside an identity (or, where the shape changes, projected) shortcut (fig. 2)."""
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with fixed statistics and fixed affine parameters: one multiplication, one addition per channel."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()
-        self.downsample: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        self.eps = eps
+        self.weight: Tensor
+        self.bias: Tensor
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
 
-    def forward(self, x: Tensor, sizes: Tensor, total_stride: int) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, h, w]."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+Norm = Literal["batch", "frozen"]
+_NORMS: dict[Norm, type[nn.Module]] = {"batch": nn.BatchNorm2d, "frozen": FrozenBatchNorm}
+
+
+def _masked(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x * valid
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside an identity (or, where the shape changes, projected) shortcut (fig. 5, left)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Norm) -> None:
+        super().__init__()
+        make_norm = _NORMS[norm]
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn1 = make_norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = make_norm(channels)
+        self.relu = nn.ReLU()
+        self.downsample = _shortcut(in_channels, channels, stride, make_norm)
+
+    def forward(self, x: Tensor, valid: Tensor | None, out_valid: Tensor | None) -> Tensor:
         """Transform features.
 
         Args:
-            x: [B, in_channels, h, w], zero outside the valid regions.
-            sizes: int64 [B, 2], height and width of each image's valid region in pixels.
-            total_stride: pixels per cell of the result.
+            x: [B, in_channels, h, w], zero where not valid.
+            valid: bool [B, 1, h, w], the cells that hold image; None lets padding leak.
+            out_valid: the same after the stride, bool [B, 1, h / stride, w / stride].
 
         Returns:
-            [B, channels, h / stride, w / stride] (rounded up), zero outside the valid regions.
+            [B, channels, h / stride, w / stride] (rounded up), zero where not valid.
         """
-        out = self.relu(self.bn1(self.conv1(x)))
-        valid = valid_cells(sizes, out.shape[-2:], total_stride)[:, None]  # [B, 1, h / stride, w / stride]
-        out = self.bn2(self.conv2(out * valid))
-        result: Tensor = self.relu(out + self.downsample(x)) * valid
-        return result
+        out = _masked(self.relu(self.bn1(self.conv1(x))), out_valid)
+        out = self.bn2(self.conv2(out))
+        return _masked(self.relu(out + self.downsample(x)), out_valid)
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two 1x1 ones that narrow and widen (fig. 5, right). The 3x3 one carries the stride."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Norm) -> None:
+        super().__init__()
+        make_norm = _NORMS[norm]
+        out_channels = self.expansion * channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = make_norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = make_norm(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = make_norm(out_channels)
+        self.relu = nn.ReLU()
+        self.downsample = _shortcut(in_channels, out_channels, stride, make_norm)
+
+    def forward(self, x: Tensor, valid: Tensor | None, out_valid: Tensor | None) -> Tensor:
+        """As `BasicBlock.forward`, to 4 `channels`."""
+        out = _masked(self.relu(self.bn1(self.conv1(x))), valid)
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return _masked(self.relu(out + self.downsample(x)), out_valid)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, make_norm: type[nn.Module]) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), make_norm(out_channels))
+
+
+_BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """The shape of a ResNet (table 1 of the paper).
+
+    Fewer than four stages stop at a finer grid. `dilation` gives up the last stage's stride for convolutions with gaps
+    (DETR's DC5). `norm` "frozen" keeps pretrained statistics.
+    """
+
+    layers: tuple[int, ...] = (2, 2, 2, 2)
+    width: int = 64
+    block: Literal["basic", "bottleneck"] = "basic"
+    norm: Norm = "batch"
+    dilation: bool = False
+
+    @property
+    def stride(self) -> int:
+        """Pixels per cell of the features."""
+        return 2 ** (1 + len(self.layers) - self.dilation)
+
+
+# Table 1 of the paper.
+VARIANTS = {
+    "resnet18": ResNetConfig((2, 2, 2, 2)),
+    "resnet34": ResNetConfig((3, 4, 6, 3)),
+    "resnet50": ResNetConfig((3, 4, 6, 3), block="bottleneck"),
+    "resnet101": ResNetConfig((3, 4, 23, 3), block="bottleneck"),
+}
 
 
 class ResNet(nn.Module):
-    """A ResNet of basic blocks without its classifier: (2, 2, 2, 2) blocks of width 64 are ResNet-18's.
+    """A ResNet without its classifier."""
 
-    Fewer than four stages stop at a finer grid: the output stride is 2 ** (1 + len(layers)).
-    """
-
-    def __init__(self, layers: tuple[int, ...], width: int) -> None:
+    def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
+        self.config = config
+        width = config.width
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = _NORMS[config.norm](width)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.strides = [1 if index == 0 else 2 for index in range(len(config.layers))]  # of each stage
+        if config.dilation:
+            self.strides[-1] = 1
         self.stages = nn.ModuleList()
+        block = _BLOCKS[config.block]
         channels = width
-        for index, blocks in enumerate(layers):
-            out_channels = width * 2**index
-            stride = 1 if index == 0 else 2
-            stage = [BasicBlock(channels, out_channels, stride)]
-            stage += [BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)]
-            self.stages.append(nn.ModuleList(stage))
-            channels = out_channels
+        for index, depth in enumerate(config.layers):
+            stage = nn.ModuleList()
+            for i in range(depth):
+                # The first block still has the convolution that the stride was taken from (Yu et al. 2017, "DRN").
+                dilated = config.dilation and index == len(config.layers) - 1 and i > 0
+                stride = self.strides[index] if i == 0 else 1
+                stage.append(block(channels, width * 2**index, stride, 2 if dilated else 1, config.norm))
+                channels = block.expansion * width * 2**index
+            self.stages.append(stage)
         self.num_features = channels
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Extract features.
 
         Args:
             x: normalised images, float [B, 3, H, W], zero outside their valid regions.
-            sizes: int64 [B, 2], height and width of each valid region.
+            sizes: int64 [B, 2], height and width of each valid region; None lets padding leak.
 
         Returns:
             [B, num_features, H / stride, W / stride] (rounded up), zero outside the valid regions.
         """
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.maxpool(x * valid_cells(sizes, x.shape[-2:], stride=2)[:, None])
-        x = x * valid_cells(sizes, x.shape[-2:], stride=4)[:, None]
-        for index, stage in enumerate(self.stages):
+        x = self.maxpool(_masked(x, _valid(sizes, x.shape[-2:], 2)))
+        total_stride = 4
+        valid = _valid(sizes, x.shape[-2:], total_stride)
+        x = _masked(x, valid)
+        for stage, stride in zip(self.stages, self.strides, strict=True):
+            total_stride *= stride
+            out_valid = _valid(sizes, [(edge - 1) // stride + 1 for edge in x.shape[-2:]], total_stride)
             for block in cast(nn.ModuleList, stage):
-                x = block(x, sizes, 4 * 2**index)
+                x = block(x, valid, out_valid)
+                valid = out_valid
         return x
+
+
+def _valid(sizes: Tensor | None, grid: Sequence[int], stride: int) -> Tensor | None:
+    """bool [B, 1, h, w]: the cells of a level that hold image."""
+    return None if sizes is None else valid_cells(sizes, grid, stride)[:, None]

@@ -47,7 +47,7 @@ class ServedClassifier(nn.Module):
 
 
 class ServedDetector(nn.Module):
-    """A DETR between pixels and boxes: the best class of each query, "no object" never among them."""
+    """A DETR between pixels and boxes: the best class of each query, never "no object" or an unused class."""
 
     output_names = ("scores", "class_ids", "boxes")
 
@@ -69,8 +69,8 @@ class ServedDetector(nn.Module):
         """
         valid = valid_cells(sizes, pixels.shape[1:3])[:, None]  # [B, 1, H, W]
         output = self.network(self.normalise(pixels) * valid, sizes)
-        probabilities = torch.softmax(output["pred_logits"], dim=-1)[..., :-1]  # [B, N, K]
-        scores, class_ids = probabilities.max(dim=-1)
+        probabilities = torch.softmax(output["pred_logits"], dim=-1)
+        scores, class_ids = probabilities[..., : self.network.config.num_classes].max(dim=-1)  # [B, N] each
         return scores, class_ids, cxcywh_to_xyxy(output["pred_boxes"]).clamp(0, 1)
 
 

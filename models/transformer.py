@@ -1,23 +1,28 @@
-"""Transformer blocks: ViT's pre-norm encoder block, DETR's encoder and decoder blocks, and the MLP they share.
+"""Transformer blocks: ViT's encoder block (pre-norm or post-norm), DETR's encoder and decoder blocks, and their parts.
 
 Shapes: B batch, N queries, M tokens of the memory, D embedding.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.attention import MultiHeadAttention, SelfAttention
 
+# "exact" is x times the normal distribution function, "tanh" its approximation, which Flax computes unless told
+# otherwise and Google's weights were therefore trained with (Hendrycks & Gimpel 2016, sec. 2).
+Gelu = Literal["exact", "tanh"]
+
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, applied to the last axis."""
 
-    def __init__(self, in_features: int, hidden_features: int) -> None:
+    def __init__(self, in_features: int, hidden_features: int, gelu: Gelu = "exact") -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, hidden_features)
-        self.act = nn.GELU()
+        self.act = nn.GELU(approximate={"exact": "none", "tanh": "tanh"}[gelu])
         self.fc2 = nn.Linear(hidden_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,20 +48,34 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm encoder block (Dosovitskiy et al. 2021, eq. 2 and 3)."""
+    """Encoder block: pre-norm (Dosovitskiy et al. 2021, eq. 2 and 3) or post-norm (Vaswani et al. 2017, sec. 3.1)."""
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        drop_path: float = 0.0,
+        norm: Literal["pre", "post"] = "pre",
+        norm_eps: float = 1e-6,
+        gelu: Gelu = "exact",
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.pre_norm = norm == "pre"
+        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = SelfAttention(embed_dim, num_heads)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.mlp = Mlp(embed_dim, mlp_dim, gelu)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; `record` takes the attention weights [B, H, N, N]."""
+        if self.pre_norm:
+            x = x + self.drop_path(self.attn(self.norm1(x), record))
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        else:
+            x = self.norm1(x + self.drop_path(self.attn(x, record)))
+            x = self.norm2(x + self.drop_path(self.mlp(x)))
         return x
 
 
@@ -72,19 +91,20 @@ class DetrEncoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, positions: Tensor, padding_bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, padding_bias: Tensor, record: list[Tensor] | None = None) -> Tensor:
         """Encode the memory.
 
         Args:
             x, positions: [B, M, D].
             padding_bias: float [B, 1, 1, M], minus infinity at padding.
+            record: takes the attention weights [B, H, M, M].
 
         Returns:
             [B, M, D].
         """
         query = x + positions
-        x = self.norm1(x + self.dropout(self.self_attn(query, query, x, padding_bias)))
-        x = self.norm2(x + self.dropout(self.linear2(self.linear1(x).relu())))
+        x = self.norm1(x + self.dropout(self.self_attn(query, query, x, padding_bias, record)))
+        x = self.norm2(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
         return x
 
 
@@ -127,7 +147,6 @@ class DetrDecoderBlock(nn.Module):
         super().__init__()
         self.self_attn = MultiHeadAttention(embed_dim, num_heads)
         self.multihead_attn = MultiHeadAttention(embed_dim, num_heads)
-        self.prior = SpatialPrior(num_heads)
         self.linear1 = nn.Linear(embed_dim, feedforward_dim)
         self.linear2 = nn.Linear(feedforward_dim, embed_dim)
         self.norm1 = nn.LayerNorm(embed_dim)
@@ -141,20 +160,18 @@ class DetrDecoderBlock(nn.Module):
         query_positions: Tensor,
         memory: Tensor,
         positions: Tensor,
-        padding_bias: Tensor,
-        reference_boxes: Tensor,
-        cells: Tensor,
+        bias: Tensor,
         groups: int = 1,
+        record: list[Tensor] | None = None,
     ) -> Tensor:
         """Decode the queries' state.
 
         Args:
             x, query_positions: [B, N, D].
             memory, positions: [B, M, D], the encoder's output and the encoding of where its cells lie.
-            padding_bias: float [B, 1, 1, M], minus infinity at padding.
-            reference_boxes: where the queries look, cxcywh [B, N, 4], fractions of the image.
-            cells: where the memory's cells lie, (x, y) [B, M, 2], fractions of the image.
+            bias: of the cross-attention, broadcastable to [B, H, N, M], minus infinity at padding.
             groups: equal parts of the N queries that do not see each other in self-attention.
+            record: takes the cross-attention weights [B, H, N, M].
 
         Returns:
             [B, N, D].
@@ -164,8 +181,7 @@ class DetrDecoderBlock(nn.Module):
         value = x.unflatten(1, (groups, -1)).flatten(0, 1)
         seen = self.self_attn(query, query, value).unflatten(0, (batch, groups)).flatten(1, 2)  # [B, N, D]
         x = self.norm1(x + self.dropout(seen))
-        bias = self.prior(reference_boxes, cells) + padding_bias
-        attended = self.multihead_attn(x + query_positions, memory + positions, memory, bias)
+        attended = self.multihead_attn(x + query_positions, memory + positions, memory, bias, record)
         x = self.norm2(x + self.dropout(attended))
-        x = self.norm3(x + self.dropout(self.linear2(self.linear1(x).relu())))
+        x = self.norm3(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
         return x

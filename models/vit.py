@@ -4,22 +4,27 @@ Shapes: B batch, C channels, H x W pixels, N tokens, D embedding, K classes.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.position import LearnedPositions
-from models.transformer import Block
+from models.transformer import Block, Gelu
 
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The shape of a ViT. `stem` "patch" is the paper's linear patch embedding, "conv" a stack of stride-2 3x3
-    convolutions (Xiao et al. 2021, "Early Convolutions Help Transformers See Better")."""
+    """The shape of a ViT.
+
+    `stem` "patch" is the paper's linear patch embedding, "conv" a stack of stride-2 3x3 convolutions (Xiao et al. 2021,
+    "Early Convolutions Help Transformers See Better"). `global_pool` "token" classifies the class token's state, "avg"
+    the mean of the patches', and has no class token. `representation_size` is that of a layer with tanh before the head
+    (the paper's pre-training head).
+    """
 
     num_classes: int
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square
     patch_size: int = 16
     embed_dim: int = 192
     depth: int = 12
@@ -27,14 +32,42 @@ class ViTConfig:
     mlp_ratio: float = 4.0
     stem: Literal["patch", "conv"] = "patch"
     global_pool: Literal["token", "avg"] = "token"
+    representation_size: int | None = None
+    norm: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-6
+    gelu: Gelu = "exact"
     drop_path: float = 0.0
 
     @property
-    def num_patches(self) -> int:
-        """Tokens of the grid, without the class token."""
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        return (self.image_size // self.patch_size) ** 2
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return patch_grid(self.image_size, self.patch_size)
+
+
+# Table 1 of the paper, and its small siblings from Touvron et al. 2021 (DeiT) and Steiner et al. 2022; table 1 leaves
+# out what every size has, a patch of 14, 16 or 32 pixels. The last two are for images of 32 x 32 pixels.
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"vit_{size}_patch{patch}": {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
+    for size, dim, depth, heads, patches in (
+        ("tiny", 192, 12, 3, (16,)),
+        ("small", 384, 12, 6, (8, 16, 32)),
+        ("base", 768, 12, 12, (8, 16, 32)),
+        ("large", 1024, 24, 16, (14, 16, 32)),
+        ("huge", 1280, 32, 16, (14,)),
+    )
+    for patch in patches
+} | {
+    "vit_micro_patch4_32": {"image_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    "vit_tiny_patch4_32": {"image_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3},
+}
+
+
+def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of square patches that cut an image without a rest."""
+    height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
+    return height // patch_size, width // patch_size
 
 
 class PatchEmbed(nn.Module):
@@ -85,24 +118,29 @@ class ViT(nn.Module):
         self.patch_embed = stem(config.patch_size, dim)
         has_token = config.global_pool == "token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if has_token else None
-        self.pos_embed = LearnedPositions(config.num_patches + has_token, dim)
+        self.pos_embed = LearnedPositions(config.grid, dim, class_token=has_token)
+        mlp_dim = int(dim * config.mlp_ratio)
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(dim, config.num_heads, config.mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, config.num_classes)
+        self.blocks = nn.ModuleList(
+            Block(dim, config.num_heads, mlp_dim, rate, config.norm, config.norm_eps, config.gelu) for rate in rates
+        )
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
+        size = config.representation_size
+        self.pre_logits = nn.Identity() if size is None else nn.Sequential(nn.Linear(dim, size), nn.Tanh())
+        self.head = nn.Linear(size or dim, config.num_classes)
         self.apply(init_weights)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> logits [B, K]."""
+    def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> logits [B, K]; `record` takes each block's attention weights."""
         x = self.patch_embed(x)  # [B, N, D]
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, 1 + N, D]
         x = self.pos_embed(x)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, record)
         x = self.norm(x)
         x = x[:, 0] if self.cls_token is not None else x.mean(dim=1)  # [B, D]
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(self.pre_logits(x))
         return logits
 
 

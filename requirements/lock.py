@@ -3,6 +3,7 @@
 serve.txt   what serving needs
 train.txt   serve.txt and the extra `train`
 dev.txt     train.txt and the extra `dev`
+parity.txt  dev.txt and the extra `parity`
 """
 
 import re
@@ -16,10 +17,15 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the four files."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    layers = {"serve": project["dependencies"], "train": extras["train"], "dev": extras["dev"]}
+    layers = {
+        "serve": project["dependencies"],
+        "train": extras["train"],
+        "dev": extras["dev"],
+        "parity": extras["parity"],
+    }
     with tempfile.TemporaryDirectory() as folder:
         python = Path(folder) / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)

@@ -90,7 +90,7 @@ class ModelDescription(_Schema):
     architecture: str
     description: str
     labels: list[str]
-    metrics: Metrics
+    metrics: Metrics | None  # None if its exporter had no labelled data
 
 
 class ModelList(_Schema):

@@ -8,6 +8,7 @@ import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,6 +19,7 @@ from PIL import Image
 from bundle.errors import ImageError
 from bundle.images import SUPPORTED_FORMATS, decode
 from bundle.manifest import Task
+from models.published.labels import named_labels
 from models.training.errors import DataError
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -194,7 +196,10 @@ def _load_folders(path: Path, split: str) -> ClassificationData:
         class_ids += [class_id] * len(images)
     if not files:
         raise DataError(f"{path / split}: expected <label>/<image>, found no {', '.join(SUPPORTED_FORMATS)} file")
-    labels = tuple(folder.name for folder in folders)
+    synsets = dict(named_labels("imagenet-1k"))  # the folders of ImageNet are named by WordNet's ids
+    names_of_folders = [folder.name for folder in folders]
+    readable = all(name in synsets for name in names_of_folders)
+    labels = tuple(synsets[name] if readable else name for name in names_of_folders)
     names = [str(file) for file in files]
     return ClassificationData(path.name, split, labels, names, _Files(files), np.array(class_ids, dtype=np.int64))
 
@@ -233,6 +238,20 @@ def _load_coco(path: Path, split: str) -> DetectionData:
         [np.array([class_id for class_id, _ in image], dtype=np.int64) for image in annotations],
         [np.array([box for _, box in image], dtype=np.float32).reshape(-1, 4) for image in annotations],
     )
+
+
+def check_labels(data: "Data", labels: Sequence[str]) -> None:
+    """Refuse data whose labels are not a network's, in its order.
+
+    Raises:
+        DataError: naming the first label that differs.
+    """
+    for i, (expected, found) in enumerate(zip_longest(labels, data.labels)):
+        if expected != found:
+            raise DataError(
+                f"{data.name}: labels: expected {len(labels)}, found {len(data.labels)}; the first that differs is "
+                f"number {i}: expected {expected!r}, found {found!r}"
+            )
 
 
 def _listing(path: Path) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bundle.predictors import Classifier, Detector, Predictor
-from models.training.data import ClassificationData, Data, DetectionData
+from models.training.data import ClassificationData, Data, DetectionData, check_labels
 from models.training.errors import DataError
 
 _BATCH = 64
@@ -20,8 +20,7 @@ def evaluate(predictor: Predictor, data: Data) -> dict[str, float]:
     Raises:
         DataError: the data's labels are not the predictor's, or the data is for another task.
     """
-    if data.labels != predictor.labels:
-        raise DataError(f"{data.name}: expected labels {predictor.labels}, found {data.labels}")
+    check_labels(data, predictor.labels)
     if isinstance(predictor, Classifier) and isinstance(data, ClassificationData):
         return _evaluate_classifier(predictor, data)
     if isinstance(predictor, Detector) and isinstance(data, DetectionData):

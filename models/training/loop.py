@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from models.build import build_model
 from models.training import checkpoint as checkpoints
-from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, Checkpoint
+from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, Checkpoint, Progress
 from models.training.data import load_training_splits
 from models.training.errors import RecipeError, TrainingError
 from models.training.evaluation import evaluate
@@ -37,9 +37,9 @@ def train(recipe: Recipe, data_path: Path, run: Path, *, resume: bool = False) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     previous = _previous(recipe, run, resume)
     train_data, val_data = load_training_splits(data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed)
-    if previous is not None and list(train_data.labels) != previous.labels:
+    if previous is not None and list(train_data.labels) != previous[0].labels:
         raise TrainingError(
-            f"{run}: cannot resume: labels: expected {previous.labels}, found {list(train_data.labels)}"
+            f"{run}: cannot resume: labels: expected {previous[0].labels}, found {list(train_data.labels)}"
         )
     objective = make_objective(recipe, train_data, device)
     torch.manual_seed(recipe.seed)
@@ -51,38 +51,46 @@ def train(recipe: Recipe, data_path: Path, run: Path, *, resume: bool = False) -
     if previous is None:
         run.mkdir(parents=True, exist_ok=True)
         (run / METRICS_FILE).unlink(missing_ok=True)
-        state = Checkpoint(
-            recipe=recipe.model_dump(mode="json"),
-            labels=list(train_data.labels),
-            weights={},
+        document = recipe.model_dump(mode="json")
+        progress = Progress(
+            recipe=document,
             optimizer={},
             epoch=0,
             seconds=0.0,
             metrics={},
             data_path=str(data_path.resolve()),
         )
+        state = Checkpoint(
+            architecture=recipe.architecture,
+            settings=document["model"],
+            preprocessing=document["preprocessing"],
+            labels=list(train_data.labels),
+            weights={},
+            progress=progress,
+        )
     else:
-        state = replace(previous, data_path=str(data_path.resolve()))
+        state, progress = previous
+        progress = replace(progress, data_path=str(data_path.resolve()))
         network.load_state_dict(state.weights)
-        optimizer.load_state_dict(state.optimizer)
-    predictor = torch_predictor(network, recipe, state.labels, device)
-    for epoch in range(state.epoch, recipe.epochs):
+        optimizer.load_state_dict(progress.optimizer)
+    predictor = torch_predictor(network, recipe.preprocessing, state.labels, device)
+    for epoch in range(progress.epoch, recipe.epochs):
         started = time.monotonic()
         means = train_epoch(network, objective, optimizer, recipe, epoch, device)
         seconds = time.monotonic() - started
-        metrics = state.metrics
+        metrics = progress.metrics
         if (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs:
             metrics = evaluate(predictor, val_data)
-        state = replace(
-            state,
-            weights=network.state_dict(),
+        progress = replace(
+            progress,
             optimizer=optimizer.state_dict(),
             epoch=epoch + 1,
-            seconds=state.seconds + seconds,
+            seconds=progress.seconds + seconds,
             metrics=metrics,
         )
+        state = replace(state, weights=network.state_dict(), progress=progress)
         checkpoints.save(state, run)
-        line = {"epoch": epoch + 1, "seconds": round(state.seconds, 1), **means, **metrics}
+        line = {"epoch": epoch + 1, "seconds": round(progress.seconds, 1), **means, **metrics}
         with (run / METRICS_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
         summary = "  ".join(f"{key} {value:.4g}" for key, value in {**means, **metrics}.items())
@@ -155,18 +163,21 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
-def _previous(recipe: Recipe, run: Path, resume: bool) -> Checkpoint | None:
+def _previous(recipe: Recipe, run: Path, resume: bool) -> tuple[Checkpoint, Progress] | None:
     exists = (run / CHECKPOINT_FILE).is_file()
     if not exists:
         return None
     if not resume:
         raise TrainingError(f"{run}: a run is already there; continue it with --resume or choose another --out")
     previous = checkpoints.load(run)
-    if previous.read_recipe() != recipe:
-        ours, theirs = recipe.model_dump(mode="json"), previous.recipe
+    progress = previous.progress
+    if progress is None:
+        raise TrainingError(f"{run}: cannot resume: it was imported, not trained; choose another --out")
+    if progress.read_recipe() != recipe:
+        ours, theirs = recipe.model_dump(mode="json"), progress.recipe
         differing = [key for key in ours if ours[key] != theirs.get(key)]
         raise TrainingError(
             f"{run}: cannot resume: "
             + ", ".join(f"{key}: expected {theirs.get(key)}, found {ours[key]}" for key in differing)
         )
-    return previous
+    return previous, progress

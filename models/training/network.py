@@ -8,11 +8,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bundle.manifest import Task
+from bundle.manifest import Preprocessing, Task
 from bundle.predictors import Predictor, make_predictor
 from models.serving import ServedClassifier, ServedDetector, served
 from models.training import checkpoint as checkpoints
-from models.training.recipe import Recipe
 
 
 class TorchNetwork:
@@ -31,19 +30,21 @@ class TorchNetwork:
         return [output.cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
-def torch_predictor(network: nn.Module, recipe: Recipe, labels: Sequence[str], device: torch.device) -> Predictor:
+def torch_predictor(
+    network: nn.Module, preprocessing: Preprocessing, labels: Sequence[str], device: torch.device
+) -> Predictor:
     """The serving predictor around a torch network."""
-    preprocessing = recipe.preprocessing
     module = served(network, preprocessing.mean, preprocessing.std)
     return make_predictor(TorchNetwork(module, device), preprocessing, labels)
 
 
 def load_run_predictor(run: Path) -> tuple[Predictor, Task]:
-    """The predictor and task of a trained run.
+    """The predictor and task of a run.
 
     Raises:
         CheckpointError: the run cannot be read.
     """
     checkpoint = checkpoints.load(run)
-    recipe = checkpoint.read_recipe()
-    return torch_predictor(checkpoint.build(), recipe, checkpoint.labels, torch.device("cpu")), recipe.task
+    preprocessing = checkpoint.read_preprocessing()
+    predictor = torch_predictor(checkpoint.build(), preprocessing, checkpoint.labels, torch.device("cpu"))
+    return predictor, preprocessing.task

@@ -1,6 +1,5 @@
 """A recipe: all that decides what a training run does, except the data."""
 
-import difflib
 import importlib
 import json
 import pkgutil
@@ -9,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from bundle.errors import unknown
 from bundle.manifest import ClassificationPreprocessing, Preprocessing, Task
 from models.training import recipes
 from models.training.errors import RecipeError
@@ -46,7 +46,7 @@ class Recipe(BaseModel):
         known = setting_names(self.architecture)
         for key in self.model:
             if key not in known:
-                raise ValueError(_unknown(f"model.{key}", [f"model.{name}" for name in known]))
+                raise ValueError(unknown(f"model.{key}", [f"model.{name}" for name in known]))
         try:
             config = ARCHITECTURES[self.architecture][1]
             settings = TypeAdapter(config).validate_python({"num_classes": 1, **self.model})
@@ -54,8 +54,8 @@ class Recipe(BaseModel):
             first = error.errors()[0]
             raise ValueError(f"model.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from error
         if isinstance(self.preprocessing, ClassificationPreprocessing):
-            size = getattr(settings, "image_size", None)
-            if self.preprocessing.input_size != (size, size):
+            size = settings.image_size
+            if self.preprocessing.input_size != (size if isinstance(size, tuple) else (size, size)):
                 found = f"{size} and {self.preprocessing.input_size}"
                 raise ValueError(f"model.image_size and preprocessing.input_size have to agree, found {found}")
         return self
@@ -82,7 +82,7 @@ def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: the recipe, a key or a value is unknown.
     """
     if name not in recipe_names():
-        raise RecipeError(_unknown(name, recipe_names()))
+        raise RecipeError(unknown(name, recipe_names()))
     base: Recipe = importlib.import_module(f"{recipes.__name__}.{name}").RECIPE
     document = base.model_dump(mode="json")
     for override in overrides:
@@ -111,7 +111,7 @@ def _set(document: dict[str, Any], key: str, text: str, recipe: Recipe) -> None:
     }
     if leaf not in names.get(section, []):
         known = [f"{part}.{name}".lstrip(".") for part, fields in names.items() for name in fields]
-        raise RecipeError(_unknown(key, known))
+        raise RecipeError(unknown(key, known))
     try:
         value = json.loads(text)
     except ValueError:
@@ -125,8 +125,3 @@ def _flat(document: dict[str, Any]) -> dict[str, Any]:
         nested = value if isinstance(value, dict) else {"": value}
         flat.update({f"{key}.{leaf}".rstrip("."): item for leaf, item in nested.items()})
     return flat
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"unknown {name!r}: did you mean {close[0]!r}? Known: {', '.join(known)}"

@@ -228,21 +228,25 @@ def test_any_corruption(form: str, kept: float, changes: list[tuple[float, int]]
     decodes_or_refuses(bytes(data))
 
 
-@pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 256), (256, 384)])
+@given(st.integers(60, 500), st.integers(60, 500), st.sampled_from([0.8, 0.875, 0.9, 0.95, 1.0]))
+@settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_centre_crop_is_resize_then_crop(width: int, height: int, interpolation: str) -> None:
+def test_centre_crop_is_resize_then_crop(interpolation: str, width: int, height: int, crop_pct: float) -> None:
+    """The two steps of timm's and torchvision's transforms, with their rounding."""
     image = smooth(width, height)
     preprocessing = ClassificationPreprocessing(
-        input_size=(56, 56), crop_pct=0.875, interpolation=interpolation, **CHANNELS
+        input_size=(56, 56), crop_pct=crop_pct, interpolation=interpolation, **CHANNELS
     )
-    scale = 64 / min(width, height)
-    size = (round(width * scale), round(height * scale))
-    left, top = (size[0] - 56) // 2, (size[1] - 56) // 2
+    short = int(56 / crop_pct)
+    size = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    left, top = round((size[0] - 56) / 2), round((size[1] - 56) / 2)
     resized = image.resize(size, Image.Resampling[interpolation.upper()])
     expected = resized.crop((left, top, left + 56, top + 56))
     pixels = to_classification_pixels(image, preprocessing)
     assert pixels.dtype == np.uint8
-    assert np.abs(pixels.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    difference = np.abs(pixels.astype(int) - np.asarray(expected).astype(int))
+    assert difference.max() <= 2  # Pillow computes with single-precision edges and rounds twice
+    assert difference.mean() < 0.2
 
 
 def test_squash_is_a_plain_resize() -> None:
@@ -280,9 +284,9 @@ def test_rounding_does_not_push_the_crop_outside(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ((640, 480), (1067, 800)),
-        ((480, 640), (800, 1067)),
-        ((2000, 500), (1333, 333)),
+        ((640, 480), (1066, 800)),  # rounded down, as published DETR does
+        ((480, 640), (800, 1066)),
+        ((2000, 500), (1332, 333)),
         ((800, 800), (800, 800)),
         ((10_000, 1), (1333, 1)),
     ],
@@ -301,10 +305,10 @@ def test_detection_size_keeps_the_aspect_ratio_within_bounds(
     new_width, new_height = detection_size(width, height, preprocessing)
     assert 1 <= min(new_width, new_height) <= shortest
     assert max(new_width, new_height) <= longest
-    assert min(new_width, new_height) == shortest or max(new_width, new_height) == longest
-    scale = max(new_width, new_height) / max(width, height)
-    slack = 0.5 + 0.5 * min(width, height) / max(width, height) + 1e-6  # each edge is rounded
-    assert abs(min(new_width, new_height) - min(width, height) * scale) <= max(slack, 1)
+    scale = min(shortest / min(width, height), longest / max(width, height))
+    assert abs(min(new_width, new_height) - min(width, height) * scale) <= 1
+    rounded_down = int(min(new_width, new_height) * max(width, height) / min(width, height))
+    assert max(new_width, new_height) == min(rounded_down, longest)
 
 
 def test_detection_pixels_have_the_detection_size() -> None:

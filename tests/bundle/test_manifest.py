@@ -22,16 +22,18 @@ VALID: dict[str, Any] = {
     "preprocessing": CLASSIFICATION,
     "labels": ["cat", "dog"],
     "metrics": {"data": "pets", "split": "test", "images": 10, "values": {"top1": 0.9}},
-    "parity": {"images": 10, "max_abs_diff": {"probabilities": 1e-6}, "top1_agreement": 1.0},
+    "parity": {"data": "pets", "images": 10, "max_abs_diff": {"probabilities": 1e-6}, "top1_agreement": 1.0},
     "licences": {"weights": "Apache-2.0", "data": "MIT"},
     "provenance": {
-        "recipe": "vit_cifar10",
-        "recipe_settings": {"lr": 0.001, "model.stem": "conv"},
+        "training": {
+            "recipe": "vit_cifar10",
+            "recipe_settings": {"lr": 0.001, "model.stem": "conv"},
+            "epochs": 1,
+            "seed": 0,
+            "seconds": 1.5,
+        },
         "architecture_config": {"depth": 6},
-        "epochs": 1,
-        "seed": 0,
         "parameters": 1000,
-        "training_seconds": 1.5,
         "git_commit": "unknown",
         "torch": "2",
         "onnx": "1",
@@ -131,11 +133,25 @@ def test_refused_with_the_place_and_the_reason(place: str, value: object, messag
         Manifest.model_validate(changed(place, value))
 
 
-@pytest.mark.parametrize("field", sorted(VALID.keys() - {"schema_version"}))
+@pytest.mark.parametrize("field", sorted(VALID.keys() - {"schema_version", "metrics"}))
 def test_required_fields(field: str) -> None:
     document = {key: value for key, value in VALID.items() if key != field}
     with pytest.raises(ValidationError, match=f"{field}\n  Field required"):
         Manifest.model_validate(document)
+
+
+def test_accuracy_may_be_unmeasured() -> None:
+    document = {key: value for key, value in VALID.items() if key != "metrics"}
+    assert Manifest.model_validate(document).metrics is None
+
+
+def test_weights_are_trained_or_imported() -> None:
+    origin = {"file": "vit.npz", "sha256": SHA, "layout": "Google's ViT (.npz)", "arguments": ["image_size=384"]}
+    imported = {**VALID["provenance"], "training": None, "imported": origin}
+    assert Manifest.model_validate({**VALID, "provenance": imported}).provenance.training is None
+    neither = {key: value for key, value in imported.items() if key != "imported"}
+    with pytest.raises(ValidationError, match="neither training nor imported is given"):
+        Manifest.model_validate({**VALID, "provenance": neither})
 
 
 def test_detection_edges_in_order() -> None:

@@ -68,7 +68,7 @@ def test_detection_answers_as_torch_does_on_any_size(
     batch: int, height: int, width: int, detector_run: Path, tiny_bundles: Path
 ) -> None:
     checkpoint = checkpoints.load(detector_run)
-    preprocessing = checkpoint.read_recipe().preprocessing
+    preprocessing = checkpoint.read_preprocessing()
     module = served(checkpoint.build(), preprocessing.mean, preprocessing.std).eval()
     random = np.random.default_rng(batch)
     pixels = random.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
@@ -103,7 +103,7 @@ def test_the_card_says_what_the_manifest_says(tiny_bundles: Path, classifier_run
     assert f"| top-1 accuracy | {manifest.metrics.values['top1']:.2%} |" in card
     command = next(line for line in card.splitlines() if line.startswith("vitrine train"))
     _, _, recipe, _, _, _, _, *settings = shlex.split(command)
-    assert load_recipe(recipe, settings) == checkpoints.load(classifier_run).read_recipe()
+    assert load_recipe(recipe, settings) == checkpoints.load(classifier_run).progress.read_recipe()
 
 
 def test_the_file_names_no_path_of_the_machine_that_exported_it(tiny_bundles: Path, root: Path) -> None:
@@ -150,13 +150,15 @@ def test_a_graph_that_answers_otherwise_is_a_parity_error(
     classifier_run: Path, tiny_bundles: Path, colours: Path
 ) -> None:
     checkpoint = checkpoints.load(classifier_run)
-    preprocessing = checkpoint.read_recipe().preprocessing
+    preprocessing = checkpoint.read_preprocessing()
     assert isinstance(preprocessing, ClassificationPreprocessing)
     wrong_mean = served(checkpoint.build(), (0.0, 0.0, 0.0), preprocessing.std).eval()
-    images = [decode(data) for data in load_split(colours, checkpoint.read_recipe().task, "test").encoded[:8]]
+    images = [decode(data) for data in load_split(colours, checkpoint.task, "test").encoded[:8]]
     network = OnnxNetwork(tiny_bundles / "colours" / "1" / "model.onnx")
     with pytest.raises(ParityError, match=r"probabilities: largest difference .* expected <= 0.0001, found 0\."):
-        check_parity(TorchNetwork(wrong_mean, torch.device("cpu")), network, ("probabilities",), images, preprocessing)
+        check_parity(
+            TorchNetwork(wrong_mean, torch.device("cpu")), network, ("probabilities",), images, preprocessing, ""
+        )
 
 
 def test_verify_accepts_the_bundle_and_refuses_changed_weights(

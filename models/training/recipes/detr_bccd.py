@@ -15,6 +15,8 @@ RECIPE = Recipe(
     architecture="detr",
     model={
         "num_queries": 60,
+        "queries": "boxes",
+        "query_groups": 3,
         "embed_dim": 128,
         "num_heads": 4,
         "encoder_layers": 2,
@@ -23,7 +25,6 @@ RECIPE = Recipe(
         "dropout": 0.0,
         "backbone_layers": (2, 2, 2),
         "backbone_width": 32,
-        "query_groups": 3,
     },
     preprocessing=DetectionPreprocessing(
         shortest_edge=240, longest_edge=320, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from models.build import build_model
-from models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, load, save, sha256
+from models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, Origin, Progress, load, save, sha256
 from models.training.errors import CheckpointError
 from models.training.recipe import load_recipe
 
@@ -21,23 +21,36 @@ TINY = ["model.depth=1", "model.embed_dim=8", "model.num_heads=2"]
 def checkpoint() -> Checkpoint:
     recipe = load_recipe("vit_cifar10", TINY)
     torch.manual_seed(0)
+    document = recipe.model_dump(mode="json")
     return Checkpoint(
-        recipe=recipe.model_dump(mode="json"),
+        architecture=recipe.architecture,
+        settings=document["model"],
+        preprocessing=document["preprocessing"],
         labels=["cat", "dog"],
         weights=build_model(recipe.architecture, recipe.model, 2).state_dict(),
-        optimizer={"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
-        epoch=3,
-        seconds=1.5,
-        metrics={"top1": 0.5},
-        data_path="/data",
+        progress=Progress(
+            recipe=document,
+            optimizer={"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+            epoch=3,
+            seconds=1.5,
+            metrics={"top1": 0.5},
+            data_path="/data",
+        ),
     )
+
+
+def later(checkpoint: Checkpoint, **changes: object) -> Checkpoint:
+    assert checkpoint.progress is not None
+    return replace(checkpoint, progress=replace(checkpoint.progress, **changes))
 
 
 def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save(checkpoint, tmp_path)
     loaded = load(tmp_path)
-    assert loaded.read_recipe() == load_recipe("vit_cifar10", TINY)
-    for name, value in asdict(checkpoint).items():
+    recipe = load_recipe("vit_cifar10", TINY)
+    assert loaded.progress.read_recipe() == recipe
+    assert loaded.read_preprocessing() == recipe.preprocessing
+    for name, value in vars(checkpoint).items():
         if name != "weights":
             assert getattr(loaded, name) == value
     assert all(torch.equal(loaded.weights[name], value) for name, value in checkpoint.weights.items())
@@ -48,24 +61,24 @@ def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 def test_leaves_nothing_beside_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save(checkpoint, tmp_path)
-    save(replace(checkpoint, epoch=4), tmp_path)
+    save(later(checkpoint, epoch=4), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT_FILE]
-    assert load(tmp_path).epoch == 4
+    assert load(tmp_path).progress.epoch == 4
 
 
 def test_failed_save_leaves_the_old_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save(checkpoint, tmp_path)
     before = sha256(tmp_path)
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        save(replace(checkpoint, optimizer={"lock": threading.Lock}, metrics={"f": lambda: 0}), tmp_path)
+        save(later(checkpoint, optimizer={"lock": threading.Lock}, metrics={"f": lambda: 0}), tmp_path)
     assert sha256(tmp_path) == before
-    assert load(tmp_path).epoch == 3
+    assert load(tmp_path).progress.epoch == 3
 
 
 def test_half_written_file_is_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save(checkpoint, tmp_path)
     (tmp_path / f"{CHECKPOINT_FILE}.partial").write_bytes(b"half")
-    assert load(tmp_path).epoch == 3
+    assert load(tmp_path).progress.epoch == 3
 
 
 def test_no_run(tmp_path: Path) -> None:
@@ -109,7 +122,8 @@ class Malicious:
 @pytest.mark.parametrize("archive", [True, False])
 def test_code_in_the_file_is_not_run(checkpoint: Checkpoint, tmp_path: Path, archive: bool) -> None:
     trace = tmp_path / "executed"
-    content = {**asdict(checkpoint), "data_path": Malicious(trace)}
+    content = asdict(checkpoint)
+    content["progress"]["data_path"] = Malicious(trace)
     if archive:
         torch.save(content, tmp_path / CHECKPOINT_FILE)
     else:
@@ -122,15 +136,22 @@ def test_code_in_the_file_is_not_run(checkpoint: Checkpoint, tmp_path: Path, arc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format: expected 1, found 2"),
+        ({"format": 1}, "format: expected 2, found 1"),
         ({"colour": "red"}, "not a checkpoint of this version.*colour"),
-        ({"recipe": {"name": "x"}}, "recipe: architecture: Field required"),
+        ({"preprocessing": {"task": "object-detection"}}, "shortest_edge: Field required"),
     ],
 )
 def test_other_format(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, object], message: str) -> None:
     torch.save({**asdict(checkpoint), **change}, tmp_path / CHECKPOINT_FILE)
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         load(tmp_path)
+
+
+def test_imported_weights_name_their_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    origin = Origin(file="vit.npz", sha256="0" * 64, layout="Google's ViT (.npz)", arguments=[], untrained=["head"])
+    save(replace(checkpoint, progress=None, origin=origin), tmp_path)
+    assert load(tmp_path).origin == origin
+    assert load(tmp_path).progress is None
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, torch.zeros(3)])

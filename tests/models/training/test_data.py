@@ -225,3 +225,20 @@ def test_coco_images_that_are_missing(tmp_path: Path) -> None:
     (tmp_path / "images" / "a.png").unlink()
     with pytest.raises(DataError, match=r"1 of 3 images are not in images/: \['a.png'\]"):
         load_split(tmp_path, Task.DETECTION, "train")
+
+
+def folders(path: Path, *names: str) -> ClassificationData:
+    for name in names:
+        (path / "val" / name).mkdir(parents=True)
+        (path / "val" / name / "a.png").write_bytes(FILES[0])
+    data = load_split(path, Task.CLASSIFICATION, "val")
+    assert isinstance(data, ClassificationData)
+    return data
+
+
+def test_folders_named_by_imagenets_ids_get_its_labels(tmp_path: Path) -> None:
+    assert folders(tmp_path, "n01440764", "n02123045", "n15075141").labels == ("tench", "tabby", "toilet tissue")
+
+
+def test_other_folders_keep_their_names(tmp_path: Path) -> None:
+    assert folders(tmp_path, "n01440764", "tabby").labels == ("n01440764", "tabby")

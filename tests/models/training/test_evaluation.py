@@ -164,7 +164,7 @@ def test_class_without_objects_is_left_out() -> None:
 
 def test_other_labels() -> None:
     predictor = Classifier(classifier(one_hot).network, CLASSIFICATION, ("x",) * 8)
-    with pytest.raises(DataError, match="pictures: expected labels"):
+    with pytest.raises(DataError, match="pictures: labels: expected 8, found 8; the first that differs is number 0"):
         evaluate(predictor, PICTURES)
 
 

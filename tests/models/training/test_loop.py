@@ -121,7 +121,7 @@ def test_learns(data: Path, tmp_path: Path) -> None:
     metrics = lines(tmp_path / "run")
     assert [line["epoch"] for line in metrics] == list(range(1, 9))
     assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
-    assert checkpoint.metrics["top1"] > 0.6
+    assert checkpoint.progress.metrics["top1"] > 0.6
     assert load(tmp_path / "run").labels == list(COLOURS)
 
 
@@ -139,20 +139,20 @@ def test_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, recipe:
     train(recipe, data, whole)
     with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(Interrupt("epoch 2/4")):
         train(recipe, data, broken)
-    assert load(broken).epoch == 2
+    assert load(broken).progress.epoch == 2
     torch.manual_seed(123)  # another process would start from another state
     train(recipe, data, broken, resume=True)
     expected, found = load(whole), load(broken)
-    assert found.epoch == 4
+    assert found.progress.epoch == 4
     assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
-    assert found.metrics == expected.metrics
+    assert found.progress.metrics == expected.progress.metrics
     assert [{**line, "seconds": 0} for line in lines(broken)] == [{**line, "seconds": 0} for line in lines(whole)]
 
 
 def test_finished_run_resumes_to_itself(data: Path, tmp_path: Path) -> None:
     first = train(vit("epochs=1"), data, tmp_path)
     again = train(vit("epochs=1"), data, tmp_path, resume=True)
-    assert again.epoch == 1
+    assert again.progress.epoch == 1
     assert all(torch.equal(again.weights[name], value) for name, value in first.weights.items())
 
 

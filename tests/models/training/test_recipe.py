@@ -58,7 +58,7 @@ def test_last_override_wins() -> None:
         ("lr=NaN", "vit_cifar10: lr: Input should be greater than 0"),
         ("label_smoothing=1", "label_smoothing: Input should be less than 1"),
         ("model.depth=null", "vit_cifar10: model.depth"),
-        ("architecture=resnet", "architecture: expected one of vit, mlp_mixer, detr, found 'resnet'"),
+        ("architecture=resnet", "architecture: expected one of vit, mlp_mixer, resnetv2, detr, found 'resnet'"),
         ("model.depth=deep", "model.depth: .*found 'deep'"),
         ("model.stem=foo", "model.stem: Input should be 'patch' or 'conv', found 'foo'"),
         ("preprocessing.input_size=[16, 16]", "model.image_size and preprocessing.input_size have to agree"),

@@ -1,0 +1,1 @@
+"""Published weights: reading their files safely, knowing their layouts, and making runs of them (`vitrine import`)."""

@@ -1,0 +1,271 @@
+"""Layouts of published DETRs (facebookresearch, Hugging Face) and of the ResNets that initialise their backbones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.build import VARIANTS
+from models.published.errors import ImportSettingError
+from models.published.files import Tensors
+from models.published.layout import Layout, Rule, Settings, count, rule, rules
+
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+PREPROCESSING = {"task": "object-detection", "shortest_edge": 800, "longest_edge": 1333, **_IMAGENET}
+_NORM = ("weight", "bias", "running_mean", "running_var")
+_HEADS = {256: 8}  # of the published width; no shape tells it
+# Behind "detr." lies the detection part of a panoptic network.
+_PREFIXES = {"": (), "module.": (), "detr.": (r"bbox_attention\..*", r"mask_head\..*")}
+
+
+def _backbone_rules(prefix: str) -> tuple[Rule, ...]:
+    """torchvision's and timm's names of a ResNet, behind a prefix."""
+    block = f"{prefix}layer{{i1}}.{{j}}"
+    ours = "backbone.stages.{i}.{j}"
+    return (
+        rule("backbone.conv1.weight", f"{prefix}conv1.weight"),
+        *rules("backbone.bn1", f"{prefix}bn1", parts=_NORM),
+        *(
+            made
+            for number in (1, 2, 3)
+            for made in (
+                rule(f"{ours}.conv{number}.weight", f"{block}.conv{number}.weight"),
+                *rules(f"{ours}.bn{number}", f"{block}.bn{number}", parts=_NORM),
+            )
+        ),
+        rule(f"{ours}.downsample.0.weight", f"{block}.downsample.0.weight"),
+        *rules(f"{ours}.downsample.1", f"{block}.downsample.1", parts=_NORM),
+    )
+
+
+def _backbone_settings(tensors: Tensors, prefix: str) -> Settings:
+    layers: list[int] = []
+    while blocks := count(tensors, f"{prefix}layer{{s1}}.{{n}}.conv1.weight", s1=len(layers) + 1):
+        layers.append(blocks)
+    return {
+        "backbone_layers": layers,
+        "backbone_width": tensors[f"{prefix}conv1.weight"].shape[0],
+        "backbone_block": "bottleneck" if f"{prefix}layer1.0.conv3.weight" in tensors else "basic",
+        "backbone_norm": "frozen",
+    }
+
+
+def _transformer_settings(tensors: Tensors, *, query: str, encoder: str, decoder: str, hidden: str) -> Settings:
+    num_queries, embed_dim = tensors[query].shape
+    settings: Settings = {
+        "num_queries": num_queries,
+        "embed_dim": embed_dim,
+        "encoder_layers": count(tensors, encoder),
+        "decoder_layers": count(tensors, decoder),
+        "feedforward_dim": tensors[hidden].shape[0],
+    }
+    if embed_dim in _HEADS:
+        settings["num_heads"] = _HEADS[embed_dim]
+    return settings
+
+
+# facebookresearch -----------------------------------------------------------------------------------------------------
+
+_BODY = "backbone.0.body."
+
+
+def _third(number: int) -> Any:
+    """Queries, keys or values of a projection that computes all three, [3 D, ...] -> [D, ...]."""
+
+    def take(fused: Tensor) -> Tensor:
+        return fused.chunk(3)[number]
+
+    return take
+
+
+def _attention(target: str, source: str) -> tuple[Rule, ...]:
+    return (
+        *(
+            rule(f"{target}.{part}_proj.{kind}", f"{source}.in_proj_{kind}", transform=_third(number))
+            for number, part in enumerate("qkv")
+            for kind in ("weight", "bias")
+        ),
+        *rules(f"{target}.out_proj", f"{source}.out_proj"),
+    )
+
+
+def _facebook_settings(tensors: Tensors, arguments: Mapping[str, Any]) -> Settings:
+    settings = {
+        **_backbone_settings(tensors, _BODY),
+        **_transformer_settings(
+            tensors,
+            query="query_embed.weight",
+            encoder="transformer.encoder.layers.{n}.norm1.weight",
+            decoder="transformer.decoder.layers.{n}.norm1.weight",
+            hidden="transformer.encoder.layers.0.linear1.weight",
+        ),
+    }
+    if arguments.get("position_embedding") not in (None, "sine", "v2"):
+        found = arguments["position_embedding"]
+        raise ImportSettingError(f"args: position_embedding: expected 'sine', found {found!r}")
+    if "nheads" in arguments:
+        settings["num_heads"] = arguments["nheads"]
+    if "dilation" in arguments:
+        settings["dilation"] = bool(arguments["dilation"])
+    return settings
+
+
+_ENCODER, _DECODER = "transformer.encoder.layers.{i}", "transformer.decoder.layers.{i}"
+
+FACEBOOK = Layout(
+    name="facebookresearch's DETR",
+    architecture="detr",
+    signature=(
+        "query_embed.weight",
+        "input_proj.weight",
+        "transformer.encoder.layers.0.self_attn.in_proj_weight",
+        "backbone.0.body.conv1.weight",
+    ),
+    prefixes=_PREFIXES,
+    ignored=(r".*\.num_batches_tracked",),
+    rules=(
+        *_backbone_rules(_BODY),
+        *rules("input_proj", "input_proj"),
+        *_attention("encoder.{i}.self_attn", f"{_ENCODER}.self_attn"),
+        *_attention("decoder.{i}.self_attn", f"{_DECODER}.self_attn"),
+        *_attention("decoder.{i}.multihead_attn", f"{_DECODER}.multihead_attn"),
+        *(
+            made
+            for ours, theirs in (("encoder.{i}", _ENCODER), ("decoder.{i}", _DECODER))
+            for part in ("linear1", "linear2", "norm1", "norm2", "norm3")
+            for made in rules(f"{ours}.{part}", f"{theirs}.{part}")
+        ),
+        *rules("decoder_norm", "transformer.decoder.norm"),
+        rule("query_embed.weight", "query_embed.weight"),
+        *rules("class_embed", "class_embed"),
+        *rules("bbox_embed.layers.{i}", "bbox_embed.layers.{i}"),
+    ),
+    settings=_facebook_settings,
+    preprocessing=PREPROCESSING,
+    head=("class_embed.weight", "class_embed.bias"),
+)
+
+# Hugging Face ---------------------------------------------------------------------------------------------------------
+
+_MODEL = "model.backbone.conv_encoder.model."
+
+
+def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
+    settings = {
+        **_backbone_settings(tensors, _MODEL),
+        **_transformer_settings(
+            tensors,
+            query="model.query_position_embeddings.weight",
+            encoder="model.encoder.layers.{n}.self_attn_layer_norm.weight",
+            decoder="model.decoder.layers.{n}.self_attn_layer_norm.weight",
+            hidden="model.encoder.layers.0.fc1.weight",
+        ),
+    }
+    backbone = config.get("backbone_config") or {}
+    for found, key, needed in (
+        (config, "position_embedding_type", "sine"),
+        (config, "activation_function", "relu"),
+        (backbone, "downsample_in_bottleneck", False),
+        (backbone, "downsample_in_first_stage", False),
+    ):
+        if found.get(key, needed) != needed:
+            raise ImportSettingError(f"config.json: {key}: expected {needed!r}, found {found[key]!r}")
+    heads = {config[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in config}
+    if len(heads) > 1:
+        raise ImportSettingError(f"config.json: attention heads: expected one number for both parts, found {heads}")
+    if heads:
+        settings["num_heads"] = heads.pop()
+    if "dilation" in config:
+        settings["dilation"] = bool(config["dilation"])
+    return settings
+
+
+_HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
+_HF_ATTENTION = tuple(f"{part}_proj" for part in ("q", "k", "v", "out"))
+
+HUGGING_FACE = Layout(
+    name="Hugging Face's DETR",
+    architecture="detr",
+    model_type="detr",
+    prefixes=_PREFIXES,
+    signature=(
+        "model.query_position_embeddings.weight",
+        "model.input_projection.weight",
+        "model.encoder.layers.0.self_attn.q_proj.weight",
+        "model.backbone.conv_encoder.model.conv1.weight",
+    ),
+    aliases=(
+        # since transformers 5
+        (r"^model\.backbone\.model\.", _MODEL),
+        (r"^(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
+        (r"\.o_proj\.", ".out_proj."),
+        # its own ResNet, beside timm's, whose names are torchvision's
+        (r"\.model\.embedder\.embedder\.convolution\.", ".model.conv1."),
+        (r"\.model\.embedder\.embedder\.normalization\.", ".model.bn1."),
+        (r"\.model\.encoder\.stages\.0\.layers\.", ".model.layer1."),
+        (r"\.model\.encoder\.stages\.1\.layers\.", ".model.layer2."),
+        (r"\.model\.encoder\.stages\.2\.layers\.", ".model.layer3."),
+        (r"\.model\.encoder\.stages\.3\.layers\.", ".model.layer4."),
+        (r"\.layer\.0\.convolution\.", ".conv1."),
+        (r"\.layer\.1\.convolution\.", ".conv2."),
+        (r"\.layer\.2\.convolution\.", ".conv3."),
+        (r"\.layer\.0\.normalization\.", ".bn1."),
+        (r"\.layer\.1\.normalization\.", ".bn2."),
+        (r"\.layer\.2\.normalization\.", ".bn3."),
+        (r"\.shortcut\.convolution\.", ".downsample.0."),
+        (r"\.shortcut\.normalization\.", ".downsample.1."),
+    ),
+    ignored=(r".*\.num_batches_tracked",),
+    rules=(
+        *_backbone_rules(_MODEL),
+        *rules("input_proj", "model.input_projection"),
+        *(
+            made
+            for ours, theirs in (
+                ("encoder.{i}.self_attn", f"{_HF_ENCODER}.self_attn"),
+                ("decoder.{i}.self_attn", f"{_HF_DECODER}.self_attn"),
+                ("decoder.{i}.multihead_attn", f"{_HF_DECODER}.encoder_attn"),
+            )
+            for part in _HF_ATTENTION
+            for made in rules(f"{ours}.{part}", f"{theirs}.{part}")
+        ),
+        *rules("encoder.{i}.linear1", f"{_HF_ENCODER}.fc1"),
+        *rules("encoder.{i}.linear2", f"{_HF_ENCODER}.fc2"),
+        *rules("encoder.{i}.norm1", f"{_HF_ENCODER}.self_attn_layer_norm"),
+        *rules("encoder.{i}.norm2", f"{_HF_ENCODER}.final_layer_norm"),
+        *rules("decoder.{i}.linear1", f"{_HF_DECODER}.fc1"),
+        *rules("decoder.{i}.linear2", f"{_HF_DECODER}.fc2"),
+        *rules("decoder.{i}.norm1", f"{_HF_DECODER}.self_attn_layer_norm"),
+        *rules("decoder.{i}.norm2", f"{_HF_DECODER}.encoder_attn_layer_norm"),
+        *rules("decoder.{i}.norm3", f"{_HF_DECODER}.final_layer_norm"),
+        *rules("decoder_norm", "model.decoder.layernorm"),
+        rule("query_embed.weight", "model.query_position_embeddings.weight"),
+        *rules("class_embed", "class_labels_classifier"),
+        *rules("bbox_embed.layers.{i}", "bbox_predictor.layers.{i}"),
+    ),
+    settings=_hugging_face_settings,
+    preprocessing=PREPROCESSING,
+    head=("class_embed.weight", "class_embed.bias"),
+)
+
+# A backbone alone -----------------------------------------------------------------------------------------------------
+
+
+def _resnet_settings(tensors: Tensors, _: Mapping[str, Any]) -> Settings:
+    backbone = _backbone_settings(tensors, "")
+    small = backbone["backbone_block"] == "basic"
+    return {**VARIANTS["detr_small" if small else "detr_resnet50"][1], **backbone}
+
+
+RESNET = Layout(
+    name="torchvision's or timm's ResNet (the backbone of a new DETR)",
+    architecture="detr",
+    signature=("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.conv1.weight"),
+    ignored=(r".*\.num_batches_tracked", r"fc\.(weight|bias)"),
+    rules=_backbone_rules(""),
+    settings=_resnet_settings,
+    preprocessing=PREPROCESSING,
+    head=("class_embed.weight", "class_embed.bias"),
+)
+
+LAYOUTS = (FACEBOOK, HUGGING_FACE, RESNET)

@@ -1,0 +1,205 @@
+"""What a layout is: the names and shapes under which someone publishes a network, and how they become ours.
+
+A layout is written as a literal table from our names to theirs. Conversion is strict: every tensor of the network must
+come from the file, every tensor of the file must be used or be known to be of no use, and every shape must fit.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.published.errors import MismatchError, WeightsError
+from models.published.files import LazyTensor, Tensors
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Our tensor `target` is `transform` of the file's `sources`.
+
+    Names hold {i} and {j} for indices; a source may also count from one ({i1}, {j1}).
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    transform: Callable[..., Tensor]
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches what `target` names."""
+        return _pattern(self.target)
+
+    def source_names(self, target: str) -> list[str] | None:
+        """The names in the file for one of our tensors, None if this rule is not about it."""
+        match = self.pattern.fullmatch(target)
+        if match is None:
+            return None
+        indices = {name: int(value) for name, value in match.groupdict().items()}
+        indices |= {f"{name}1": value + 1 for name, value in indices.items()}
+        return [source.format(**indices) for source in self.sources]
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(name)))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def rule(target: str, *sources: str, transform: Callable[..., Tensor] = _same) -> Rule:
+    """One of our tensors."""
+    return Rule(target, sources, transform)
+
+
+def rules(
+    target: str, *sources: str, parts: Iterable[str] = ("weight", "bias"), transform: Callable[..., Tensor] = _same
+) -> tuple[Rule, ...]:
+    """Our tensors `target.weight` and `target.bias`, which the file calls the same."""
+    return tuple(rule(f"{target}.{part}", *(f"{s}.{part}" for s in sources), transform=transform) for part in parts)
+
+
+_TORCH_PREFIXES = ("", "module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network is published.
+
+    Attributes:
+        name: for people.
+        architecture: the key of `models.build.ARCHITECTURES`.
+        signature: keys that every file of this layout has, after prefix and aliases.
+        rules: every tensor of our network.
+        settings: the network's settings, from the shapes in the file and what was published beside it.
+        preprocessing: the family's published defaults, without what the network's settings say.
+        prefixes: what may stand before every key, with patterns of the keys that then lie beside the network.
+        aliases: pattern and replacement, from other names of the same thing to those in the rules.
+        ignored: patterns of keys that hold nothing that the network needs.
+        prepare: from the tensors as they are in the file to those that the rules speak of.
+        head: our names of the last layer, which depends on the labels.
+        model_type: that of a Hugging Face `config.json`.
+    """
+
+    name: str
+    architecture: str
+    signature: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    settings: Callable[[Tensors, Mapping[str, Any]], Settings]
+    preprocessing: Mapping[str, Any]
+    head: tuple[str, str] = ("head.weight", "head.bias")
+    prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(_TORCH_PREFIXES, ()))
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    prepare: Callable[[Tensors, Mapping[str, Any]], Tensors] = lambda tensors, _: tensors
+    model_type: str | None = None
+
+    def canonical(self, tensors: Tensors, prefix: str) -> Tensors:
+        """The file's tensors under the names in the rules."""
+        renamed: dict[str, LazyTensor] = {}
+        for key, tensor in tensors.items():
+            if not key.startswith(prefix):
+                if any(re.fullmatch(pattern, key) for pattern in self.prefixes[prefix]):
+                    continue
+                renamed[key] = tensor
+                continue
+            name = key.removeprefix(prefix)
+            for pattern, replacement in self.aliases:
+                name = re.sub(pattern, replacement, name)
+            renamed[key if name in renamed else name] = tensor  # a second one of that name will be unexpected
+        return renamed
+
+    def find_prefix(self, tensors: Tensors) -> str | None:
+        """The prefix under which the file has this layout, None if it has not."""
+        for prefix in self.prefixes:
+            if any(key.startswith(prefix) for key in tensors) and set(self.signature) <= set(
+                self.canonical(tensors, prefix)
+            ):
+                return prefix
+        return None
+
+    def known_share(self, tensors: Tensors) -> float:
+        """The part of the file's keys that could be of this layout, 0 to 1."""
+        shapes = {_numberless(source) for rule_ in self.rules for source in rule_.sources}
+        names = [_numberless(name) for name in self.canonical(tensors, "")]
+        return sum(name in shapes for name in names) / max(1, len(names))
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\{\w+(:\w+)?\}|\d+", "#", name)
+
+
+def count(tensors: Tensors, name: str, **indices: int) -> int:
+    """How many tensors there are whose name counts {n} from zero."""
+    number = 0
+    while name.format(n=number, n1=number + 1, **indices) in tensors:
+        number += 1
+    return number
+
+
+def convert(
+    layout: Layout, tensors: Tensors, network: Mapping[str, Tensor], *, file: object, skip: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The weights of our network from the tensors of a file, float32.
+
+    Args:
+        tensors: under the names in the layout's rules.
+        network: names and shapes of our network, on any device (also "meta").
+        skip: tensors of the network that are not to be read.
+
+    Raises:
+        MismatchError: listing all that is missing, unexpected or of another shape.
+        WeightsError: numbers in it are not finite.
+    """
+    skipped = set(skip)
+    plan: dict[str, tuple[Rule, list[str]]] = {}
+    used: set[str] = set()
+    missing: list[str] = []
+    shapes: dict[str, tuple[object, object]] = {}
+    for target, expected in network.items():
+        found = next(((r, names) for r in layout.rules if (names := r.source_names(target)) is not None), None)
+        if found is None:  # a part of our network that this layout does not have
+            if target not in skipped:
+                missing.append(f"{target} (a name of ours: {layout.name} has nothing like it)")
+            continue
+        rule_, names = found
+        used.update(names)
+        if target in skipped:
+            continue
+        absent = [name for name in names if name not in tensors and name not in missing]
+        missing += absent
+        if not all(name in tensors for name in names):
+            continue
+        shape = _shape_after(rule_, [tensors[name] for name in names])
+        if shape != tuple(expected.shape):
+            shapes[", ".join(names)] = (
+                tuple(expected.shape),
+                shape or " and ".join(str(tensors[name].shape) for name in names),
+            )
+        plan[target] = rule_, names
+    unexpected = [key for key in tensors if key not in used and not any(re.fullmatch(p, key) for p in layout.ignored)]
+    if missing or unexpected or shapes:
+        raise MismatchError(file, layout=layout.name, missing=missing, unexpected=unexpected, shapes=shapes)
+    weights: dict[str, Tensor] = {}
+    for target, (rule_, names) in plan.items():
+        weight = rule_.transform(*(tensors[name].read() for name in names)).to(torch.float32)
+        if not torch.isfinite(weight).all():
+            raise WeightsError(f"{file}: {', '.join(names)}: expected finite numbers, found others")
+        # A view would drag the whole tensor that it is cut from into the run.
+        whole = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes
+        weights[target] = weight if whole else weight.clone(memory_format=torch.contiguous_format)
+    return weights
+
+
+def _shape_after(rule_: Rule, sources: list[LazyTensor]) -> tuple[int, ...] | None:
+    """The shape that the rule makes, None if it cannot be applied to such shapes."""
+    try:
+        return tuple(rule_.transform(*(torch.empty(source.shape, device="meta") for source in sources)).shape)
+    except (RuntimeError, ValueError, IndexError):
+        return None

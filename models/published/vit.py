@@ -1,0 +1,327 @@
+"""Layouts of published ViTs: timm (and DeiT), Google's Flax, Hugging Face, torchvision."""
+
+import math
+from collections.abc import Mapping
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.build import VARIANTS
+from models.position import sincos_2d
+from models.published import flax
+from models.published.errors import ImportSettingError
+from models.published.files import LazyTensor, Tensors
+from models.published.layout import Layout, Settings, count, rule, rules
+
+_HALF = (0.5, 0.5, 0.5)
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# The number of heads is in no shape of a fused projection; every published size has its own width.
+_STANDARD = [settings for _, settings in VARIANTS.values() if "image_size" not in settings]
+_HEADS = {settings["embed_dim"]: settings["num_heads"] for settings in _STANDARD if "num_heads" in settings}
+
+
+def _settings(tensors: Tensors, *, patch: str, position: str, token: str, block: str, hidden: str) -> Settings:
+    """What the shapes tell; the names are those of the layout, `block` counts {n}."""
+    embed_dim, patch_size = tensors[patch].shape[0], tensors[patch].shape[-1]
+    has_token = token in tensors
+    side = math.isqrt(patches) if (patches := tensors[position].shape[-2] - has_token) > 0 else 0
+    settings: Settings = {
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": count(tensors, block),
+        "mlp_ratio": tensors[hidden].shape[0] / embed_dim,
+        "global_pool": "token" if has_token else "avg",
+    }
+    if side * side == patches:
+        settings["image_size"] = side * patch_size
+    if embed_dim in _HEADS:
+        settings["num_heads"] = _HEADS[embed_dim]
+    return settings
+
+
+def with_class_slot(tensors: Tensors, position: str, token: str) -> Tensors:
+    """Position embeddings without a slot for the class token get one of zeros: nothing is added to it then."""
+    if token not in tensors or position not in tensors:
+        return tensors
+    found = tensors[position]
+    if len(found.shape) != 3 or math.isqrt(found.shape[1]) ** 2 != found.shape[1]:
+        return tensors
+    _, patches, dim = found.shape
+
+    def widened() -> Tensor:
+        return torch.cat((torch.zeros(1, 1, dim), found.read().float()), dim=1)
+
+    return {**tensors, position: LazyTensor((1, 1 + patches, dim), widened)}
+
+
+# timm -----------------------------------------------------------------------------------------------------------------
+
+
+def _timm_prepare(tensors: Tensors, _: Mapping[str, Any]) -> Tensors:
+    patch = "patch_embed.proj.weight"
+    if patch in tensors and len(tensors[patch].shape) == 2:  # timm's oldest files have a linear layer here
+        flat = tensors[patch]
+        side = math.isqrt(flat.shape[1] // 3)
+        shape = (flat.shape[0], 3, side, side)
+        tensors = {**tensors, patch: LazyTensor(shape, lambda: flat.read().reshape(shape))}
+    return with_class_slot(tensors, "pos_embed", "cls_token")
+
+
+def _timm_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
+    settings = _settings(
+        tensors,
+        patch="patch_embed.proj.weight",
+        position="pos_embed",
+        token="cls_token",
+        block="blocks.{n}.norm1.weight",
+        hidden="blocks.0.mlp.fc1.weight",
+    )
+    if "pre_logits.fc.weight" in tensors:
+        settings["representation_size"] = tensors["pre_logits.fc.weight"].shape[0]
+    if "num_heads" in config.get("model_args", {}):
+        settings["num_heads"] = config["model_args"]["num_heads"]
+    return settings
+
+
+TIMM = Layout(
+    name="timm's ViT",
+    architecture="vit",
+    signature=("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"),
+    rules=(
+        rule("cls_token", "cls_token"),
+        rule("pos_embed.embedding", "pos_embed"),
+        *rules("patch_embed.proj", "patch_embed.proj"),
+        *rules("blocks.{i}.norm1", "blocks.{i}.norm1"),
+        *rules("blocks.{i}.attn.qkv", "blocks.{i}.attn.qkv"),
+        *rules("blocks.{i}.attn.proj", "blocks.{i}.attn.proj"),
+        *rules("blocks.{i}.norm2", "blocks.{i}.norm2"),
+        *rules("blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
+        *rules("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
+        *rules("norm", "norm"),
+        *rules("pre_logits.0", "pre_logits.fc"),
+        *rules("head", "head"),
+    ),
+    settings=_timm_settings,
+    prepare=_timm_prepare,
+    preprocessing={"crop_pct": 0.9, "interpolation": "bicubic", "mean": _HALF, "std": _HALF},
+)
+
+# Google ---------------------------------------------------------------------------------------------------------------
+
+_POSITION = "pos_embedding"
+_SCANNED = "Transformer/encoderblock/"
+
+
+def _google_prepare(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    prepared: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():
+        if key.startswith(_SCANNED):  # a scanned network holds all blocks in one tensor
+            stacked = cache(tensor.read)
+            for layer in range(tensor.shape[0]):
+                name = f"Transformer/encoderblock_{layer}/{key.removeprefix(_SCANNED)}"
+                prepared[name] = LazyTensor(tensor.shape[1:], partial(_layer, stacked, layer))
+        else:
+            prepared[key] = tensor
+    if _POSITION not in prepared and "cls" not in prepared and "embedding/kernel" in prepared:
+        # Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k": average pooling, positions that are not
+        # learned and not in the file. They were trained on 224 pixels.
+        patch, _, _, dim = prepared["embedding/kernel"].shape
+        side = 224 // patch
+        positions = partial(sincos_2d, (side, side), dim)
+        prepared[_POSITION] = LazyTensor((1, side * side, dim), positions)
+    return with_class_slot(prepared, _POSITION, "cls")
+
+
+def _layer(stacked: Any, layer: int) -> Tensor:
+    tensor: Tensor = stacked()[layer]
+    return tensor
+
+
+def _google_settings(tensors: Tensors, _: Mapping[str, Any]) -> Settings:
+    block = "Transformer/encoderblock_{n}/LayerNorm_0/scale"
+    kernel = tensors["embedding/kernel"]
+    patch = {"patch": LazyTensor((kernel.shape[3], 3, *kernel.shape[:2]), kernel.read)}
+    first = "Transformer/encoderblock_0/"
+    hidden = tensors[f"{first}MlpBlock_3/Dense_0/kernel"]
+    settings = _settings(
+        {**tensors, **patch, "hidden": LazyTensor(hidden.shape[::-1], hidden.read)},
+        patch="patch",
+        position=_POSITION,
+        token="cls",
+        block=block,
+        hidden="hidden",
+    )
+    settings["num_heads"] = tensors[f"{first}MultiHeadDotProductAttention_1/query/kernel"].shape[1]
+    settings["gelu"] = "tanh"
+    if "pre_logits/kernel" in tensors:
+        settings["representation_size"] = tensors["pre_logits/kernel"].shape[1]
+    return settings
+
+
+_BLOCK, _ATTENTION = "Transformer/encoderblock_{i}", "Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1"
+
+GOOGLE = Layout(
+    name="Google's ViT (.npz)",
+    architecture="vit",
+    signature=("embedding/kernel", "Transformer/encoder_norm/scale", "head/kernel"),
+    prefixes=flax.PREFIXES,
+    aliases=(
+        # big_vision numbers each kind of layer from zero; the numbers in the rules are of the ViT paper's code.
+        (r"/LayerNorm_1/", "/LayerNorm_2/"),
+        (r"/MultiHeadDotProductAttention_0/", "/MultiHeadDotProductAttention_1/"),
+        (r"/MlpBlock_0/", "/MlpBlock_3/"),
+        (r"^Transformer/(posembed_input/)?pos_embedding$", _POSITION),
+    ),
+    rules=(
+        *flax.conv("patch_embed.proj", "embedding"),
+        rule("cls_token", "cls"),
+        rule("pos_embed.embedding", _POSITION),
+        *flax.norm("blocks.{i}.norm1", f"{_BLOCK}/LayerNorm_0"),
+        *(
+            rule(
+                f"blocks.{{i}}.attn.qkv.{ours}",
+                *(f"{_ATTENTION}/{part}/{theirs}" for part in ("query", "key", "value")),
+                transform=flax.heads_in,
+            )
+            for ours, theirs in (("weight", "kernel"), ("bias", "bias"))
+        ),
+        rule("blocks.{i}.attn.proj.weight", f"{_ATTENTION}/out/kernel", transform=flax.heads_out),
+        rule("blocks.{i}.attn.proj.bias", f"{_ATTENTION}/out/bias"),
+        *flax.norm("blocks.{i}.norm2", f"{_BLOCK}/LayerNorm_2"),
+        *flax.dense("blocks.{i}.mlp.fc1", f"{_BLOCK}/MlpBlock_3/Dense_0"),
+        *flax.dense("blocks.{i}.mlp.fc2", f"{_BLOCK}/MlpBlock_3/Dense_1"),
+        *flax.norm("norm", "Transformer/encoder_norm"),
+        *flax.dense("pre_logits.0", "pre_logits"),
+        *flax.dense("head", "head"),
+    ),
+    settings=_google_settings,
+    prepare=_google_prepare,
+    preprocessing={"crop_mode": "squash", "mean": _HALF, "std": _HALF},
+)
+
+# Hugging Face ---------------------------------------------------------------------------------------------------------
+
+_GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+
+
+def _hugging_face_prepare(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    if config.get("qkv_bias", True):
+        return tensors
+    prepared = dict(tensors)
+    for layer in range(count(tensors, "vit.encoder.layer.{n}.layernorm_before.weight")):
+        for part in ("query", "key", "value"):
+            name = f"vit.encoder.layer.{layer}.attention.attention.{part}"
+            dim = tensors[f"{name}.weight"].shape[0]
+            prepared[f"{name}.bias"] = LazyTensor((dim,), partial(torch.zeros, dim))
+    return prepared
+
+
+def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
+    settings = _settings(
+        tensors,
+        patch="vit.embeddings.patch_embeddings.projection.weight",
+        position="vit.embeddings.position_embeddings",
+        token="vit.embeddings.cls_token",
+        block="vit.encoder.layer.{n}.layernorm_before.weight",
+        hidden="vit.encoder.layer.0.intermediate.dense.weight",
+    )
+    if "num_attention_heads" in config:
+        settings["num_heads"] = config["num_attention_heads"]
+    if isinstance(config.get("image_size"), list):
+        settings["image_size"] = tuple(config["image_size"])
+    settings["norm_eps"] = config.get("layer_norm_eps", 1e-12)
+    gelu = config.get("hidden_act", "gelu")
+    if gelu not in _GELUS:
+        raise ImportSettingError(f"config.json: hidden_act: expected one of {', '.join(_GELUS)}, found {gelu!r}")
+    settings["gelu"] = _GELUS[gelu]
+    return settings
+
+
+_LAYER = "vit.encoder.layer.{i}"
+
+HUGGING_FACE = Layout(
+    name="Hugging Face's ViT",
+    architecture="vit",
+    model_type="vit",
+    signature=("vit.embeddings.cls_token", "vit.embeddings.patch_embeddings.projection.weight", "vit.layernorm.weight"),
+    aliases=(
+        (r"^(embeddings|encoder|layers|layernorm|pooler)\.", r"vit.\1."),  # ViTModel, without a head
+        # since transformers 5
+        (r"^vit\.layers\.", "vit.encoder.layer."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    ),
+    ignored=(r"vit\.pooler\..*",),
+    rules=(
+        rule("cls_token", "vit.embeddings.cls_token"),
+        rule("pos_embed.embedding", "vit.embeddings.position_embeddings"),
+        *rules("patch_embed.proj", "vit.embeddings.patch_embeddings.projection"),
+        *rules("blocks.{i}.norm1", f"{_LAYER}.layernorm_before"),
+        *rules(
+            "blocks.{i}.attn.qkv",
+            *(f"{_LAYER}.attention.attention.{part}" for part in ("query", "key", "value")),
+            transform=lambda *parts: torch.cat(parts),
+        ),
+        *rules("blocks.{i}.attn.proj", f"{_LAYER}.attention.output.dense"),
+        *rules("blocks.{i}.norm2", f"{_LAYER}.layernorm_after"),
+        *rules("blocks.{i}.mlp.fc1", f"{_LAYER}.intermediate.dense"),
+        *rules("blocks.{i}.mlp.fc2", f"{_LAYER}.output.dense"),
+        *rules("norm", "vit.layernorm"),
+        *rules("head", "classifier"),
+    ),
+    settings=_hugging_face_settings,
+    prepare=_hugging_face_prepare,
+    preprocessing={"crop_mode": "squash", "mean": _HALF, "std": _HALF},
+)
+
+# torchvision ----------------------------------------------------------------------------------------------------------
+
+
+def _torchvision_settings(tensors: Tensors, _: Mapping[str, Any]) -> Settings:
+    settings = _settings(
+        tensors,
+        patch="conv_proj.weight",
+        position="encoder.pos_embedding",
+        token="class_token",
+        block="encoder.layers.encoder_layer_{n}.ln_1.weight",
+        hidden="encoder.layers.encoder_layer_0.mlp.0.weight",
+    )
+    if "heads.pre_logits.weight" in tensors:
+        settings["representation_size"] = tensors["heads.pre_logits.weight"].shape[0]
+    return settings
+
+
+_ENCODER_LAYER = "encoder.layers.encoder_layer_{i}"
+
+TORCHVISION = Layout(
+    name="torchvision's ViT",
+    architecture="vit",
+    signature=("class_token", "conv_proj.weight", "encoder.pos_embedding", "encoder.ln.weight"),
+    aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),  # its first version's names
+    rules=(
+        rule("cls_token", "class_token"),
+        rule("pos_embed.embedding", "encoder.pos_embedding"),
+        *rules("patch_embed.proj", "conv_proj"),
+        *rules("blocks.{i}.norm1", f"{_ENCODER_LAYER}.ln_1"),
+        rule("blocks.{i}.attn.qkv.weight", f"{_ENCODER_LAYER}.self_attention.in_proj_weight"),
+        rule("blocks.{i}.attn.qkv.bias", f"{_ENCODER_LAYER}.self_attention.in_proj_bias"),
+        *rules("blocks.{i}.attn.proj", f"{_ENCODER_LAYER}.self_attention.out_proj"),
+        *rules("blocks.{i}.norm2", f"{_ENCODER_LAYER}.ln_2"),
+        *rules("blocks.{i}.mlp.fc1", f"{_ENCODER_LAYER}.mlp.0"),
+        *rules("blocks.{i}.mlp.fc2", f"{_ENCODER_LAYER}.mlp.3"),
+        *rules("norm", "encoder.ln"),
+        *rules("pre_logits.0", "heads.pre_logits"),
+        *rules("head", "heads.head"),
+    ),
+    settings=_torchvision_settings,
+    preprocessing={"crop_pct": 0.875, "mean": _IMAGENET_MEAN, "std": _IMAGENET_STD},
+)
+
+LAYOUTS = (TIMM, GOOGLE, HUGGING_FACE, TORCHVISION)
