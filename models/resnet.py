@@ -52,12 +52,13 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, dilations: tuple[int, int], norm: Norm) -> None:
         super().__init__()
         make_norm = _NORMS[norm]
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        first, second = dilations
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=first, dilation=first, bias=False)
         self.bn1 = make_norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=second, dilation=second, bias=False)
         self.bn2 = make_norm(channels)
         self.relu = nn.ReLU()
         self.downsample = _shortcut(in_channels, channels, stride, make_norm)
@@ -83,13 +84,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, norm: Norm) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, dilations: tuple[int, int], norm: Norm) -> None:
         super().__init__()
         make_norm = _NORMS[norm]
         out_channels = self.expansion * channels
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = make_norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        first, _ = dilations
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=first, dilation=first, bias=False)
         self.bn2 = make_norm(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = make_norm(out_channels)
@@ -162,10 +164,11 @@ class ResNet(nn.Module):
         for index, depth in enumerate(config.layers):
             stage = nn.ModuleList()
             for i in range(depth):
-                # The first block still has the convolution that the stride was taken from (Yu et al. 2017, "DRN").
-                dilated = config.dilation and index == len(config.layers) - 1 and i > 0
+                # Gaps begin behind the convolution that the stride was taken from (Yu et al. 2017, "DRN").
+                dilated = config.dilation and index == len(config.layers) - 1
+                dilations = (2 if dilated and i > 0 else 1, 2 if dilated else 1)
                 stride = self.strides[index] if i == 0 else 1
-                stage.append(block(channels, width * 2**index, stride, 2 if dilated else 1, config.norm))
+                stage.append(block(channels, width * 2**index, stride, dilations, config.norm))
                 channels = block.expansion * width * 2**index
             self.stages.append(stage)
         self.num_features = channels

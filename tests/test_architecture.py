@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = ("bundle", "export", "models", "models/training", "service")
+PACKAGES = ("bundle", "export", "models", "models/published", "models/training", "service")
 PROBE = """
 import importlib.util, sys
 for name in ("torch", "onnx", "scipy", "pycocotools"):
@@ -34,7 +34,7 @@ def test_package_init_files_hold_a_docstring_only(package: str, root: Path) -> N
 TESTED_ELSEWHERE = {"errors.py", "network.py", "objectives.py"}
 
 
-@pytest.mark.parametrize("package", ["bundle", "models", "models/training"])
+@pytest.mark.parametrize("package", ["bundle", "models", "models/published", "models/training"])
 def test_every_module_has_its_test(package: str, root: Path) -> None:
     modules = {path.name for path in (root / package).glob("*.py")} - {"__init__.py"} - TESTED_ELSEWHERE
     tests = {path.name.removeprefix("test_") for path in (root / "tests" / package).glob("test_*.py")}

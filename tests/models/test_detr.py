@@ -1,9 +1,16 @@
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from models.detr import Detr, DetrConfig
+from models.detr import VARIANTS, Detr, DetrConfig, DetrOutput
+from models.position import grid_points, sine_2d, valid_cells
 
-TINY = {
+TINY: dict[str, Any] = {
     "num_classes": 3,
     "num_queries": 6,
     "embed_dim": 16,
@@ -16,64 +23,322 @@ TINY = {
     "backbone_width": 4,
 }
 
+# With the 91 classes of the published weights, frozen convolutions included; the small one is this project's own.
+PARAMETERS = {
+    "detr_resnet50": 41_524_768,
+    "detr_resnet50_dc5": 41_524_768,
+    "detr_resnet101": 60_464_672,
+    "detr_resnet101_dc5": 60_464_672,
+    "detr_small": 17_010_208,
+}
 
-@pytest.fixture
-def network() -> Detr:
+KINDS: list[Any] = ["learned", "boxes"]
+every_kind = pytest.mark.parametrize("queries", KINDS)
+
+
+def make(**settings: Any) -> Detr:
+    """A tiny network as after training: boxes depend on the image, and the norms do not keep zero at zero."""
     torch.manual_seed(0)
-    network = Detr(DetrConfig(**TINY, query_groups=2)).eval()
-    torch.nn.init.normal_(network.bbox_embed.layers[-1].weight)  # zero at first: boxes would not depend on the image
+    network = Detr(DetrConfig(**{**TINY, **settings})).eval()
+    nn.init.normal_(network.bbox_embed.layers[-1].weight)  # zero at first for queries="boxes"
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.5)
+            nn.init.normal_(module.running_mean, std=0.5)
     return network
 
 
-def images(batch: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def images(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     return torch.randn(batch, 3, height, width), torch.tensor([[height, width]] * batch)
 
 
+def padded(edges: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Images alone [1, 3, H, W], the same as a padded batch, and their sizes."""
+    torch.manual_seed(1)
+    alone = [torch.randn(1, 3, *edge) for edge in edges]
+    sizes = torch.tensor(edges)
+    height, width = sizes.amax(dim=0).tolist()
+    batch = [F.pad(image, (0, width - image.shape[3], 0, height - image.shape[2])) for image in alone]
+    return alone, torch.cat(batch), sizes
+
+
+def assert_same(found: DetrOutput, expected: DetrOutput, tolerance: float = 1e-4) -> None:
+    for key in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(found[key], expected[key], atol=tolerance, rtol=tolerance)
+
+
+def of_image(output: DetrOutput, index: int) -> DetrOutput:
+    return {
+        "pred_logits": output["pred_logits"][index : index + 1],
+        "pred_boxes": output["pred_boxes"][index : index + 1],
+        "aux_outputs": [],
+    }
+
+
+def difference(a: DetrOutput, b: DetrOutput) -> float:
+    return (a["pred_boxes"] - b["pred_boxes"]).abs().max().item()
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variant_has_its_published_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        network = Detr(DetrConfig(num_classes=91, **VARIANTS[name]))
+    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
+
+
+def test_every_published_number_belongs_to_a_variant() -> None:
+    assert VARIANTS.keys() == PARAMETERS.keys()
+
+
+def test_the_small_variants_number_of_parameters_is_the_formula() -> None:
+    dim, hidden = 256, 1024
+    backbone = 11_176_512 - 2 * 4_800  # ResNet-18 without its classifier and without its norms' factors and shifts
+    linear, norm = dim * dim + dim, 2 * dim
+    feedforward = dim * hidden + hidden + hidden * dim + dim
+    encoder = 3 * (4 * linear + feedforward + 2 * norm)
+    decoder = 3 * (8 * linear + feedforward + 3 * norm) + norm
+    heads = dim * 92 + 92 + 2 * linear + dim * 4 + 4
+    assert backbone + 512 * dim + dim + encoder + decoder + 100 * dim + heads == PARAMETERS["detr_small"]
+
+
+@every_kind
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 57), (8, 64)])
-def test_inference_has_one_group_and_one_layer(network: Detr, height: int, width: int) -> None:
-    output = network(*images(2, height, width))
+def test_inference_has_one_group_and_one_layer(queries: Any, height: int, width: int) -> None:
+    output = make(queries=queries, query_groups=2)(*images(2, height, width))
     assert output["pred_logits"].shape == (2, 6, 4)
     assert output["pred_boxes"].shape == (2, 6, 4)
     assert output["aux_outputs"] == []
 
 
-def test_training_has_all_groups_and_layers(network: Detr) -> None:
-    output = network.train()(*images(2, 32, 32))
+@every_kind
+def test_training_has_all_groups_and_layers(queries: Any) -> None:
+    output = make(queries=queries, query_groups=2).train()(*images(2, 32, 32))
     for layer in (output, *output["aux_outputs"]):
         assert layer["pred_logits"].shape == (2, 12, 4)
         assert layer["pred_boxes"].shape == (2, 12, 4)
     assert len(output["aux_outputs"]) == 2
 
 
-def test_boxes_are_fractions(network: Detr) -> None:
-    boxes = network(100 * images(2, 32, 48)[0], images(2, 32, 48)[1])["pred_boxes"]
+@every_kind
+@pytest.mark.parametrize("layers", [1, 2])
+def test_auxiliary_outputs_are_those_of_a_network_that_ends_there(queries: Any, layers: int) -> None:
+    network = make(queries=queries, backbone_norm="frozen")
+    shorter = Detr(DetrConfig(**{**TINY, "queries": queries, "backbone_norm": "frozen", "decoder_layers": layers}))
+    shorter.load_state_dict({key: network.state_dict()[key] for key in shorter.state_dict()})
+    found = network.train()(*images(2, 32, 48))["aux_outputs"][layers - 1]
+    assert_same({**found, "aux_outputs": []}, shorter.eval()(*images(2, 32, 48)))
+
+
+@every_kind
+def test_first_group_answers_in_training_what_it_answers_at_inference(queries: Any) -> None:
+    network = make(queries=queries, query_groups=3, backbone_norm="frozen")
+    inference, training = network(*images(2, 32, 48)), network.train()(*images(2, 32, 48))
+    torch.testing.assert_close(training["pred_boxes"][:, :6], inference["pred_boxes"])
+    torch.testing.assert_close(training["pred_logits"][:, :6], inference["pred_logits"])
+
+
+@every_kind
+def test_boxes_are_fractions(queries: Any) -> None:
+    x, sizes = images(2, 32, 48)
+    boxes = make(queries=queries)(100 * x, sizes)["pred_boxes"]
     assert ((boxes >= 0) & (boxes <= 1)).all()
 
 
 def test_first_boxes_are_the_reference_boxes() -> None:
-    network = Detr(DetrConfig(**TINY)).eval()
+    network = Detr(DetrConfig(**TINY, queries="boxes")).eval()
     boxes = network(*images(1, 32, 32))["pred_boxes"]
-    torch.testing.assert_close(boxes[0], network.reference_boxes.sigmoid())
+    torch.testing.assert_close(boxes[0], network.query_boxes.boxes.sigmoid())
     assert len(boxes[0, :, :2].unique(dim=0)) == 6  # spread over the image
     torch.testing.assert_close(boxes[0, :, 2:], torch.full((6, 2), 1 / 8))
 
 
-def test_every_parameter_learns(network: Detr) -> None:
-    output = network.train()(*images(2, 32, 32))
+def test_a_querys_position_is_a_perceptron_of_its_encoded_box() -> None:
+    query_boxes = make(queries="boxes").query_boxes
+    boxes, cells = torch.rand(2, 6, 4) + 0.1, torch.rand(2, 5, 2)
+    angles = boxes[..., None] * 2 * torch.pi / 10000 ** (torch.arange(0, 8, 2) / 8)  # [2, 6, 4, 4]
+    encoded = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # [2, 6, 4, 8]
+    encoded = encoded[..., [1, 0, 3, 2], :].flatten(-2)  # y before x, height before width
+    first, _, second = query_boxes.position
+    positions, prior = query_boxes(boxes, cells, 2)
+    torch.testing.assert_close(positions, second(first(encoded).relu()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prior, query_boxes.priors[2](boxes, cells))
+
+
+@every_kind
+def test_every_parameter_learns(queries: Any) -> None:
+    network = make(queries=queries, query_groups=2).train()
+    output = network(*images(2, 32, 32))
     layers = (output, *output["aux_outputs"])
     sum(layer["pred_logits"].square().sum() + layer["pred_boxes"].square().sum() for layer in layers).backward()
     assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+    assert (network.query_embed.weight.grad.abs().sum(dim=-1) > 0).all()  # every query of every group
 
 
-def test_queries_do_not_see_cells_outside_the_valid_region(network: Detr) -> None:
+def test_learned_queries_have_no_boxes() -> None:
+    names = make(queries="learned").state_dict().keys()
+    assert make(queries="boxes").state_dict().keys() - names == {
+        "query_boxes.boxes",
+        *(f"query_boxes.position.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")),
+        *(f"query_boxes.priors.{layer}.{name}" for layer in range(3) for name in ("log_factor", "offset")),
+    }
+
+
+def test_learned_queries_answer_in_the_order_of_their_vectors() -> None:
+    network, order = make(queries="learned"), torch.randperm(6, generator=torch.Generator().manual_seed(2))
+    expected = network(*images(2, 32, 48))
+    assert len(expected["pred_boxes"][0].unique(dim=0)) == 6
+    with torch.no_grad():
+        network.query_embed.weight.copy_(network.query_embed.weight[order])
+    found = network(*images(2, 32, 48))
+    torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"][:, order], atol=1e-5, rtol=1e-4)
+
+
+def inputs_of(block: nn.Module, network: Detr, *arguments: Tensor) -> tuple[Tensor, ...]:
+    """What a block is given while the network answers."""
+    seen: list[tuple[Tensor, ...]] = []
+    with block.register_forward_pre_hook(lambda _, given: seen.append(given)):
+        network(*arguments)
+    return seen[0]
+
+
+@pytest.mark.parametrize(("queries", "offset"), [("learned", 1.0), ("boxes", 0.5)])
+def test_memory_is_positioned_at_its_cells_corners_as_published_or_at_their_centres(
+    queries: Any, offset: float
+) -> None:
+    network = make(queries=queries)
+    _, batch, sizes = padded([(24, 40), (33, 17)])
+    expected = sine_2d(grid_points(valid_cells(sizes, (5, 5), 8), offset), 16).flatten(1, 2)
+    torch.testing.assert_close(inputs_of(network.encoder[0], network, batch, sizes)[1], expected)
+    torch.testing.assert_close(inputs_of(network.decoder[2], network, batch, sizes)[3], expected)
+
+
+def test_learned_queries_are_positions_of_a_state_that_starts_at_zero() -> None:
+    network = make(queries="learned")
+    learned = network.query_embed.weight.expand(2, -1, -1)
+    state, positions, *_ = inputs_of(network.decoder[0], network, *images(2, 32, 48))
+    assert state.shape == (2, 6, 16)
+    assert (state == 0).all()
+    assert torch.equal(positions, learned)
+    assert torch.equal(inputs_of(network.decoder[2], network, *images(2, 32, 48))[1], learned)
+
+
+def test_queries_with_boxes_start_at_their_vectors_and_move_with_their_boxes() -> None:
+    network = make(queries="boxes")
+    state, first, *_ = inputs_of(network.decoder[0], network, *images(2, 32, 48))
+    assert torch.equal(state, network.query_embed.weight.expand(2, -1, -1))
+    assert not torch.allclose(inputs_of(network.decoder[1], network, *images(2, 32, 48))[1], first, atol=1e-3)
+
+
+@every_kind
+def test_queries_do_not_see_cells_outside_the_valid_region(queries: Any) -> None:
     """Far from the valid region, where no convolution reaches it, pixels have no effect at all."""
+    network = make(queries=queries)
     pixels, _ = images(1, 32, 256)
     other = pixels.clone()
     other[..., 192:] = 5 * torch.randn(1, 3, 32, 64)
     sizes = torch.tensor([[32, 48]])
-    expected, found = network(pixels, sizes), network(other, sizes)
-    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"])
-    torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"])
+    assert_same(network(other, sizes), network(pixels, sizes), 1e-5)
     whole = torch.tensor([[32, 256]])
-    assert not torch.allclose(network(pixels, whole)["pred_boxes"], network(other, whole)["pred_boxes"], atol=1e-4)
+    assert difference(network(pixels, whole), network(other, whole)) > 1e-4
+
+
+@every_kind
+@settings(deadline=None, max_examples=15)
+@given(
+    edges=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=2, max_size=3),
+    block=st.sampled_from(["basic", "bottleneck"]),
+    dilation=st.booleans(),
+)
+def test_a_padded_batch_answers_what_each_image_answers_alone(
+    queries: Any, edges: list[tuple[int, int]], block: Any, dilation: bool
+) -> None:
+    network = make(queries=queries, backbone_block=block, dilation=dilation)
+    alone, batch, sizes = padded(edges)
+    together = network(batch, sizes)
+    for index, image in enumerate(alone):
+        assert_same(of_image(together, index), network(image, sizes[index : index + 1]))
+
+
+@every_kind
+@pytest.mark.parametrize("edges", [(64, 64), (33, 57), (1, 9)])
+def test_published_padding_answers_the_same_for_an_image_without_padding(queries: Any, edges: tuple[int, int]) -> None:
+    network = make(queries=queries)
+    expected = network(*images(2, *edges))
+    network.published_padding = True
+    assert_same(network(*images(2, *edges)), expected, 1e-6)
+
+
+@every_kind
+def test_published_padding_leaks_into_the_answers_of_a_padded_batch(queries: Any) -> None:
+    network = make(queries=queries)
+    alone, batch, sizes = padded([(33, 47), (64, 64)])
+    network.published_padding = True
+    together = network(batch, sizes)
+    assert difference(of_image(together, 0), network(alone[0], sizes[:1])) > 1e-4
+    assert_same(of_image(together, 1), network(alone[1], sizes[1:]))
+
+
+def test_published_padding_samples_the_mask() -> None:
+    """One row of cells too few or too many are seen where the padded image's edges are not whole cells."""
+    network, record = make(backbone_layers=(1, 1, 1, 1), queries="learned"), list[Tensor]()
+    batch, sizes = torch.randn(1, 3, 33, 33), torch.tensor([[17, 33]])
+    network(batch, sizes, record)
+    assert (record[-1][0, 0, 0] > 0).tolist() == [True, True, False, False]
+    network.published_padding = True
+    network(batch, sizes, record)
+    assert (record[-1][0, 0, 0] > 0).tolist() == [True, True, True, True]
+
+
+@every_kind
+def test_recorded_weights_come_from_every_layer_and_change_no_answer(queries: Any) -> None:
+    network, record = make(queries=queries, encoder_layers=2), list[Tensor]()
+    _, batch, sizes = padded([(24, 40), (33, 17)])
+    assert_same(network(batch, sizes, record), network(batch, sizes), 1e-5)
+    assert [weights.shape for weights in record] == [(2, 2, 25, 25)] * 2 + [(2, 2, 6, 25)] * 3
+    valid = torch.zeros(2, 5, 5, dtype=torch.bool)
+    valid[0, :3, :5], valid[1, :5, :3] = True, True
+    for weights in record:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+        hidden = ~valid.flatten(1)[:, None, None].expand_as(weights)
+        assert (weights[hidden] == 0).all()
+
+
+def test_a_query_with_a_box_looks_at_its_box_first() -> None:
+    network, record = Detr(DetrConfig(**{**TINY, "num_queries": 4}, queries="boxes")).eval(), list[Tensor]()
+    for block in network.decoder:
+        nn.init.zeros_(block.multihead_attn.q_proj.weight)  # only the prior is left
+    network(*images(1, 128, 128), record)
+    centres = network.query_boxes.boxes.sigmoid()[:, :2]  # (x, y)
+    weights = record[1][0].mean(dim=0).reshape(4, 16, 16)
+    fractions = (torch.arange(16) + 0.5) / 16
+    looked = torch.stack((weights.sum(dim=1) @ fractions, weights.sum(dim=2) @ fractions), dim=-1)
+    assert (looked - centres).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("unused", [0, 2])
+def test_unused_classes_widen_the_class_head(unused: int) -> None:
+    network = make(unused_classes=unused)
+    assert network(*images(2, 32, 32))["pred_logits"].shape == (2, 6, 3 + unused + 1)
+    assert network.class_embed.out_features == 3 + unused + 1
+
+
+def test_dilation_halves_the_stride_of_the_feature_map() -> None:
+    shapes = []
+    for dilation in (False, True):
+        record: list[Tensor] = []
+        make(dilation=dilation, backbone_layers=(1, 1, 1, 1))(*images(1, 70, 33), record)
+        shapes.append(record[0].shape[-1])
+    assert shapes == [3 * 2, 5 * 3]
+
+
+def test_frozen_norms_are_no_parameters() -> None:
+    batch, frozen = make(), make(backbone_norm="frozen")
+    assert {name for name, _ in batch.named_parameters()} > {name for name, _ in frozen.named_parameters()}
+    assert not any("bn" in name for name, _ in frozen.named_parameters())
+
+
+def test_sine_and_cosine_of_two_coordinates_need_four_channels() -> None:
+    with pytest.raises(ValueError, match="embed_dim 18 is not divisible by 4"):
+        make(embed_dim=18)

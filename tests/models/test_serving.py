@@ -1,6 +1,11 @@
+import itertools
+import math
+from typing import Any
+
 import pytest
 import torch
 
+from models.build import build_model
 from models.detr import Detr, DetrConfig
 from models.serving import Normalise, ServedClassifier, ServedDetector, served
 from models.vit import ViT, ViTConfig
@@ -8,8 +13,7 @@ from models.vit import ViT, ViTConfig
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-@pytest.fixture
-def detector() -> ServedDetector:
+def make_detector(**settings: Any) -> ServedDetector:
     torch.manual_seed(0)
     network = Detr(
         DetrConfig(
@@ -22,10 +26,16 @@ def detector() -> ServedDetector:
             feedforward_dim=16,
             backbone_layers=(1, 1),
             backbone_width=4,
+            **settings,
         )
     )
     torch.nn.init.normal_(network.bbox_embed.layers[-1].weight)
     return ServedDetector(network, MEAN, STD).eval()
+
+
+@pytest.fixture(params=["learned", "boxes"])
+def detector(request: pytest.FixtureRequest) -> ServedDetector:
+    return make_detector(queries=request.param)
 
 
 def pixels(*shape: int) -> torch.Tensor:
@@ -44,13 +54,29 @@ def test_wrapping_adds_nothing_to_the_weights() -> None:
     assert names == network.state_dict().keys()
 
 
-def test_classifier_answers_probabilities() -> None:
-    network = ViT(ViTConfig(num_classes=3, image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2))
-    module = served(network, MEAN, STD)
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("vit", {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}),
+        ("mlp_mixer", {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1}),
+        ("resnetv2", {"image_size": 8, "layers": (1,), "width_factor": 0.5, "stem": "small"}),
+    ],
+)
+def test_classifier_answers_the_softmax_of_the_networks_logits(architecture: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network = build_model(architecture, settings, 3).eval()
+    torch.nn.init.normal_(network.head.weight)
+    module, x = served(network, MEAN, STD), pixels(2, 8, 8, 3)
     assert isinstance(module, ServedClassifier)
-    probabilities = module(pixels(2, 8, 8, 3))
+    exponentials = network(Normalise(MEAN, STD)(x)).exp()
+    probabilities = module(x)
     assert probabilities.shape == (2, 3)
+    torch.testing.assert_close(probabilities, exponentials / exponentials.sum(dim=-1, keepdim=True))
     torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(2))
+
+
+def test_a_detr_is_served_as_a_detector(detector: ServedDetector) -> None:
+    assert isinstance(served(detector.network, MEAN, STD), ServedDetector)
 
 
 def test_detector_answers_scores_classes_and_corners(detector: ServedDetector) -> None:
@@ -76,6 +102,34 @@ def test_no_object_is_never_the_answer(detector: ServedDetector) -> None:
     scores, class_ids, _ = detector(pixels(1, 32, 32, 3), torch.tensor([[32, 32]]))
     assert (class_ids == 1).all()
     assert (scores < 1e-6).all()
+
+
+def test_unused_classes_are_never_answered_but_take_part_in_the_softmax() -> None:
+    detector = make_detector(unused_classes=2)
+    logits = torch.tensor([0.0, 1.0, -1.0, 4.0, 3.0, 2.0])  # three classes, two unused ones, "no object"
+    torch.nn.init.zeros_(detector.network.class_embed.weight)
+    with torch.no_grad():
+        detector.network.class_embed.bias.copy_(logits)
+    scores, class_ids, _ = detector(pixels(1, 32, 32, 3), torch.tensor([[32, 32]]))
+    assert (class_ids == 1).all()
+    expected = math.exp(1) / sum(math.exp(logit) for logit in logits.tolist())
+    torch.testing.assert_close(scores, torch.full((1, 10), expected))
+
+
+def test_scores_and_classes_are_the_best_of_the_softmax_without_what_stands_for_no_label() -> None:
+    detector, x, sizes = make_detector(unused_classes=2), pixels(2, 32, 48, 3), torch.tensor([[32, 48], [20, 30]])
+    torch.nn.init.normal_(detector.network.class_embed.weight)
+    valid = torch.zeros(2, 1, 32, 48)
+    valid[0], valid[1, :, :20, :30] = 1, 1
+    logits = detector.network(detector.normalise(x) * valid, sizes)["pred_logits"]
+    assert logits.shape == (2, 10, 6)
+    assert (logits.argmax(dim=-1) > 2).any()  # else this would test nothing
+    scores, class_ids, _ = detector(x, sizes)
+    for i, j in itertools.product(range(2), range(10)):
+        exponentials = [math.exp(logit) for logit in logits[i, j].tolist()]
+        best = max(exponentials[:3])
+        assert class_ids[i, j].item() == exponentials.index(best)
+        assert scores[i, j].item() == pytest.approx(best / sum(exponentials), rel=1e-4)
 
 
 def test_content_of_the_padding_does_not_matter(detector: ServedDetector) -> None:
