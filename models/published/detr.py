@@ -13,7 +13,6 @@ from models.published.layout import Layout, Rule, Settings, count, rule, rules
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 PREPROCESSING = {"task": "object-detection", "shortest_edge": 800, "longest_edge": 1333, **_IMAGENET}
 _NORM = ("weight", "bias", "running_mean", "running_var")
-_HEADS = {256: 8}  # of the published width; no shape tells it
 # Behind "detr." lies the detection part of a panoptic network.
 _PREFIXES = {"": (), "module.": (), "detr.": (r"bbox_attention\..*", r"mask_head\..*")}
 
@@ -52,16 +51,13 @@ def _backbone_settings(tensors: Tensors, prefix: str) -> Settings:
 
 def _transformer_settings(tensors: Tensors, *, query: str, encoder: str, decoder: str, hidden: str) -> Settings:
     num_queries, embed_dim = tensors[query].shape
-    settings: Settings = {
+    return {
         "num_queries": num_queries,
         "embed_dim": embed_dim,
         "encoder_layers": count(tensors, encoder),
         "decoder_layers": count(tensors, decoder),
         "feedforward_dim": tensors[hidden].shape[0],
     }
-    if embed_dim in _HEADS:
-        settings["num_heads"] = _HEADS[embed_dim]
-    return settings
 
 
 # facebookresearch -----------------------------------------------------------------------------------------------------
@@ -161,7 +157,8 @@ def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Setti
             hidden="model.encoder.layers.0.fc1.weight",
         ),
     }
-    backbone = config.get("backbone_config") or {}
+    backbone = config.get("backbone_config")
+    backbone = backbone if isinstance(backbone, Mapping) else {}
     for found, key, needed in (
         (config, "position_embedding_type", "sine"),
         (config, "activation_function", "relu"),
@@ -175,7 +172,7 @@ def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Setti
         raise ImportSettingError(f"config.json: attention heads: expected one number for both parts, found {heads}")
     if heads:
         settings["num_heads"] = heads.pop()
-    if "dilation" in config:
+    if "dilation" in config and backbone.get("model_type") != "resnet":  # its own ResNet has none, whatever it says
         settings["dilation"] = bool(config["dilation"])
     return settings
 
@@ -254,7 +251,7 @@ HUGGING_FACE = Layout(
 def _resnet_settings(tensors: Tensors, _: Mapping[str, Any]) -> Settings:
     backbone = _backbone_settings(tensors, "")
     small = backbone["backbone_block"] == "basic"
-    return {**VARIANTS["detr_small" if small else "detr_resnet50"][1], **backbone}
+    return {**VARIANTS["detr_small" if small else "detr_resnet50"][1], "num_heads": 8, **backbone}
 
 
 RESNET = Layout(

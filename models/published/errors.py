@@ -1,6 +1,9 @@
 """Errors of importing published weights."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from bundle.errors import VitrineError
 
@@ -56,3 +59,17 @@ class MismatchError(WeightsError):
 
 class ImportSettingError(WeightsError):
     """What the user asked for does not fit the file, or the file does not tell what is needed."""
+
+
+def validated(kind: Any, value: object, what: str) -> Any:
+    """`value` as pydantic makes a `kind` of it.
+
+    Raises:
+        ImportSettingError: naming the first field that is not as expected, in `what`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "content"
+        raise ImportSettingError(f"{what}: {place}: {first['msg']}, found {str(first['input'])[:200]!r}") from error

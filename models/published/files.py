@@ -9,16 +9,18 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from models.published.errors import UnreadableFileError
@@ -52,31 +54,72 @@ def open_weights(file: Path) -> WeightsFile:
     Raises:
         UnreadableFileError: it is broken, no file of weights, or would run code.
     """
-    if not file.is_file():
+    if not is_file(file):
         raise UnreadableFileError(file, "expected a file, found none")
-    try:
-        start = file.open("rb").read(9)
+    with _sentences(file):
+        with file.open("rb") as stream:
+            start = stream.read(9)
         if start[8:9] == b"{":
-            return WeightsFile(_safetensors(file))
-        if start.startswith(b"PK") and any(name.endswith(".npy") for name in zipfile.ZipFile(file).namelist()):
-            return WeightsFile(_npz(file))
-        if start.startswith((b"PK", b"\x80")):
-            return _torch(file)
+            opened = WeightsFile(_safetensors(file))
+        elif start.startswith(b"PK") and _holds(file, ".npy"):
+            opened = WeightsFile(_npz(file))
+        elif start.startswith(b"PK") and _holds(file, "constants.pkl"):
+            raise UnreadableFileError(file, "expected weights, found a TorchScript program; save its state_dict()")
+        elif start.startswith((b"PK", b"\x80")):
+            opened = _torch(file)
+        else:
+            kinds = "safetensors, a file of torch.save or .npz"
+            raise UnreadableFileError(file, f"expected {kinds}, found bytes that begin with {start!r}")
+    if not opened.tensors:
+        raise UnreadableFileError(file, "expected named tensors, found none")
+    for key in opened.tensors:
+        if not key.isprintable():  # it would be shown to the user
+            raise UnreadableFileError(file, f"expected names of tensors, found {key[:100]!r}")
+    return opened
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file of that name; a name that cannot be is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+@contextmanager
+def _sentences(file: Path) -> Iterator[None]:
+    """Whatever a broken file makes its reader raise is one sentence; what readers warn about is not for users."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except UnreadableFileError:
         raise
-    except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError) as error:
-        raise UnreadableFileError(file, error) from error
-    raise UnreadableFileError(
-        file, f"expected safetensors, a file of torch.save or .npz, found bytes that begin with {start!r}"
-    )
+    except pickle.UnpicklingError as error:
+        raise UnreadableFileError(file, _unpickling_reason(str(error))) from error
+    except Exception as error:  # on broken bytes, unpicklers and NumPy's reader of headers raise almost anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UnreadableFileError(file, reason) from error
+
+
+def _holds(file: Path, suffix: str) -> bool:
+    """Whether an archive has a member whose name ends so."""
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith(suffix) for name in archive.namelist())
 
 
 def _safetensors(file: Path) -> Tensors:
     opened = safe_open(file, framework="pt")
     return {
-        key: LazyTensor(tuple(opened.get_slice(key).get_shape()), partial(opened.get_tensor, key))
+        key: LazyTensor(tuple(opened.get_slice(key).get_shape()), partial(_read_safetensor, file, opened, key))
         for key in opened.keys()  # noqa: SIM118 (it is no dict)
     }
+
+
+def _read_safetensor(file: Path, opened: Any, key: str) -> Tensor:
+    with _sentences(file):
+        tensor: Tensor = opened.get_tensor(key)
+        return tensor
 
 
 _HEADER_1, _HEADER_2 = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
@@ -94,45 +137,50 @@ def _npz(file: Path) -> Tensors:
 
 
 def _read_array(file: Path, member: str) -> Tensor:
-    with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+    with _sentences(file), zipfile.ZipFile(file) as archive, archive.open(member) as stream:
         array = np.lib.format.read_array(stream, allow_pickle=False)
-    if array.dtype == np.dtype("V2"):  # NumPy has no bfloat16 and stores it as two bytes without a meaning
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        if array.dtype == np.dtype("V2"):  # NumPy has no bfloat16 and stores it as two bytes without a meaning
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 def _torch(file: Path) -> WeightsFile:
     # DETR saves its command line. A Namespace takes any attributes and does nothing with them.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            archive = zipfile.is_zipfile(file)  # older files cannot be mapped into memory
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
-        except pickle.UnpicklingError as error:
-            raise UnreadableFileError(file, _unpickling_reason(str(error))) from error
-        except Exception as error:  # on broken bytes the unpickler raises almost anything
-            raise UnreadableFileError(file, str(error).split("\n")[0] or type(error).__name__) from error
-    arguments = content.get("args", {}) if isinstance(content, dict) else {}
-    while isinstance(content, dict):
-        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    state = cast(dict[object, object], content) if isinstance(content, dict) else {}
-    tensors = {str(key): _in_memory(value) for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise UnreadableFileError(file, f"expected named tensors, found {type(content).__name__} without any")
-    return WeightsFile(tensors, vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments)
+        if zipfile.is_zipfile(file) and file.suffix != ".safetensors":  # which torch.load would take at its word
+            content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        else:  # older files, which cannot be mapped into memory
+            with file.open("rb") as stream:
+                content = torch.load(stream, map_location="cpu", weights_only=True)
+    arguments: object = content.get("args") if isinstance(content, dict) else None
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
+    tensors = {key: _in_memory(file, key, value) for key, value in _network(content, depth=4).items()}
+    return WeightsFile(tensors, arguments if isinstance(arguments, dict) else {})
 
 
-def _in_memory(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), lambda: tensor.detach())
+def _network(content: object, depth: int) -> dict[str, Tensor]:
+    """The named tensors in what a training script saved, out of less than `depth` wrappers."""
+    if not isinstance(content, dict) or depth == 0:
+        return {}
+    for name in _WRAPPERS:
+        if found := _network(content.get(name), depth - 1):
+            return found
+    return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _in_memory(file: Path, key: str, tensor: Tensor) -> LazyTensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
+        raise UnreadableFileError(file, f"{key}: expected plain numbers, found {tensor.layout} of {tensor.dtype}")
+    return LazyTensor(tuple(tensor.shape), tensor.detach)
 
 
 def _unpickling_reason(message: str) -> str:
-    code = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:global|class|operand)[^\n]*?([\w.]+\.[\w.]+)", message)
+    code = re.search(r"GLOBAL ([\w.]+)", message)
     if code:
-        return f"it names {code[1] or code[2]}, code that loading it would run; only tensors and plain values are read"
-    return f"its pickle holds more than tensors and plain values, or is broken: {message.splitlines()[0]}"
+        name = code[1] if "." in code[1] else f"builtins.{code[1]}"
+        return f"it names {name}, code that loading it would run; only tensors and plain values are read"
+    return "its pickle is broken, or holds more than tensors and plain values"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -141,11 +189,11 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         UnreadableFileError: it is no JSON object.
     """
-    if not file.is_file():
+    if not is_file(file):
         return {}
     try:
         document = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UnreadableFileError(file, error) from error
     if not isinstance(document, dict):
         raise UnreadableFileError(file, f"expected a JSON object, found {type(document).__name__}")

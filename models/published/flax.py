@@ -9,11 +9,12 @@ from torch import Tensor
 from models.published.layout import Rule, rule
 
 # Training checkpoints keep the network beside the optimizer's state.
+_BESIDE = (r"opt/.*", r"chrono/.*", r"accum_train_time", r"epoch", r"step")
 PREFIXES = {
     "": (),
-    "opt/target/": (r"opt/state/.*", r"accum_train_time", r"epoch", r"step"),
-    "params/": (r"opt/.*", r"step", r"chrono/.*"),
-    "params/img/": (r"params/(?!img/).*", r"opt/.*"),  # beside a text tower
+    "opt/target/": _BESIDE,
+    "params/": _BESIDE,
+    "params/img/": (*_BESIDE, r"params/(?!img/).*"),  # beside a text tower
 }
 
 

@@ -1,51 +1,39 @@
 """`vitrine import`: from a published file of weights to a run, or to an error that leaves nothing behind."""
 
 import json
-import re
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from bundle.errors import unknown
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Preprocessing
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Preprocessing, Task
 from models.build import ARCHITECTURES, VARIANTS, build_model, setting_names
 from models.position import interpolate_positions
-from models.published import detr, mlp_mixer, resnetv2, vit
-from models.published.errors import ImportSettingError, OtherNetworkError, UnknownLayoutError, WeightsError
-from models.published.files import Tensors, open_weights, sha256
-from models.published.labels import NAMED, NOT_A_CLASS, coco_by_category_id, distinct, published_labels, read_labels
+from models.published import detr
+from models.published.errors import ImportSettingError, WeightsError, validated
+from models.published.files import Tensors, is_file, open_weights, sha256
+from models.published.labels import choose_labels
 from models.published.layout import Layout, Settings, convert
 from models.published.preprocessing import find_preprocessing, input_size, read_published
+from models.published.recognition import recognise
 from models.training import checkpoint as checkpoints
 from models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, Origin
 from models.vit import patch_grid
 
-LAYOUTS = (*vit.LAYOUTS, *mlp_mixer.LAYOUTS, *resnetv2.LAYOUTS, *detr.LAYOUTS)
-
-# Neighbours that share most of their keys with a network that we have, but compute something else.
-_OTHER_NETWORKS = (
-    (r"MAPHead_\d|(^|\.)attn_pool\.", "a ViT with attention pooling (a MAP head, as SigLIP's)"),
-    (r"conv_root/kernel|gn_root/", "big_vision's BiT, which normalises after each convolution (or a hybrid with it)"),
-    (r"sampling_offsets", "a Deformable DETR"),
-    (r"ca_qcontent_proj|ref_point_head|refpoint_embed", "a Conditional or DAB-DETR"),
-    (r"transformer\.encoder\.norm\.", "a DETR trained with pre_norm"),
-    (r"row_embed\.weight|row_embeddings\.weight", "a DETR with learned positions"),
-    (r"dist_token|distillation_token|head_dist\.", "a distilled DeiT"),
-    (r"relative_position_bias_table", "a transformer with relative positions (Swin, BEiT)"),
-    (r"(^|\.)fc_norm\.", "a ViT that averages its patches beside an unused class token (as MAE's fine-tuned ones)"),
-    (r"\.ls1\.|\.gamma_1$|lambda1$", "a ViT with layer scale (as DINOv2 and DeiT III)"),
-    (r"register_tokens|reg_token", "a ViT with register tokens"),
-    (r"(^|\.)visual\.|^vision_model\.", "the image tower of CLIP"),
-    (r"(^|\.)norm_pre\.|\.q_norm\.|(^|\.)rope", "a ViT with further norms or rotary positions"),
-    (r"^stages\.\d+\.blocks\.\d+\.norm1\.running_mean", "a ResNetV2 with batch norm"),
-)
-_COCO_CLASSES = (91, 250)  # in front of "no object": COCO's ids, and the panoptic network's
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+
+# How many heads the published network of a width has: no shape of a projection tells it.
+_PUBLISHED_HEADS = {
+    (architecture, settings["embed_dim"]): settings["num_heads"]
+    for architecture, settings in VARIANTS.values()
+    if "num_heads" in settings and "image_size" not in settings
+} | {("detr", 256): 8}
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ def import_weights(
     Raises:
         WeightsError: the file, or what was asked for, cannot be used; nothing is written.
     """
-    if (run / CHECKPOINT_FILE).exists():
+    if is_file(run / CHECKPOINT_FILE):
         raise ImportSettingError(f"{run}: a run is already there; choose another --out")
     file = _file_in(source)
     weights_file = open_weights(file)
@@ -86,38 +74,39 @@ def import_weights(
     published, notes = read_published(file.parent, layout)
     settings_changes, preprocessing_changes = _parse(changes, layout)
 
-    context = {**weights_file.arguments, **published.config}
-    tensors = layout.prepare(tensors, context)
-    in_file = _file_settings(layout, tensors, context, variant, settings_changes, file)
-    settings = {**in_file, **settings_changes}
+    context = {**settings_changes, **weights_file.arguments, **published.config}
+    tensors, settings, size_in_file = _settings(layout, tensors, context, variant, settings_changes, file, notes)
     fields, where = find_preprocessing(layout, published, settings)
     if layout.architecture != "detr" and "image_size" in settings_changes:
         fields["input_size"] = input_size(settings)
-    fields = {"task": ClassificationPreprocessing.model_fields["task"].default, **fields, **preprocessing_changes}
-    preprocessing = _validated(Preprocessing, fields, "preprocessing")
+    fields = {"task": Task.CLASSIFICATION, **fields, **preprocessing_changes}
+    preprocessing = validated(Preprocessing, fields, "preprocessing")
     if isinstance(preprocessing, ClassificationPreprocessing):
-        settings, in_file = _agreeing(layout, settings, in_file, preprocessing)
+        settings = _agreeing(layout, settings, preprocessing)
     notes.append(f"preprocessing is {where}: {_said(preprocessing)}")
+    if layout is detr.FACEBOOK and variant is None and "dilation" not in {**context, **settings}:
+        notes.append("no tensor tells whether it is a DC5: taken for none; --variant detr_resnet50_dc5 makes it one")
 
     head = [key for key in layout.head if reset_head or layout is detr.RESNET]
-    rows = _head_rows(layout, tensors)
-    names, order, note = _labels(layout, rows, labels, published.config, new_head=bool(head), file=file)
+    rows = None if head else _classes_in_file(layout, tensors, file)
+    detection = layout.architecture == "detr"
+    classes, note = choose_labels(labels, published.config, classes=rows, detection=detection, file=file)
     notes += [note] if note else []
-    if layout.architecture == "detr":
-        settings["unused_classes"] = in_file["unused_classes"] = len(order) - len(names)
-    weights, untrained = _weights(layout, tensors, in_file, names, file, head)
+    if detection:
+        settings["unused_classes"] = len(classes.unused)
+    in_file = settings if size_in_file is None else {**settings, "image_size": size_in_file}
+    weights, untrained = _weights(layout, tensors, in_file, classes.labels, file, head)
     if not head:
-        weights |= {key: weights[key][[*order, -1] if layout.architecture == "detr" else order] for key in layout.head}
-    if layout.architecture == "vit":
-        grids = [patch_grid(input_size(s), s["patch_size"]) for s in (in_file, settings)]
-        position = "pos_embed.embedding"
-        weights[position] = interpolate_positions(weights[position], grids[0], grids[1])
+        order = [*classes.named, *classes.unused, *([-1] if detection else [])]  # "no object" stays the last
+        weights |= {key: weights[key][order] for key in layout.head}
+    if size_in_file is not None:
+        weights |= _resized(weights, size_in_file, settings)
 
     checkpoint = Checkpoint(
         architecture=layout.architecture,
         settings=json.loads(json.dumps(settings)),
         preprocessing=preprocessing.model_dump(mode="json"),
-        labels=names,
+        labels=classes.labels,
         weights=weights,
         origin=Origin(
             file=file.name,
@@ -132,28 +121,11 @@ def import_weights(
     return Imported(checkpoint, parameters, notes)
 
 
-def recognise(tensors: Tensors, file: Path) -> tuple[Layout, Tensors]:
-    """The layout of a file, by its keys, and its tensors under the names in the layout's rules.
-
-    Raises:
-        OtherNetworkError: it is of a network that we do not have.
-        UnknownLayoutError: it is of no layout that we know.
-    """
-    for pattern, network in _OTHER_NETWORKS:
-        key = next((key for key in tensors if re.search(pattern, key)), None)
-        if key is not None:
-            raise OtherNetworkError(file, network=network, key=key)
-    for layout in LAYOUTS:
-        prefix = layout.find_prefix(tensors)
-        if prefix is not None:
-            return layout, layout.canonical(tensors, prefix)
-    nearest = max(LAYOUTS, key=lambda layout: layout.known_share(tensors))
-    missing = [key for key in nearest.signature if key not in nearest.canonical(tensors, "")]
-    raise UnknownLayoutError(file, keys=sorted(tensors), nearest=nearest.name, missing=missing)
-
-
 def _file_in(source: Path) -> Path:
-    if not source.is_dir():
+    try:
+        if not source.is_dir():
+            return source
+    except OSError:  # no name that a file could have
         return source
     for name in _FOLDER_FILES:
         if (source / name).is_file():
@@ -185,125 +157,104 @@ def _parse(changes: Sequence[str], layout: Layout) -> tuple[Settings, dict[str, 
     return settings, preprocessing
 
 
-def _file_settings(
+def _settings(
     layout: Layout,
     tensors: Tensors,
     context: Mapping[str, Any],
     variant: str | None,
     changes: Settings,
     file: Path,
-) -> Settings:
-    """The settings of the network in the file: what its shapes tell, then the variant, then the user."""
+    notes: list[str],
+) -> tuple[Tensors, Settings, Any]:
+    """Tensors as the layout's rules speak of them, the network's settings, and a ViT's image size in the file.
+
+    Settings are what the shapes tell, then the variant, then the user's changes. What had to be assumed is added to
+    `notes`.
+    """
     try:
+        tensors = layout.prepare(tensors, context)
         settings = layout.settings(tensors, context)
-    except (KeyError, IndexError, ValueError) as error:  # a shape that a whole file of this layout has
-        raise WeightsError(f"{file}: it is like {layout.name}, but incomplete: {error}") from error
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{file}: it is like {layout.name}, but its shapes are not: {error}") from error
     if variant is not None:
         known = [name for name, (architecture, _) in VARIANTS.items() if architecture == layout.architecture]
         if variant not in known:
             raise ImportSettingError(f"--variant: {unknown(variant, known)}")
         settings |= VARIANTS[variant][1]
     # A ViT's positions are brought to another resolution once they are read; a Mixer's filters cannot be.
-    resized = layout.architecture == "vit" and "image_size" in settings
-    settings |= {key: value for key, value in changes.items() if key != "image_size" or not resized}
+    size_in_file = settings.get("image_size", changes.get("image_size")) if layout.architecture == "vit" else None
+    settings |= changes
+    published = (layout.architecture, settings.get("embed_dim"))
+    if "num_heads" not in settings and published in _PUBLISHED_HEADS:
+        settings["num_heads"] = _PUBLISHED_HEADS[published]
+        notes.append(f"num_heads={settings['num_heads']} is that of the published network of this width")
     for key in ("num_heads", "image_size"):
         if key not in settings and key in setting_names(layout.architecture):
             raise ImportSettingError(f"{file}: {key}: no shape in the file tells it; say {key}=VALUE or --variant NAME")
-    _validated(ARCHITECTURES[layout.architecture][1], {"num_classes": 1, **settings, **changes}, "settings")
-    return settings
+    for key, value in settings.items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise ImportSettingError(f"settings: {key}: expected a number from 0, found {value}")
+    config = validated(ARCHITECTURES[layout.architecture][1], {"num_classes": 1, **settings}, "settings")
+    settings = {key: getattr(config, key) for key in settings}
+    _build(layout, settings, 1)
+    return tensors, settings, size_in_file
 
 
-def _agreeing(
-    layout: Layout, settings: Settings, in_file: Settings, preprocessing: ClassificationPreprocessing
-) -> tuple[Settings, Settings]:
+def _agreeing(layout: Layout, settings: Settings, preprocessing: ClassificationPreprocessing) -> Settings:
     """Settings whose image size is that of the preprocessing."""
     found = preprocessing.input_size
     if input_size(settings) == found:
-        return settings, in_file
+        return settings
     if layout.architecture == "resnetv2":  # any size can be given: what was published is right
-        size = found[0] if found[0] == found[1] else found
-        return {**settings, "image_size": size}, {**in_file, "image_size": size}
+        return {**settings, "image_size": found[0] if found[0] == found[1] else found}
     raise ImportSettingError(
         f"preprocessing: input_size: expected the network's {input_size(settings)}, found {found}; "
         "image_size=VALUE brings the network to another resolution"
     )
 
 
-def _validated(kind: Any, value: Any, what: str) -> Any:
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("image-classification", "object-detection"))
-        raise ImportSettingError(f"{what}: {place}: {first['msg']}, found {first['input']!r}") from error
-
-
-def _head_rows(layout: Layout, tensors: Tensors) -> int | None:
-    """The classes that the file's head tells apart, without "no object"; None if it has no head."""
-    rule = next((rule for rule in layout.rules if rule.target == layout.head[1]), None)
-    if rule is None or rule.sources[0] not in tensors:
-        return None
-    return tensors[rule.sources[0]].shape[-1] - (layout.architecture == "detr")
-
-
-def _labels(
-    layout: Layout, rows: int | None, chosen: str | None, config: Mapping[str, Any], *, new_head: bool, file: Path
-) -> tuple[list[str], list[int], str | None]:
-    """Labels, the head's rows in their order with rows for no label at the end, and what is to be said about them."""
-    note = None
-    if new_head:
-        if chosen is None:
-            raise ImportSettingError("a new head needs --labels: imagenet-1k, coco or a file with a label on each line")
-        labels = read_labels(chosen)
-    elif rows is None:
+def _classes_in_file(layout: Layout, tensors: Tensors, file: Path) -> int:
+    """How many classes the file's head tells apart, without "no object"."""
+    rule = next(rule for rule in layout.rules if rule.target == layout.head[1])
+    bias = tensors.get(rule.sources[0])
+    if bias is None:
         raise ImportSettingError(f"{file}: it has no head: --reset-head with --labels makes a new one, to be trained")
-    elif chosen is not None:
-        labels = read_labels(chosen)
-        if chosen == "coco" and layout.architecture == "detr" and rows in _COCO_CLASSES:
-            labels = coco_by_category_id(rows)
-    elif (found := published_labels(config)) is not None:
-        labels = found
-    elif layout.architecture != "detr" and rows == 1000:
-        labels, note = read_labels("imagenet-1k"), "labels are those of ImageNet-1k, for the head has 1,000 classes"
-    elif layout.architecture == "detr" and rows in _COCO_CLASSES:
-        labels, note = coco_by_category_id(rows), f"labels are those of COCO, for the head has {rows} classes"
-    else:
-        raise ImportSettingError(
-            f"{file}: no names for its {rows:,} classes: --labels {', '.join(NAMED)} or a file with one on each line"
-        )
-    if not new_head and len(labels) != rows:
-        raise ImportSettingError(
-            f"labels: expected {rows:,}, one for each class of the head, found {len(labels):,}; "
-            "--reset-head makes a new head, to be trained"
-        )
-    holes = [i for i, label in enumerate(labels) if label == NOT_A_CLASS and layout.architecture == "detr"]
-    order = [i for i in range(len(labels)) if i not in holes]
-    names = distinct([labels[i] for i in order])
-    return names, order if new_head else order + holes, note
+    return math.prod(bias.shape) - (layout.architecture == "detr")
 
 
 def _weights(
     layout: Layout, tensors: Tensors, settings: Settings, labels: list[str], file: Path, new: list[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """All weights of the network, and which parts of it the file did not fill."""
-    with torch.device("meta"):
-        network = _build(layout, settings, labels)
-    state = network.state_dict()
+    state = _build(layout, settings, len(labels)).state_dict()
     if layout is detr.RESNET:
         new = [name for name in state if not name.startswith("backbone.")]
     weights = convert(layout, tensors, state, file=file, skip=new)
     if new:
-        fresh = _build(layout, settings, labels).state_dict()
+        fresh = build_model(layout.architecture, settings, len(labels)).state_dict()
         weights |= {name: fresh[name] for name in new}
-    ordered = {name: weights[name] for name in state}
-    return ordered, sorted({name.split(".")[0] for name in new})
+    return {name: weights[name] for name in state}, sorted({name.split(".")[0] for name in new})
 
 
-def _build(layout: Layout, settings: Settings, labels: list[str]) -> torch.nn.Module:
+def _build(layout: Layout, settings: Settings, classes: int) -> nn.Module:
+    """The network without its weights."""
     try:
-        return build_model(layout.architecture, settings, len(labels))
-    except (ValueError, RuntimeError, ArithmeticError) as error:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tensors without elements
+            return build_model(layout.architecture, settings, classes)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ImportSettingError(f"settings: {error}") from error
+
+
+def _resized(weights: Mapping[str, Tensor], size_in_file: Any, settings: Settings) -> dict[str, Tensor]:
+    """A ViT's positions for the image size in the settings."""
+    name = "pos_embed.embedding"
+    sizes = [input_size({"image_size": size}) for size in (size_in_file, settings["image_size"])]
+    grids = [patch_grid(size, settings["patch_size"]) for size in sizes]
+    try:
+        return {name: interpolate_positions(weights[name], grids[0], grids[1])}
+    except RuntimeError as error:  # more of them than fit in memory
+        raise ImportSettingError(f"settings: image_size: {error}") from error
 
 
 def _said(preprocessing: ClassificationPreprocessing | DetectionPreprocessing) -> str:
@@ -319,12 +270,20 @@ def _arguments(variant: str | None, labels: str | None, reset_head: bool, change
 
 
 def _write(checkpoint: Checkpoint, run: Path) -> None:
-    made = [folder for folder in (run, *run.parents) if not folder.exists()]
-    run.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
     try:
-        checkpoints.save(checkpoint, run)
-    except BaseException:
-        (run / f"{CHECKPOINT_FILE}.partial").unlink(missing_ok=True)
-        for folder in made:
+        for folder in (*reversed(run.parents), run):
+            if not folder.is_dir():
+                folder.mkdir()
+                made.append(folder)
+        try:
+            checkpoints.save(checkpoint, run)
+        except BaseException:
+            (run / f"{CHECKPOINT_FILE}.partial").unlink(missing_ok=True)
+            raise
+    except BaseException as error:
+        for folder in reversed(made):
             folder.rmdir()
+        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk by the latter
+            raise ImportSettingError(f"{run}: cannot be written: {error}") from error
         raise

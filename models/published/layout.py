@@ -85,6 +85,7 @@ class Layout:
         prepare: from the tensors as they are in the file to those that the rules speak of.
         head: our names of the last layer, which depends on the labels.
         model_type: that of a Hugging Face `config.json`.
+        timm_names: how the architectures begin in a `config.json` of timm.
     """
 
     name: str
@@ -99,20 +100,22 @@ class Layout:
     ignored: tuple[str, ...] = ()
     prepare: Callable[[Tensors, Mapping[str, Any]], Tensors] = lambda tensors, _: tensors
     model_type: str | None = None
+    timm_names: tuple[str, ...] = ()
 
     def canonical(self, tensors: Tensors, prefix: str) -> Tensors:
         """The file's tensors under the names in the rules."""
         renamed: dict[str, LazyTensor] = {}
         for key, tensor in tensors.items():
             if not key.startswith(prefix):
-                if any(re.fullmatch(pattern, key) for pattern in self.prefixes[prefix]):
-                    continue
-                renamed[key] = tensor
+                if not any(re.fullmatch(pattern, key) for pattern in self.prefixes[prefix]):
+                    renamed[f"{key} (without {prefix})"] = tensor
                 continue
             name = key.removeprefix(prefix)
             for pattern, replacement in self.aliases:
                 name = re.sub(pattern, replacement, name)
-            renamed[key if name in renamed else name] = tensor  # a second one of that name will be unexpected
+            if name in renamed:
+                name = f"{key} (beside another {name})"  # which makes it unexpected
+            renamed[name] = tensor
         return renamed
 
     def find_prefix(self, tensors: Tensors) -> str | None:
@@ -188,7 +191,10 @@ def convert(
         raise MismatchError(file, layout=layout.name, missing=missing, unexpected=unexpected, shapes=shapes)
     weights: dict[str, Tensor] = {}
     for target, (rule_, names) in plan.items():
-        weight = rule_.transform(*(tensors[name].read() for name in names)).to(torch.float32)
+        parts = [tensors[name].read() for name in names]
+        if not all(part.is_floating_point() for part in parts):
+            raise WeightsError(f"{file}: {', '.join(names)}: expected floating-point numbers, found {parts[0].dtype}")
+        weight = rule_.transform(*parts).to(torch.float32)
         if not torch.isfinite(weight).all():
             raise WeightsError(f"{file}: {', '.join(names)}: expected finite numbers, found others")
         # A view would drag the whole tensor that it is cut from into the run.

@@ -87,6 +87,7 @@ _SAME_NAMES = (
 
 TIMM = Layout(
     name="timm's MLP-Mixer",
+    timm_names=("mixer_",),
     architecture="mlp_mixer",
     signature=("stem.proj.weight", "blocks.0.mlp_tokens.fc1.weight", "blocks.0.mlp_channels.fc1.weight"),
     rules=tuple(rule for name in _SAME_NAMES for rule in rules(name, name)),

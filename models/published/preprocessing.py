@@ -3,14 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
-from models.published.errors import ImportSettingError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bundle.manifest import Interpolation
+from models.published.errors import ImportSettingError, validated
 from models.published.files import read_json
 from models.published.layout import Layout, Settings
 
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, which Hugging Face writes
+_RESAMPLE = {2: Interpolation.BILINEAR, 3: Interpolation.BICUBIC}  # Pillow's numbers, which Hugging Face writes
 _FULL_CROP_ABOVE = 224  # pixels: published networks of higher resolution see the whole picture
+
+Edge = Annotated[int, Field(ge=1)]
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -21,28 +27,112 @@ class Published:
     preprocessor: Mapping[str, Any]
 
 
+class _Size(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    height: Edge | None = None
+    width: Edge | None = None
+    shortest_edge: Edge | None = None
+    longest_edge: Edge | None = None
+
+    @property
+    def edges(self) -> tuple[int, int] | None:
+        """Height and width, where both are given."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+
+class _Preprocessor(BaseModel):
+    """What Vitrine can do of Hugging Face's `preprocessor_config.json`, in its spellings since 2020."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    do_resize: Literal[True] = True
+    do_normalize: Literal[True] = True
+    do_rescale: Literal[True] = True
+    rescale_factor: Annotated[float, Field(gt=0.9999 / 255, lt=1.0001 / 255)] = 1 / 255
+    resample: Literal[2, 3] = 2
+    image_mean: Channels | None = Field(None, strict=False)
+    image_std: Channels | None = Field(None, strict=False)
+    size: Edge | _Size
+    max_size: Edge = 1333  # of the first detectors
+    do_center_crop: bool | None = None
+    crop_size: Edge | _Size | None = None
+
+    def height_and_width(self, value: int | _Size | None) -> tuple[int, int] | None:
+        """Both edges of `size` or `crop_size`, where they are given."""
+        return (value, value) if isinstance(value, int) else None if value is None else value.edges
+
+
+class _Timm(BaseModel):
+    """What Vitrine can do of timm's `pretrained_cfg`."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    input_size: tuple[Literal[3], Edge, Edge]
+    mean: Channels
+    std: Channels
+    interpolation: Interpolation = Interpolation.BICUBIC
+    crop_pct: float | None = None
+    crop_mode: Literal["center", "squash"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, value: Any) -> Any:
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
+
+    def fields(self) -> dict[str, Any]:
+        """As fields of a `ClassificationPreprocessing`."""
+        return {**self.model_dump(exclude_none=True, exclude={"input_size"}), "input_size": self.input_size[1:]}
+
+
+class _Detector(BaseModel):
+    """The edges of a detector's picture."""
+
+    shortest_edge: Edge
+    longest_edge: Edge
+
+    @classmethod
+    def of(cls, config: _Preprocessor) -> Self:
+        size = config.size
+        if isinstance(size, int):
+            return cls(shortest_edge=size, longest_edge=config.max_size)
+        if size.shortest_edge is None or size.longest_edge is None:
+            raise ImportSettingError(
+                f"{_PREPROCESSOR}: size: expected shortest_edge and longest_edge, found {_given(size)}"
+            )
+        return cls(shortest_edge=size.shortest_edge, longest_edge=size.longest_edge)
+
+
+_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
 def read_published(folder: Path, layout: Layout) -> tuple[Published, list[str]]:
     """The JSON files in the folder of the weights, and what is to be said about them.
 
-    A `config.json` of another kind of model does not belong to these weights and is not used.
+    A `config.json` of another model does not belong to these weights: it is not used, nor is what lies beside it.
     """
-    config = read_json(folder / "config.json")
+    config, preprocessor = read_json(folder / _CONFIG), read_json(folder / _PREPROCESSOR)
     if not config:
-        return Published({}, {}), []
+        return Published({}, preprocessor if layout.model_type is not None else {}), []
     hugging_face = layout.model_type is not None and config.get("model_type") == layout.model_type
-    timm = layout.name.startswith("timm") and "architecture" in config
+    timm = bool(layout.timm_names) and str(config.get("architecture")).startswith(layout.timm_names)
     if not hugging_face and not timm:
-        return Published({}, {}), [f"{folder / 'config.json'} is not of {layout.name}: not used"]
-    return Published(config, read_json(folder / "preprocessor_config.json") if hugging_face else {}), []
+        return Published({}, {}), [f"{folder / _CONFIG} is not of {layout.name}: not used"]
+    return Published(config, preprocessor if hugging_face else {}), []
 
 
 def find_preprocessing(layout: Layout, published: Published, settings: Settings) -> tuple[dict[str, Any], str]:
-    """The fields of a `bundle.manifest.Preprocessing`, and where they are from."""
+    """The fields of a `bundle.manifest.Preprocessing`, and where they are from.
+
+    Raises:
+        ImportSettingError: the images were prepared in a way that Vitrine has not.
+    """
     if published.preprocessor:
-        return _hugging_face(published.preprocessor, layout), "preprocessor_config.json"
-    timm = published.config.get("pretrained_cfg", published.config)
-    if layout.model_type is None and "mean" in timm:
-        return _timm(timm), "config.json"
+        config = validated(_Preprocessor, published.preprocessor, _PREPROCESSOR)
+        return _hugging_face(config, layout), f"that of {_PREPROCESSOR}"
+    timm = published.config.get("pretrained_cfg", published.config)  # older files have its fields at the top
+    if layout.timm_names and (timm is not published.config or "mean" in timm):
+        return validated(_Timm, timm, _CONFIG).fields(), f"that of {_CONFIG}"
     fields = dict(layout.preprocessing)
     if layout.architecture != "detr":
         fields["input_size"] = input_size(settings)
@@ -54,62 +144,33 @@ def find_preprocessing(layout: Layout, published: Published, settings: Settings)
 def input_size(settings: Settings) -> tuple[int, int]:
     """Height and width that the network sees."""
     size = settings["image_size"]
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _timm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's `pretrained_cfg`."""
+def _hugging_face(config: _Preprocessor, layout: Layout) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        "input_size": tuple(config["input_size"][1:]),
-        "mean": tuple(config["mean"]),
-        "std": tuple(config["std"]),
+        "interpolation": _RESAMPLE[config.resample],
+        "mean": config.image_mean or layout.preprocessing["mean"],
+        "std": config.image_std or layout.preprocessing["std"],
     }
-    for key in ("crop_pct", "crop_mode", "interpolation"):
-        if config.get(key):
-            fields[key] = config[key]
-    return fields
-
-
-def _hugging_face(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """Hugging Face's `preprocessor_config.json`."""
-    where = "preprocessor_config.json"
-    for key, needed in (("do_resize", True), ("do_normalize", True), ("do_rescale", True)):
-        if config.get(key, needed) != needed:
-            raise ImportSettingError(f"{where}: {key}: expected {needed}, found {config[key]}")
-    if abs(config.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-        raise ImportSettingError(f"{where}: rescale_factor: expected 1/255, found {config['rescale_factor']}")
-    resample = config.get("resample", 2)
-    if resample not in _RESAMPLE:
-        raise ImportSettingError(
-            f"{where}: resample: expected one of {', '.join(f'{n} ({name})' for n, name in _RESAMPLE.items())}, "
-            f"found {resample}"
-        )
-    fields: dict[str, Any] = {
-        "interpolation": _RESAMPLE[resample],
-        "mean": tuple(config.get("image_mean", layout.preprocessing["mean"])),
-        "std": tuple(config.get("image_std", layout.preprocessing["std"])),
-    }
-    size = config.get("size")
     if layout.architecture == "detr":
-        if isinstance(size, int):  # the first files
-            size = {"shortest_edge": size, "longest_edge": config.get("max_size", 1333)}
-        if not isinstance(size, Mapping) or not {"shortest_edge", "longest_edge"} <= size.keys():
-            raise ImportSettingError(f"{where}: size: expected shortest_edge and longest_edge, found {size}")
-        edges = {key: size[key] for key in ("shortest_edge", "longest_edge")}
-        return {"task": "object-detection", **edges, **fields}
-    crop = _edges(config["crop_size"], where) if config.get("do_center_crop") and "crop_size" in config else None
-    if isinstance(size, Mapping) and "shortest_edge" in size:
-        if crop is None:
-            raise ImportSettingError(f"{where}: size: expected height and width or a center crop, found {size}")
-        return {"input_size": crop, "crop_pct": min(1.0, min(crop) / size["shortest_edge"]), **fields}
-    if crop is not None and crop != _edges(size, where):
-        raise ImportSettingError(f"{where}: crop_size: expected that of size, found {crop}")
-    return {"input_size": _edges(size, where), "crop_mode": "squash", **fields}
+        return {"task": "object-detection", **_Detector.of(config).model_dump(), **fields}
+    crop = config.height_and_width(config.crop_size) if config.do_center_crop else None
+    edges = config.height_and_width(config.size)
+    if config.do_center_crop and crop is None:
+        raise ImportSettingError(f"{_PREPROCESSOR}: crop_size: expected height and width, found {config.crop_size}")
+    if edges is not None:
+        if crop not in (None, edges):
+            raise ImportSettingError(f"{_PREPROCESSOR}: crop_size: expected that of size, {edges}, found {crop}")
+        return {"input_size": edges, "crop_mode": "squash", **fields}
+    shortest = config.size.shortest_edge if isinstance(config.size, _Size) else None
+    if crop is None or shortest is None or shortest < max(crop):
+        raise ImportSettingError(
+            f"{_PREPROCESSOR}: size: expected height and width, or shortest_edge and a centre crop within it, "
+            f"found {_given(config.size)} and crop {crop}"
+        )
+    return {"input_size": crop, "crop_pct": min(crop) / shortest, **fields}
 
 
-def _edges(size: Any, where: str) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, Mapping) and {"height", "width"} <= size.keys():
-        return size["height"], size["width"]
-    raise ImportSettingError(f"{where}: size: expected height and width, found {size}")
+def _given(size: int | _Size) -> object:
+    return size.model_dump(exclude_none=True) if isinstance(size, _Size) else size

@@ -96,6 +96,7 @@ def _pytorch_rules(stem: str, unit: str, norm: str) -> tuple[Rule, ...]:
 
 TIMM = Layout(
     name="timm's BiT (resnetv2_*_bit)",
+    timm_names=("resnetv2_",),
     architecture="resnetv2",
     signature=("stem.conv.weight", "stages.0.blocks.0.norm1.weight", "stages.0.blocks.0.conv3.weight", "norm.weight"),
     rules=(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.build import VARIANTS
 from models.position import sincos_2d
 from models.published import flax
 from models.published.errors import ImportSettingError
@@ -18,13 +17,9 @@ from models.published.layout import Layout, Settings, count, rule, rules
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# The number of heads is in no shape of a fused projection; every published size has its own width.
-_STANDARD = [settings for _, settings in VARIANTS.values() if "image_size" not in settings]
-_HEADS = {settings["embed_dim"]: settings["num_heads"] for settings in _STANDARD if "num_heads" in settings}
-
 
 def _settings(tensors: Tensors, *, patch: str, position: str, token: str, block: str, hidden: str) -> Settings:
-    """What the shapes tell; the names are those of the layout, `block` counts {n}."""
+    """What the shapes tell (not the number of heads); the names are those of the layout, `block` counts {n}."""
     embed_dim, patch_size = tensors[patch].shape[0], tensors[patch].shape[-1]
     has_token = token in tensors
     side = math.isqrt(patches) if (patches := tensors[position].shape[-2] - has_token) > 0 else 0
@@ -37,37 +32,50 @@ def _settings(tensors: Tensors, *, patch: str, position: str, token: str, block:
     }
     if side * side == patches:
         settings["image_size"] = side * patch_size
-    if embed_dim in _HEADS:
-        settings["num_heads"] = _HEADS[embed_dim]
     return settings
 
 
-def with_class_slot(tensors: Tensors, position: str, token: str) -> Tensors:
-    """Position embeddings without a slot for the class token get one of zeros: nothing is added to it then."""
-    if token not in tensors or position not in tensors:
+def with_class_slot(tensors: Tensors, position: str, token: str, patches: int | None) -> Tensors:
+    """Position embeddings without a slot for the class token get one of zeros: nothing is added to it then.
+
+    Args:
+        position, token: names of the position embeddings and of the class token.
+        patches: how many there are, where it is known. Else a square number of positions is taken for a grid.
+    """
+    if token not in tensors or position not in tensors or len(tensors[position].shape) != 3:
         return tensors
     found = tensors[position]
-    if len(found.shape) != 3 or math.isqrt(found.shape[1]) ** 2 != found.shape[1]:
+    _, positions, dim = found.shape
+    has_slot = positions - 1 == patches
+    if has_slot or (positions != patches and math.isqrt(positions) ** 2 != positions):
         return tensors
-    _, patches, dim = found.shape
 
     def widened() -> Tensor:
         return torch.cat((torch.zeros(1, 1, dim), found.read().float()), dim=1)
 
-    return {**tensors, position: LazyTensor((1, 1 + patches, dim), widened)}
+    return {**tensors, position: LazyTensor((1, 1 + positions, dim), widened)}
+
+
+def _patches(image_size: object, patch_size: int) -> int | None:
+    """How many patches an image has; None if its size is not known."""
+    edges = [image_size] * 2 if isinstance(image_size, int) else image_size
+    if not isinstance(edges, list) or not all(isinstance(edge, int) for edge in edges) or patch_size < 1:
+        return None
+    return math.prod(edge // patch_size for edge in edges)
 
 
 # timm -----------------------------------------------------------------------------------------------------------------
 
 
-def _timm_prepare(tensors: Tensors, _: Mapping[str, Any]) -> Tensors:
+def _timm_prepare(tensors: Tensors, context: Mapping[str, Any]) -> Tensors:
     patch = "patch_embed.proj.weight"
-    if patch in tensors and len(tensors[patch].shape) == 2:  # timm's oldest files have a linear layer here
+    if len(tensors[patch].shape) == 2:  # timm's oldest files have a linear layer here
         flat = tensors[patch]
         side = math.isqrt(flat.shape[1] // 3)
         shape = (flat.shape[0], 3, side, side)
         tensors = {**tensors, patch: LazyTensor(shape, lambda: flat.read().reshape(shape))}
-    return with_class_slot(tensors, "pos_embed", "cls_token")
+    patches = _patches(context.get("image_size"), tensors[patch].shape[-1])
+    return with_class_slot(tensors, "pos_embed", "cls_token", patches)
 
 
 def _timm_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
@@ -81,13 +89,15 @@ def _timm_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
     )
     if "pre_logits.fc.weight" in tensors:
         settings["representation_size"] = tensors["pre_logits.fc.weight"].shape[0]
-    if "num_heads" in config.get("model_args", {}):
-        settings["num_heads"] = config["model_args"]["num_heads"]
+    model_args = config.get("model_args")
+    if isinstance(model_args, Mapping) and "num_heads" in model_args:
+        settings["num_heads"] = model_args["num_heads"]
     return settings
 
 
 TIMM = Layout(
     name="timm's ViT",
+    timm_names=("vit_", "deit_"),
     architecture="vit",
     signature=("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"),
     rules=(
@@ -115,7 +125,7 @@ _POSITION = "pos_embedding"
 _SCANNED = "Transformer/encoderblock/"
 
 
-def _google_prepare(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+def _google_prepare(tensors: Tensors, context: Mapping[str, Any]) -> Tensors:
     prepared: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
         if key.startswith(_SCANNED):  # a scanned network holds all blocks in one tensor
@@ -125,14 +135,14 @@ def _google_prepare(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
                 prepared[name] = LazyTensor(tensor.shape[1:], partial(_layer, stacked, layer))
         else:
             prepared[key] = tensor
-    if _POSITION not in prepared and "cls" not in prepared and "embedding/kernel" in prepared:
+    patch, _, _, dim = prepared["embedding/kernel"].shape
+    if _POSITION not in prepared and "cls" not in prepared:
         # Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k": average pooling, positions that are not
         # learned and not in the file. They were trained on 224 pixels.
-        patch, _, _, dim = prepared["embedding/kernel"].shape
         side = 224 // patch
         positions = partial(sincos_2d, (side, side), dim)
         prepared[_POSITION] = LazyTensor((1, side * side, dim), positions)
-    return with_class_slot(prepared, _POSITION, "cls")
+    return with_class_slot(prepared, _POSITION, "cls", _patches(context.get("image_size"), patch))
 
 
 def _layer(stacked: Any, layer: int) -> Tensor:
@@ -210,13 +220,13 @@ _GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gel
 def _hugging_face_prepare(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     if config.get("qkv_bias", True):
         return tensors
-    prepared = dict(tensors)
+    biases: dict[str, LazyTensor] = {}
     for layer in range(count(tensors, "vit.encoder.layer.{n}.layernorm_before.weight")):
         for part in ("query", "key", "value"):
             name = f"vit.encoder.layer.{layer}.attention.attention.{part}"
             dim = tensors[f"{name}.weight"].shape[0]
-            prepared[f"{name}.bias"] = LazyTensor((dim,), partial(torch.zeros, dim))
-    return prepared
+            biases[f"{name}.bias"] = LazyTensor((dim,), partial(torch.zeros, dim))
+    return {**biases, **tensors}
 
 
 def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
@@ -233,7 +243,7 @@ def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Setti
     if isinstance(config.get("image_size"), list):
         settings["image_size"] = tuple(config["image_size"])
     settings["norm_eps"] = config.get("layer_norm_eps", 1e-12)
-    gelu = config.get("hidden_act", "gelu")
+    gelu = str(config.get("hidden_act", "gelu"))
     if gelu not in _GELUS:
         raise ImportSettingError(f"config.json: hidden_act: expected one of {', '.join(_GELUS)}, found {gelu!r}")
     settings["gelu"] = _GELUS[gelu]
