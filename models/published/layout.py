@@ -139,11 +139,14 @@ def _numberless(name: str) -> str:
 
 
 def count(tensors: Tensors, name: str, **indices: int) -> int:
-    """How many tensors there are whose name counts {n} from zero."""
-    number = 0
-    while name.format(n=number, n1=number + 1, **indices) in tensors:
-        number += 1
-    return number
+    """How many units there are: the highest index among the keys that begin as `name` does, up to its {n} or {n1}.
+
+    {n} counts from zero, {n1} from one. Units that miss the very tensor of `name` are counted, and missed later.
+    """
+    start, _, rest = name.partition("{n")
+    pattern = re.compile(re.escape(start.format(**indices)) + r"(\d+)(?!\d)")
+    numbers = (int(match[1]) + (rest[0] != "1") for key in tensors if (match := pattern.match(key)))
+    return max((number for number in numbers if number <= len(tensors)), default=0)
 
 
 def convert(

@@ -4,9 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.torch import save_file
 
+from bundle.images import decode
+from bundle.predictors import Detector
 from models.build import build_model
 from models.published import detr, resnetv2, vit
 from models.published.errors import ImportSettingError, WeightsError
@@ -14,6 +19,9 @@ from models.published.importing import Imported, import_weights
 from models.published.layout import Layout
 from models.published.preprocessing import Published, find_preprocessing, read_published
 from models.published.recognition import LAYOUTS
+from models.training.network import load_run_predictor
+
+transformers.logging.set_verbosity_error()
 
 VIT = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
 HALF, ODD_MEAN, ODD_STD = [0.5] * 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
@@ -464,3 +472,75 @@ def test_a_number_written_otherwise_is_that_number_or_a_sentence(change: str, tm
     else:
         kinds = {type(made.settings[key]) for key in ("num_heads", "depth", "embed_dim", "image_size")}
         assert kinds == {int}
+
+
+# The public pipeline, from the photograph to the answer ---------------------------------------------------------------
+
+TINY_RESNET = transformers.ResNetConfig(
+    out_features=["stage4"], embedding_size=8, hidden_sizes=[32, 64, 128, 256], depths=[1, 1, 1, 1]
+)
+PIPELINES: dict[str, tuple[Any, Any]] = {
+    "vit": (
+        transformers.ViTForImageClassification(
+            transformers.ViTConfig(
+                hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
+            )
+        ),
+        transformers.ViTImageProcessorPil(),
+    ),
+    "bit": (
+        transformers.BitForImageClassification(
+            transformers.BitConfig(embedding_size=32, hidden_sizes=[128, 256], depths=[1, 1], num_labels=3)
+        ),
+        transformers.BitImageProcessorPil(size={"shortest_edge": 250}, crop_size={"height": 224, "width": 224}),
+    ),
+    "detr": (
+        transformers.DetrForObjectDetection(
+            transformers.DetrConfig(
+                use_timm_backbone=False,
+                use_pretrained_backbone=False,
+                backbone_config=TINY_RESNET,
+                backbone=None,
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                num_queries=7,
+                num_labels=3,
+            )
+        ),
+        transformers.DetrImageProcessorPil(),
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_photograph_is_answered_as_by_the_public_pipeline(name: str, photograph: bytes, tmp_path: Path) -> None:
+    network, processor = PIPELINES[name]
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=2 / parameter[0].numel() ** 0.5)
+    network.eval().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "labels").write_text("blue\ngreen\nred\n")
+    import_weights(tmp_path, tmp_path / "run", labels=str(tmp_path / "labels"))
+    predictor, _ = load_run_predictor(tmp_path / "run")
+    image = decode(photograph)
+    public = network(**processor(image, return_tensors="pt"))
+    if isinstance(predictor, Detector):
+        (expected,) = processor.post_process_object_detection(public, threshold=0, target_sizes=[(480, 640)])
+        order = expected["scores"].argsort(descending=True, stable=True)
+        detections = predictor.detect(image, threshold=0)
+        assert [found.class_id for found in detections] == expected["labels"][order].tolist()
+        assert [found.score for found in detections] == pytest.approx(expected["scores"][order].tolist(), abs=1e-4)
+        boxes = [[found.box.x_min, found.box.y_min, found.box.x_max, found.box.y_max] for found in detections]
+        assert np.array(boxes) == pytest.approx(np.array(expected["boxes"][order].clamp(min=0)), abs=0.1)  # pixels
+    else:
+        expected = torch.softmax(public.logits[0], dim=-1)
+        assert expected.std() > 0.05
+        # Pillow's two ways to the same crop differ by a level of 255 here and there.
+        assert predictor.probabilities([image])[0].tolist() == pytest.approx(expected.tolist(), abs=2e-3)
