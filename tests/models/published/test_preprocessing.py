@@ -1,5 +1,6 @@
 """How images are prepared for published weights: JSON files of every generation, defaults, the user's changes."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -520,10 +521,14 @@ PIPELINES: dict[str, tuple[Any, Any]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_photograph_is_answered_as_by_the_public_pipeline(name: str, photograph: bytes, tmp_path: Path) -> None:
+    torch.manual_seed(1)
     network, processor = PIPELINES[name]
     for parameter in network.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=2 / parameter[0].numel() ** 0.5)
+    if name == "detr":
+        network.model.query_position_embeddings.weight.normal_(std=3)  # queries that find different boxes
+        network.bbox_predictor.layers[-1].weight.mul_(0.4)  # which do not all fill the picture
     network.eval().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     (tmp_path / "labels").write_text("blue\ngreen\nred\n")
@@ -537,8 +542,10 @@ def test_a_photograph_is_answered_as_by_the_public_pipeline(name: str, photograp
         detections = predictor.detect(image, threshold=0)
         assert [found.class_id for found in detections] == expected["labels"][order].tolist()
         assert [found.score for found in detections] == pytest.approx(expected["scores"][order].tolist(), abs=1e-4)
-        boxes = [[found.box.x_min, found.box.y_min, found.box.x_max, found.box.y_max] for found in detections]
-        assert np.array(boxes) == pytest.approx(np.array(expected["boxes"][order].clamp(min=0)), abs=0.1)  # pixels
+        boxes = np.array([dataclasses.astuple(found.box) for found in detections])
+        inside = expected["boxes"][order].numpy().clip(0, (640, 480, 640, 480))  # Vitrine's boxes are
+        assert np.ptp(inside, axis=0).max() > 5
+        assert np.abs(boxes - inside).max() < 0.05  # pixels
     else:
         expected = torch.softmax(public.logits[0], dim=-1)
         assert expected.std() > 0.05

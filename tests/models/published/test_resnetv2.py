@@ -164,7 +164,7 @@ def test_google_bit_with_a_unit_out_of_place_names_what_is_missing(
 ) -> None:
     arrays = google_arrays()
     arrays["resnet/block4/unit07/a/group_norm/gamma"] = torch.ones(8)
-    with pytest.raises(MismatchError, match="missing in the file: .*resnet/block4/unit06/a/group_norm/gamma"):
+    with pytest.raises(MismatchError, match=r"missing in the file: .*resnet/block4/unit06/a/group_norm/gamma"):
         import_file(save(arrays, "npz"), CLASSES)
 
 
