@@ -163,37 +163,8 @@ def convert(
         MismatchError: listing all that is missing, unexpected or of another shape.
         WeightsError: numbers in it are not finite.
     """
-    skipped = set(skip)
-    plan: dict[str, tuple[Rule, list[str]]] = {}
-    used: set[str] = set()
-    missing: list[str] = []
-    shapes: dict[str, tuple[object, object]] = {}
-    for target, expected in network.items():
-        found = next(((r, names) for r in layout.rules if (names := r.source_names(target)) is not None), None)
-        if found is None:  # a part of our network that this layout does not have
-            if target not in skipped:
-                missing.append(f"{target} (a name of ours: {layout.name} has nothing like it)")
-            continue
-        rule_, names = found
-        used.update(names)
-        if target in skipped:
-            continue
-        absent = [name for name in names if name not in tensors and name not in missing]
-        missing += absent
-        if not all(name in tensors for name in names):
-            continue
-        shape = _shape_after(rule_, [tensors[name] for name in names])
-        if shape != tuple(expected.shape):
-            shapes[", ".join(names)] = (
-                tuple(expected.shape),
-                shape or " and ".join(str(tensors[name].shape) for name in names),
-            )
-        plan[target] = rule_, names
-    unexpected = [key for key in tensors if key not in used and not any(re.fullmatch(p, key) for p in layout.ignored)]
-    if missing or unexpected or shapes:
-        raise MismatchError(file, layout=layout.name, missing=missing, unexpected=unexpected, shapes=shapes)
     weights: dict[str, Tensor] = {}
-    for target, (rule_, names) in plan.items():
+    for target, rule_, names in _plan(layout, tensors, network, file, set(skip)):
         parts = [tensors[name].read() for name in names]
         if not all(part.is_floating_point() for part in parts):
             raise WeightsError(f"{file}: {', '.join(names)}: expected floating-point numbers, found {parts[0].dtype}")
@@ -206,9 +177,41 @@ def convert(
     return weights
 
 
-def _shape_after(rule_: Rule, sources: list[LazyTensor]) -> tuple[int, ...] | None:
+def _plan(
+    layout: Layout, tensors: Tensors, network: Mapping[str, Tensor], file: object, skipped: set[str]
+) -> list[tuple[str, Rule, list[str]]]:
+    """Each tensor of our network with its rule and its sources, once all is known to fit."""
+    plan: list[tuple[str, Rule, list[str]]] = []
+    used: set[str] = set()
+    missing: dict[str, None] = {}  # a set that keeps its order
+    shapes: dict[str, tuple[object, object]] = {}
+    for target, expected in network.items():
+        found = next(((r, names) for r in layout.rules if (names := r.source_names(target)) is not None), None)
+        if found is None:
+            if target not in skipped:
+                missing[f"anything for our {target}"] = None
+            continue
+        rule_, names = found
+        used.update(names)
+        if target in skipped:
+            continue
+        if absent := [name for name in names if name not in tensors]:
+            missing |= dict.fromkeys(absent)
+            continue
+        sources = [tensors[name].shape for name in names]
+        shape = _shape_after(rule_, sources)
+        if shape != tuple(expected.shape):
+            shapes[", ".join(names)] = tuple(expected.shape), shape or " and ".join(map(str, sources))
+        plan.append((target, rule_, names))
+    unexpected = [key for key in tensors if key not in used and not any(re.fullmatch(p, key) for p in layout.ignored)]
+    if missing or unexpected or shapes:
+        raise MismatchError(file, layout=layout.name, missing=list(missing), unexpected=unexpected, shapes=shapes)
+    return plan
+
+
+def _shape_after(rule_: Rule, sources: list[tuple[int, ...]]) -> tuple[int, ...] | None:
     """The shape that the rule makes, None if it cannot be applied to such shapes."""
     try:
-        return tuple(rule_.transform(*(torch.empty(source.shape, device="meta") for source in sources)).shape)
+        return tuple(rule_.transform(*(torch.empty(shape, device="meta") for shape in sources)).shape)
     except (RuntimeError, ValueError, IndexError):
         return None
