@@ -20,7 +20,9 @@ from bundle.predictors import Classifier
 from bundle.runtime import OnnxNetwork
 from export.errors import ExportError, ParityError
 from export.export import export_run
+from export.graph import export_graph
 from export.parity import check_parity, make_inputs
+from models.build import build_model
 from models.serving import served
 from models.training import checkpoint as checkpoints
 from models.training.data import load_split
@@ -195,3 +197,74 @@ def test_the_golden_sample_is_real_images(tiny_bundles: Path, colours: Path) -> 
     predictor = load_bundle(tiny_bundles / "colours" / "1").predictor
     assert isinstance(predictor, Classifier)
     np.testing.assert_allclose(golden["probabilities"], predictor.probabilities(images), atol=1e-5)
+
+
+TINY_DETR = {
+    "embed_dim": 16,
+    "num_heads": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "feedforward_dim": 16,
+    "num_queries": 7,
+    "backbone_width": 8,
+}
+TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+TINY_MIXER = {"patch_size": 8, "embed_dim": 32, "depth": 2, "tokens_mlp_dim": 8, "channels_mlp_dim": 16}
+NETWORKS: dict[str, tuple[str, dict[str, object], tuple[int, int]]] = {
+    "BiT": ("resnetv2", {"image_size": 64, "layers": (1, 1), "width_factor": 0.5}, (64, 64)),
+    "BiT for small images": ("resnetv2", {"image_size": 32, "layers": (1, 1), "stem": "small"}, (32, 32)),
+    "post-norm ViT, not square": (
+        "vit",
+        {**TINY_VIT, "image_size": (32, 64), "norm": "post", "representation_size": 16, "gelu": "tanh"},
+        (32, 64),
+    ),
+    "Mixer": ("mlp_mixer", {**TINY_MIXER, "image_size": 32, "gelu": "tanh"}, (32, 32)),
+    "DETR with bottlenecks, DC5": (
+        "detr",
+        {
+            **TINY_DETR,
+            "backbone_layers": (1, 1, 1, 1),
+            "backbone_block": "bottleneck",
+            "backbone_norm": "frozen",
+            "dilation": True,
+            "unused_classes": 2,
+        },
+        (64, 96),
+    ),
+    "DETR with query boxes": ("detr", {**TINY_DETR, "backbone_layers": (1, 1), "queries": "boxes"}, (64, 96)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_architecture_answers_in_onnx_as_in_torch(name: str, tmp_path: Path) -> None:
+    architecture, settings, (height, width) = NETWORKS[name]
+    torch.manual_seed(0)
+    network = build_model(architecture, settings, 4).eval()
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    module = served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).eval()
+    export_graph(module, (height, width), tmp_path / "model.onnx")
+    inputs = {}
+    if architecture == "detr":
+        height, width = 57, 83
+        inputs["sizes"] = np.array([[57, 83], [40, 83], [57, 31]])
+    inputs["pixels"] = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
+    expected = TorchNetwork(module, torch.device("cpu"))(**inputs)
+    found = OnnxNetwork(tmp_path / "model.onnx")(**inputs)
+    assert np.ptp(expected[0]) > 0.01
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_graph_holds_standardised_filters(tmp_path: Path) -> None:
+    architecture, settings, size = NETWORKS["BiT"]
+    network = build_model(architecture, settings, 4).eval()
+    export_graph(served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), size, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+    filters = [values[node.input[1]] for node in graph.node if node.op_type == "Conv"]
+    assert len(filters) == 1 + 2 * 4
+    for weight in filters:
+        assert np.abs(weight.mean(axis=(1, 2, 3))).max() < 1e-5
+        assert np.abs(weight.var(axis=(1, 2, 3)) - 1).max() < 1e-3
