@@ -45,6 +45,7 @@ from models.training.evaluation import evaluate
 from models.training.network import TorchNetwork
 
 _FULL_NAMES = {"vit": "Vision Transformer", "mlp_mixer": "MLP-Mixer", "resnetv2": "BiT", "detr": "DETR"}
+_LARGEST_FILE = 2**31 - 2**20  # bytes of weights: protobuf's limit, less the graph
 _PARITY_IMAGES = 48
 _GENERATED_IMAGES = 12
 _GOLDEN_IMAGES = 3
@@ -66,7 +67,7 @@ def export_run(
 
     Raises:
         CheckpointError, DataError: the run or its data cannot be read.
-        ExportError: `out` exists or is not named as a bundle is.
+        ExportError: `out` exists or is not named as a bundle is, or the weights are untrained or too large.
         ParityError: the ONNX file does not answer what torch answers.
     """
     if out.exists():
@@ -83,6 +84,9 @@ def export_run(
     else:
         images = [data.image(i) for i in range(min(_PARITY_IMAGES, len(data)))]
     network = checkpoint.build()
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    if size > _LARGEST_FILE:
+        raise ExportError(f"{run}: weights: expected at most 2 GB, which an ONNX file holds, found {size / 1e9:.1f} GB")
     module = served(network, preprocessing.mean, preprocessing.std).eval()
     if isinstance(preprocessing, DetectionPreprocessing):
         input_size = preprocessing.shortest_edge, preprocessing.longest_edge

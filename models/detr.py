@@ -60,7 +60,7 @@ class DetrConfig:
 def _variant(resnet: str, **settings: Any) -> dict[str, Any]:
     shape = RESNETS[resnet]
     backbone = {"backbone_layers": shape.layers, "backbone_block": shape.block, "backbone_norm": "frozen"}
-    return {**backbone, **settings}
+    return {**backbone, "dilation": False, **settings}
 
 
 # Table 1 of the paper, and a small sibling.

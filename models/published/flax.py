@@ -29,7 +29,7 @@ def conv_kernel(kernel: Tensor) -> Tensor:
 
 
 def heads_in(*kernels: Tensor) -> Tensor:
-    """Projections to heads, each [D, H, d] (a bias [H, d]) -> one fused [H d ..., D] ([H d ...])."""
+    """Projections to heads, each [D, H, d] (a bias [H, d]) -> one fused [3 H d, D] ([3 H d])."""
     return torch.cat([kernel.flatten(-2).T if kernel.ndim == 3 else kernel.flatten() for kernel in kernels])
 
 

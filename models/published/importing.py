@@ -85,7 +85,7 @@ def import_weights(
         settings = _agreeing(layout, settings, preprocessing)
     notes.append(f"preprocessing is {where}: {_said(preprocessing)}")
     if layout is detr.FACEBOOK and variant is None and "dilation" not in {**context, **settings}:
-        notes.append("no tensor tells whether it is a DC5: taken for none; --variant detr_resnet50_dc5 makes it one")
+        notes.append("no tensor tells whether it is a DC5: taken for none; dilation=true makes it one")
 
     head = [key for key in layout.head if reset_head or layout is detr.RESNET]
     rows = None if head else _classes_in_file(layout, tensors, file)
@@ -231,7 +231,9 @@ def _weights(
         new = [name for name in state if not name.startswith("backbone.")]
     weights = convert(layout, tensors, state, file=file, skip=new)
     if new:
-        fresh = build_model(layout.architecture, settings, len(labels)).state_dict()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same file and arguments make the same run
+            fresh = build_model(layout.architecture, settings, len(labels)).state_dict()
         weights |= {name: fresh[name] for name in new}
     return {name: weights[name] for name in state}, sorted({name.split(".")[0] for name in new})
 

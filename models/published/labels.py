@@ -109,7 +109,8 @@ def choose_labels(
         labels = published
     elif detection and classes in COCO_CLASSES:
         labels = coco_by_category_id(classes)
-        note = f"labels are those of COCO, for the head has {classes} classes"
+        if chosen is None:
+            note = f"labels are those of COCO, for the head has {classes} classes"
     elif not detection and classes == 1000:
         labels = read_labels("imagenet-1k")
         note = "labels are those of ImageNet-1k, for the head has 1,000 classes"

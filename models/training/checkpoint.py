@@ -104,6 +104,9 @@ def load(run: Path) -> Checkpoint:
         raise CheckpointError(f"{run}: expected a run with {CHECKPOINT_FILE}, found none")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
+        found = content.get("format") if isinstance(content, dict) else None
+        if isinstance(found, int) and found != _FORMAT:
+            raise CheckpointError(f"{file}: format: expected {_FORMAT}, found {found}; train or import it again")
         progress, origin = content.pop("progress"), content.pop("origin")
         checkpoint = Checkpoint(
             **content,
@@ -113,14 +116,14 @@ def load(run: Path) -> Checkpoint:
         checkpoint.read_preprocessing()
         if checkpoint.progress is not None:
             checkpoint.progress.read_recipe()
+    except CheckpointError:
+        raise
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{file}: {error.title}: {place}: {first['msg']}, found {first['input']!r}") from error
     except Exception as error:  # on broken bytes the unpickler raises almost anything
         raise CheckpointError(f"{file}: not a checkpoint of this version: {error}") from error
-    if checkpoint.format != _FORMAT:
-        raise CheckpointError(f"{file}: format: expected {_FORMAT}, found {checkpoint.format}")
     return checkpoint
 
 
