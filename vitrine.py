@@ -1,5 +1,6 @@
 """The command line: it only dispatches. Each command imports its layer when it runs, so that serving needs no torch."""
 
+import json
 import os
 import socket
 import sys
@@ -31,16 +32,26 @@ def train(
         Path | None, typer.Option(help="Data set (default: data/ and the end of the recipe's name).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/ and the recipe's name).")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="A run, trained or imported, whose weights to start from.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
 ) -> None:
-    """Train a network; KEY=VALUE changes the recipe."""
+    """Train a network; KEY=VALUE changes the recipe. Under torchrun, on many processes."""
+    from models.training import checkpoint as checkpoints
     from models.training.loop import train as run_training
     from models.training.recipe import load_recipe
+    from models.training.report import write_report
 
-    chosen = load_recipe(recipe, settings or [])
+    changes = settings or []
+    chosen = load_recipe(recipe, changes, None if start is None else checkpoints.load(start))
     run = out or Path("runs") / recipe
-    run_training(chosen, data or Path("data") / recipe.rpartition("_")[2], run, resume=resume)
-    typer.echo(f"trained: {run}")
+    data_path = data or Path("data") / recipe.rpartition("_")[2]
+    trained = run_training(chosen, data_path, run, resume=resume, start=start, changes=changes)
+    assert trained.progress is not None
+    if int(os.environ.get("RANK", "0")) == 0 and trained.progress.epoch == chosen.epochs:  # else it was interrupted
+        typer.echo(f"trained: {run}")
+        typer.echo(f"report: {write_report(run, data_path=data_path)}")
 
 
 @app.command("import")
@@ -76,21 +87,70 @@ def import_(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A run or a bundle.")],
     data: Annotated[Path, typer.Option(help="Data set.")],
-    split: Annotated[str, typer.Option(help="Part of the data set.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Part of the data set (default: test, or val where there is no test).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
 ) -> None:
     """Measure accuracy or average precision of a run (in torch) or a bundle (in ONNX Runtime)."""
-    from models.training.data import load_split
-    from models.training.evaluation import evaluate as measure
+    from models.training.data import ClassificationData
+    from models.training.evaluation import (
+        ClassificationPredictions,
+        confusion_matrix,
+        confusion_text,
+        measure,
+        predict,
+    )
+    from models.training.layouts import has_split, load_split
 
     if (path / MANIFEST_FILE).is_file():
         bundle = load_bundle(path, threads=available_cores())
         predictor, task = bundle.predictor, bundle.manifest.task
     else:
-        from models.training.network import load_run_predictor
+        from models.training.checkpoint import load
+        from models.training.network import checkpoint_predictor
 
-        predictor, task = load_run_predictor(path)
-    metrics = measure(predictor, load_split(data, task, split))
+        checkpoint = load(path)
+        if checkpoint.progress is None and checkpoint.origin is not None and checkpoint.origin.untrained:
+            untrained = ", ".join(checkpoint.origin.untrained)
+            typer.echo(f"warning: {path}: {untrained} hold random numbers: train before you measure", err=True)
+        predictor, task = checkpoint_predictor(checkpoint)
+    images = load_split(data, task, split or ("test" if has_split(data, "test") else "val"))
+    predictions = predict(predictor, images)
+    metrics = measure(predictions, images)
+    confusion = None
+    if isinstance(predictions, ClassificationPredictions) and isinstance(images, ClassificationData):
+        confusion = confusion_matrix(predictions, images)
+    if as_json:
+        document: dict[str, object] = {
+            "data": images.name,
+            "split": images.split,
+            "images": len(images),
+            "seconds": round(predictions.seconds, 3),
+            "metrics": metrics,
+        }
+        if confusion is not None:
+            document |= {"labels": images.labels, "confusion": confusion.tolist()}
+        typer.echo(json.dumps(document))
+        return
     typer.echo("\n".join(f"{name}\t{value:.4f}" for name, value in metrics.items()))
+    if confusion is not None:
+        typer.echo(f"\n{confusion_text(confusion, images.labels)}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Data set (default: where it was when the run was trained).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of the data set to look for mistakes in.")] = "val",
+    out: Annotated[Path | None, typer.Option(help="HTML file to write (default: report.html in the run).")] = None,
+) -> None:
+    """Write what a run learned and what it gets wrong as one HTML file."""
+    from models.training.report import write_report
+
+    typer.echo(f"report: {write_report(run, out, data_path=data, split=split)}")
 
 
 @app.command()

@@ -91,7 +91,7 @@ class Metrics(_Strict):
     data: str
     split: str
     images: Annotated[int, Field(ge=1)]
-    values: dict[str, float]  # "top1", "top5" or "AP", "AP50", "AP75", ...: fractions, 0 to 1
+    values: dict[str, float]  # "top1", "top5", "ECE" or "AP", "AP50", ...: fractions, 0 to 1; and "NLL" in nats
     notes: str = ""  # what a reader of these numbers must know about the data
 
 
@@ -107,11 +107,26 @@ class Parity(_Strict):
     top1_agreement: float
 
 
+class Calibration(_Strict):
+    """The temperature inside the graph's softmax, and the expected calibration error (ECE) without and with it."""
+
+    temperature: Positive  # fitted on held-out images after training
+    ece_before: Annotated[float, Field(ge=0, le=1)] | None = None  # on the images of `metrics`, None without them
+    ece_after: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
 class Licences(_Strict):
     """Terms of what the bundle is made of."""
 
     weights: str = NOT_STATED
     data: str = NOT_STATED
+
+
+class Start(_Strict):
+    """The run whose weights a training started from."""
+
+    run: str  # the name of its folder
+    checkpoint_sha256: Sha256
 
 
 class Training(_Strict):
@@ -122,6 +137,7 @@ class Training(_Strict):
     epochs: int
     seed: int
     seconds: float
+    start: Start | None = None  # None where it started from random weights
 
 
 class Import(_Strict):
@@ -175,6 +191,7 @@ class Manifest(_Strict):
     labels: Annotated[tuple[str, ...], Field(min_length=1)]
     metrics: Metrics | None = None  # None where the exporter had no labelled data
     parity: Parity
+    calibration: Calibration | None = None  # None where the softmax is that of training
     licences: Licences
     provenance: Provenance
     files: dict[str, File]

@@ -52,6 +52,15 @@ class Detection:
     box: Box
 
 
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as a detector's network takes it, and the size that its boxes are scaled to."""
+
+    pixels: NDArray[np.uint8]  # [height, width, 3], resized
+    width: int  # of the image, in pixels
+    height: int
+
+
 class Classifier:
     """Image classification with one network."""
 
@@ -62,8 +71,15 @@ class Classifier:
 
     def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """RGB images to class probabilities, float32 [batch, classes], as one batch."""
-        pixels = np.stack([to_classification_pixels(image, self.preprocessing) for image in images])
-        (probabilities,) = self.network(pixels=pixels)
+        return self.answer([self.prepare(image) for image in images])
+
+    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+        """An RGB image to the network's pixels, uint8 [height, width, 3]."""
+        return to_classification_pixels(image, self.preprocessing)
+
+    def answer(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Prepared images to class probabilities, float32 [batch, classes]."""
+        (probabilities,) = self.network(pixels=np.stack(pixels))
         return probabilities.astype(np.float32, copy=False)
 
     def classify(self, image: Image.Image, *, top_k: int = 5) -> list[Prediction]:
@@ -97,15 +113,32 @@ class Detector:
             raise ParameterError("threshold", expected="a number from 0 to 1", found=threshold)
         if max_detections < 1:
             raise ParameterError("max_detections", expected="an integer of at least 1", found=max_detections)
-        pixels, sizes = pad_and_stack([to_detection_pixels(image, self.preprocessing)])
-        scores, class_ids, boxes = (output[0] for output in self.network(pixels=pixels, sizes=sizes))
-        boxes = boxes * np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
-        best = np.argsort(-scores, kind="stable")[:max_detections]
-        return [
-            Detection(self.labels[class_ids[i]], int(class_ids[i]), float(scores[i]), Box(*map(float, boxes[i])))
-            for i in best
-            if scores[i] >= threshold
-        ]
+        return self.answer([self.prepare(image)], threshold=threshold, max_detections=max_detections)[0]
+
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """An RGB image to the network's pixels."""
+        return PreparedImage(to_detection_pixels(image, self.preprocessing), image.width, image.height)
+
+    def answer(
+        self, images: Sequence[PreparedImage], *, threshold: float, max_detections: int
+    ) -> list[list[Detection]]:
+        """The objects in each of the prepared images, as `detect` gives them."""
+        pixels, sizes = pad_and_stack([image.pixels for image in images])
+        outputs = self.network(pixels=pixels, sizes=sizes)
+        found = []
+        for image, scores, class_ids, corners in zip(images, *outputs, strict=True):
+            boxes = corners * np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
+            best = np.argsort(-scores, kind="stable")[:max_detections]
+            found.append(
+                [
+                    Detection(
+                        self.labels[class_ids[i]], int(class_ids[i]), float(scores[i]), Box(*map(float, boxes[i]))
+                    )
+                    for i in best
+                    if scores[i] >= threshold
+                ]
+            )
+        return found
 
 
 Predictor = Classifier | Detector

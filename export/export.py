@@ -19,6 +19,7 @@ from bundle.manifest import (
     GOLDEN_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
+    Calibration,
     DetectionPreprocessing,
     File,
     Import,
@@ -28,10 +29,11 @@ from bundle.manifest import (
     Name,
     Preprocessing,
     Provenance,
+    Start,
     Training,
     Version,
 )
-from bundle.predictors import make_predictor
+from bundle.predictors import Predictor, make_predictor
 from bundle.runtime import OnnxNetwork
 from export.errors import ExportError
 from export.graph import OPSET, export_graph
@@ -39,12 +41,20 @@ from export.model_card import model_card
 from export.parity import check_parity, generated_images, make_inputs
 from models.serving import served
 from models.training import checkpoint as checkpoints
+from models.training.calibration import calibration_error, with_temperature
 from models.training.checkpoint import Checkpoint
-from models.training.data import Data, check_labels, has_split, load_split
-from models.training.evaluation import evaluate
+from models.training.data import ClassificationData, Data, check_labels
+from models.training.evaluation import ClassificationPredictions, measure, predict
+from models.training.layouts import has_split, load_split
 from models.training.network import TorchNetwork
 
-_FULL_NAMES = {"vit": "Vision Transformer", "mlp_mixer": "MLP-Mixer", "resnetv2": "BiT", "detr": "DETR"}
+_FULL_NAMES = {
+    "vit": "Vision Transformer",
+    "mlp_mixer": "MLP-Mixer",
+    "resnetv2": "BiT",
+    "resnet": "ResNet",
+    "detr": "DETR",
+}
 _LARGEST_FILE = 2**31 - 2**20  # bytes of weights: protobuf's limit, less the graph
 _PARITY_IMAGES = 48
 _GENERATED_IMAGES = 12
@@ -87,7 +97,7 @@ def export_run(
     size = sum(tensor.nbytes for tensor in network.state_dict().values())
     if size > _LARGEST_FILE:
         raise ExportError(f"{run}: weights: expected at most 2 GB, which an ONNX file holds, found {size / 1e9:.1f} GB")
-    module = served(network, preprocessing.mean, preprocessing.std).eval()
+    module = served(network, preprocessing.mean, preprocessing.std, checkpoint.temperature).eval()
     if isinstance(preprocessing, DetectionPreprocessing):
         input_size = preprocessing.shortest_edge, preprocessing.longest_edge
     else:
@@ -105,6 +115,7 @@ def export_run(
         parity = check_parity(torch_network, onnx_network, module.output_names, images, preprocessing, source)
         _write_golden(bundle / GOLDEN_FILE, onnx_network, module.output_names, images, preprocessing)
         predictor = make_predictor(onnx_network, preprocessing, checkpoint.labels)
+        metrics, calibration = _measured(predictor, data, data_notes, checkpoint.temperature)
         manifest = Manifest(
             schema_version=1,
             name=out.parent.name,
@@ -116,16 +127,9 @@ def export_run(
             outputs=onnx_network.outputs,
             preprocessing=preprocessing,
             labels=tuple(checkpoint.labels),
-            metrics=None
-            if data is None
-            else Metrics(
-                data=data.name,
-                split=data.split,
-                images=len(data),
-                values=evaluate(predictor, data),
-                notes=data_notes,
-            ),
+            metrics=metrics,
             parity=parity,
+            calibration=calibration,
             licences=licences or Licences(),
             provenance=Provenance(
                 training=_training(checkpoint),
@@ -151,6 +155,23 @@ def export_run(
     return manifest
 
 
+def _measured(
+    predictor: Predictor, data: Data | None, notes: str, temperature: float
+) -> tuple[Metrics | None, Calibration | None]:
+    """How good the ONNX file's answers are, and how honest its probabilities, without and with the temperature."""
+    if data is None:
+        return None, None if temperature == 1 else Calibration(temperature=temperature)
+    predictions = predict(predictor, data)
+    values = measure(predictions, data)
+    metrics = Metrics(data=data.name, split=data.split, images=len(data), values=values, notes=notes)
+    if temperature == 1:
+        return metrics, None
+    assert isinstance(predictions, ClassificationPredictions)  # `served` refuses a detector with a temperature
+    assert isinstance(data, ClassificationData)
+    before = calibration_error(with_temperature(predictions.probabilities, 1 / temperature), data.class_ids)
+    return metrics, Calibration(temperature=temperature, ece_before=before, ece_after=values["ECE"])
+
+
 def _check_name(out: Path) -> None:
     for what, kind, value in (("name", Name, out.parent.name), ("version", Version, out.name)):
         try:
@@ -172,13 +193,14 @@ def _training(checkpoint: Checkpoint) -> Training | None:
     progress = checkpoint.progress
     if progress is None:
         return None
-    recipe = progress.read_recipe()
+    recipe, start = progress.read_recipe(), progress.start
     return Training(
         recipe=recipe.name,
-        recipe_settings={key: _plain(value) for key, value in recipe.changed_settings().items()},
+        recipe_settings=dict(change.split("=", 1) for change in progress.changes),
         epochs=progress.epoch,
         seed=recipe.seed,
         seconds=round(progress.seconds, 1),
+        start=None if start is None else Start(run=start.run, checkpoint_sha256=start.sha256),
     )
 
 

@@ -61,6 +61,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:
+    if num_heads < 1:
+        raise ValueError(f"num_heads: expected at least 1, found {num_heads}")
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
 

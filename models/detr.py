@@ -6,14 +6,15 @@ The paper's queries are learned vectors, which need hundreds of epochs to find o
 "boxes" have a learned reference box each: its sine encoding is the query's position, the query looks around it first
 (`models.transformer.SpatialPrior`), and every decoder layer predicts an offset to it and hands the moved box on (Liu et
 al. 2022, "DAB-DETR", sec. 4). While training, several groups of queries may be matched independently (Chen et al. 2023,
-"Group DETR"), which gives each image more supervision; only the first group exists at inference.
+"Group DETR"), which gives each image more supervision; only the first group exists at inference. Beside them, the
+decoder may be given noised objects to restore (Li et al. 2022, "DN-DETR"), for which no matching has to be found.
 
 Shapes: B batch, H x W pixels, h x w cells of the feature map, M = h w, N queries, D embedding, K classes.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class DetrConfig:
     """The shape of a DETR. What begins with `backbone_`, and `dilation`, is that of `models.resnet.ResNetConfig`.
 
     `unused_classes` of the class head stand for no label: they take part in the softmax and are never answered (the
-    holes in COCO's category ids).
+    holes in COCO's category ids). `denoising` groups of noised objects are restored while training.
     """
 
     num_classes: int
@@ -37,6 +38,7 @@ class DetrConfig:
     num_queries: int = 100
     queries: Literal["learned", "boxes"] = "learned"
     query_groups: int = 1
+    denoising: int = 0
     embed_dim: int = 256
     num_heads: int = 8
     encoder_layers: int = 6
@@ -73,6 +75,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Hides a query from its group. Not infinite: where an image has no objects, all queries of its groups are hidden.
+_HIDDEN = -1e4
+
+
 class SetPrediction(TypedDict):
     """One decoder layer's answer: N guesses for the set of objects."""
 
@@ -84,6 +90,25 @@ class DetrOutput(SetPrediction):
     """The last layer's answer, and those of the layers before it (empty outside training)."""
 
     aux_outputs: list[SetPrediction]
+    denoising: list[SetPrediction]  # of all layers, [B, G n, ...] for `Denoising`'s G groups (empty without)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Noised objects for the decoder to restore, in G groups of at most n per image (DN-DETR, sec. 4)."""
+
+    boxes_cxcywh: Tensor  # [B, G, n, 4], fractions of the valid region
+    class_ids: Tensor  # int64 [B, G, n]
+    valid: Tensor  # bool [B, n], False where an image has fewer than n objects
+
+
+class _Memory(NamedTuple):
+    """What the decoder looks at."""
+
+    tokens: Tensor  # [B, M, D], the encoder's output
+    positions: Tensor  # [B, M, D]
+    cells: Tensor  # [B, M, 2], (x, y) of each token as fractions of the valid region
+    bias: Tensor  # [B, 1, 1, M], minus infinity at padding
 
 
 class BoxHead(nn.Module):
@@ -112,6 +137,11 @@ class Detr(nn.Module):
         dim = config.embed_dim
         if dim % 4:
             raise ValueError(f"embed_dim {dim} is not divisible by 4 (sine and cosine of x and y)")
+        for name, least in (("num_queries", 1), ("query_groups", 1), ("decoder_layers", 1), ("denoising", 0)):
+            if getattr(config, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, found {getattr(config, name)}")
+        if config.denoising and config.queries != "boxes":
+            raise ValueError(f"denoising={config.denoising} needs queries=boxes, found queries={config.queries}")
         self.backbone = ResNet(config.backbone)
         self.input_proj = nn.Conv2d(self.backbone.num_features, dim, kernel_size=1)
         shape = (dim, config.num_heads, config.feedforward_dim, config.dropout)
@@ -126,6 +156,8 @@ class Detr(nn.Module):
         # the mask of the feature map is sampled instead of rounded up.
         self.published_padding = False
         self._init_weights()
+        if config.denoising:
+            self.label_embed = nn.Embedding(config.num_classes, dim)
 
     def _init_weights(self) -> None:
         transformer = [self.encoder, self.decoder]
@@ -139,7 +171,9 @@ class Detr(nn.Module):
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
 
-    def forward(self, images: Tensor, sizes: Tensor, record: list[Tensor] | None = None) -> DetrOutput:
+    def forward(
+        self, images: Tensor, sizes: Tensor, record: list[Tensor] | None = None, denoising: Denoising | None = None
+    ) -> DetrOutput:
         """Detect objects.
 
         Args:
@@ -147,6 +181,7 @@ class Detr(nn.Module):
             sizes: int64 [B, 2], height and width of each image's valid region.
             record: takes attention weights: each encoder layer's [B, heads, M, M], then each decoder layer's
                 cross-attention [B, heads, N, M].
+            denoising: objects to restore, for a network made with `denoising` groups.
         """
         config = self.config
         features = self.input_proj(self.backbone(images, None if self.published_padding else sizes))  # [B, D, h, w]
@@ -159,32 +194,69 @@ class Detr(nn.Module):
         positions = sine_2d(cells, config.embed_dim)  # [B, M, D]
         hidden = torch.zeros_like(valid, dtype=features.dtype).masked_fill(~valid, -math.inf)
         padding_bias = hidden.flatten(1)[:, None, None]  # [B, 1, 1, M]
-        memory = features.flatten(2).transpose(1, 2)  # [B, M, D]
+        tokens = features.flatten(2).transpose(1, 2)  # [B, M, D]
         for encoder_block in self.encoder:
-            memory = encoder_block(memory, positions, padding_bias, record)
+            tokens = encoder_block(tokens, positions, padding_bias, record)
+        memory = _Memory(tokens, positions, cells, padding_bias)
 
         groups = config.query_groups if self.training else 1
         count = config.num_queries * groups
         learned = self.query_embed.weight[:count].expand(images.shape[0], -1, -1)  # [B, N, D]
         if self.query_boxes is None:
-            queries, query_positions = torch.zeros_like(learned), learned
-            bias, reference = padding_bias, None
+            layers = self._decode(memory, torch.zeros_like(learned), learned, groups, record=record)
         else:
-            queries = learned
             reference = self.query_boxes.boxes[:count].expand(images.shape[0], -1, -1)  # [B, N, 4], logits
+            layers = self._decode(memory, learned, reference, groups, record=record)
+        return {
+            **layers[-1],
+            "aux_outputs": layers[:-1] if self.training else [],
+            "denoising": [] if denoising is None else self._denoise(memory, denoising),
+        }
+
+    def _denoise(self, memory: _Memory, noised: Denoising) -> list[SetPrediction]:
+        """Every layer's restored objects, [B, G n, ...].
+
+        They go through the decoder on their own: queries and noised objects see nothing of each other.
+        """
+        if not self.config.denoising:
+            raise ValueError("there are objects to restore, but the network was made with denoising=0")
+        reference = torch.logit(noised.boxes_cxcywh, eps=1e-3)  # [B, G, n, 4]; a larger logit would hardly move
+        groups = reference.shape[1]
+        hidden = torch.zeros_like(noised.valid, dtype=reference.dtype).masked_fill(~noised.valid, _HIDDEN)
+        queries = self.label_embed(noised.class_ids)
+        return self._decode(memory, queries.flatten(1, 2), reference.flatten(1, 2), groups, hidden.repeat(1, groups))
+
+    def _decode(
+        self,
+        memory: _Memory,
+        queries: Tensor,
+        places: Tensor,
+        groups: int,
+        query_bias: Tensor | None = None,
+        record: list[Tensor] | None = None,
+    ) -> list[SetPrediction]:
+        """Every layer's answers of N queries [B, N, D].
+
+        `places` are their positions [B, N, D], or the logits of their reference boxes [B, N, 4] for queries="boxes".
+        `groups` and `query_bias` are those of `DetrDecoderBlock.forward`.
+        """
         layers: list[SetPrediction] = []
         for index, decoder_block in enumerate(self.decoder):
-            if self.query_boxes is not None and reference is not None:
-                query_positions, prior = self.query_boxes(reference.sigmoid(), cells, index)
-                bias = prior + padding_bias
-            queries = decoder_block(queries, query_positions, memory, positions, bias, groups, record)
+            if self.query_boxes is None:
+                query_positions, bias = places, memory.bias
+            else:
+                query_positions, prior = self.query_boxes(places.sigmoid(), memory.cells, index)
+                bias = prior + memory.bias
+            queries = decoder_block(
+                queries, query_positions, memory.tokens, memory.positions, bias, groups, query_bias, record
+            )
             normed = self.decoder_norm(queries)
             box_logits = self.bbox_embed(normed)
-            if reference is not None:
-                box_logits = reference + box_logits
-                reference = box_logits.detach()
-            layers.append({"pred_logits": self.class_embed(normed), "pred_boxes": box_logits.sigmoid()})
-        return {**layers[-1], "aux_outputs": layers[:-1] if self.training else []}
+            if self.query_boxes is not None:
+                box_logits = places + box_logits
+                places = box_logits.detach()
+            layers.append({"pred_logits": self.class_embed(normed).float(), "pred_boxes": box_logits.float().sigmoid()})
+        return layers
 
 
 class QueryBoxes(nn.Module):

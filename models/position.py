@@ -50,7 +50,7 @@ def sine(coordinates: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
     """Sine encoding of coordinates (Vaswani et al. 2017, sec. 3.5): sines and cosines at geometric wavelengths.
 
     Args:
-        coordinates: [...], in radians of the longest-but-one wavelength (DETR normalises an image to 0..2 pi).
+        coordinates: [...], in radians of the shortest wavelength (DETR normalises an image to 0..2 pi).
         dim: even length of the encoding.
 
     Returns:

@@ -6,6 +6,8 @@ exported graph (in ONNX Runtime) are the same computation and only the runtime d
 Shapes: B batch, H x W pixels, K classes, N queries.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -32,18 +34,23 @@ class Normalise(nn.Module):
 
 
 class ServedClassifier(nn.Module):
-    """A classification network between pixels and probabilities."""
+    """A classification network between pixels and probabilities.
+
+    The logits are divided by `temperature`, which makes the probabilities honest (`models/training/calibration.py`).
+    """
 
     output_names = ("probabilities",)
 
-    def __init__(self, network: nn.Module, mean: Channels, std: Channels) -> None:
+    def __init__(self, network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0) -> None:
         super().__init__()
         self.normalise = Normalise(mean, std)
         self.network = network
+        self.temperature = temperature
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> probabilities float [B, K]."""
-        return torch.softmax(self.network(self.normalise(pixels)), dim=-1)
+        logits = self.network(self.normalise(pixels))
+        return torch.softmax(logits if self.temperature == 1 else logits / self.temperature, dim=-1)
 
 
 class ServedDetector(nn.Module):
@@ -74,8 +81,19 @@ class ServedDetector(nn.Module):
         return scores, class_ids, cxcywh_to_xyxy(output["pred_boxes"]).clamp(0, 1)
 
 
-def served(network: nn.Module, mean: Channels, std: Channels) -> ServedClassifier | ServedDetector:
-    """Wrap a network for serving, by what it is."""
-    if isinstance(network, Detr):
-        return ServedDetector(network, mean, std)
-    return ServedClassifier(network, mean, std)
+def served(
+    network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0
+) -> ServedClassifier | ServedDetector:
+    """Wrap a network for serving, by what it is.
+
+    Raises:
+        ValueError: `temperature` is not above 0, or the network is a detector, whose scores are not calibrated: most
+            queries answer "no object", so that one temperature for all of them would say little about the boxes.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a number above 0, found {temperature}")
+    if not isinstance(network, Detr):
+        return ServedClassifier(network, mean, std, temperature)
+    if temperature != 1:
+        raise ValueError(f"temperature: expected 1.0 for a detector, found {temperature}")
+    return ServedDetector(network, mean, std)

@@ -162,6 +162,7 @@ class DetrDecoderBlock(nn.Module):
         positions: Tensor,
         bias: Tensor,
         groups: int = 1,
+        query_bias: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:
         """Decode the queries' state.
@@ -171,6 +172,7 @@ class DetrDecoderBlock(nn.Module):
             memory, positions: [B, M, D], the encoder's output and the encoding of where its cells lie.
             bias: of the cross-attention, broadcastable to [B, H, N, M], minus infinity at padding.
             groups: equal parts of the N queries that do not see each other in self-attention.
+            query_bias: [B, N], how much each query is seen in self-attention: very negative hides it from its group.
             record: takes the cross-attention weights [B, H, N, M].
 
         Returns:
@@ -179,7 +181,10 @@ class DetrDecoderBlock(nn.Module):
         batch = x.shape[0]
         query = (x + query_positions).unflatten(1, (groups, -1)).flatten(0, 1)  # [B * groups, N / groups, D]
         value = x.unflatten(1, (groups, -1)).flatten(0, 1)
-        seen = self.self_attn(query, query, value).unflatten(0, (batch, groups)).flatten(1, 2)  # [B, N, D]
+        if query_bias is not None:
+            query_bias = query_bias.reshape(batch * groups, 1, 1, -1)
+        seen = self.self_attn(query, query, value, query_bias)
+        seen = seen.unflatten(0, (batch, groups)).flatten(1, 2)  # [B, N, D]
         x = self.norm1(x + self.dropout(seen))
         attended = self.multihead_attn(x + query_positions, memory + positions, memory, bias, record)
         x = self.norm2(x + self.dropout(attended))

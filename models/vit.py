@@ -93,6 +93,10 @@ class ConvStem(nn.Module):
             raise ValueError(f"a conv stem needs a patch_size that is a power of two above 1, found {patch_size}")
         layers: list[nn.Module] = []
         channels = 3
+        if embed_dim % 2 ** (steps - 1):
+            raise ValueError(
+                f"embed_dim {embed_dim} is not divisible by {2 ** (steps - 1)} (conv stem of {steps} steps)"
+            )
         for step in range(steps):
             out_channels = embed_dim // 2 ** (steps - 1 - step)
             layers += [nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False)]
@@ -145,7 +149,7 @@ class ViT(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal with standard deviation 0.02 for linear layers, zero biases (ViT and Mixer code release)."""
+    """Truncated normal with standard deviation 0.02 for linear layers, zero biases (as timm and DeiT)."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -28,16 +28,16 @@ def test_bundles_lists_what_is_in_a_folder(tiny_bundles: Path, run_vitrine: Run)
         ),
         (["train", "vit_cifar10", "epochs"], "'epochs': expected key=value"),
         (
-            ["train", "vit_cifar10", "model.image_size=64"],
+            ["train", "vit_cifar10", "preprocessing.input_size=[64,64]"],
             "model.image_size and preprocessing.input_size have to agree",
         ),
         (
             ["train", "vit_cifar10", "--data", "nowhere", "--out", "nowhere"],
-            "nowhere: expected train.npz or train/<label>/*, found no such",
+            "nowhere: expected train.npz, train.csv, train.jsonl or train/<label>/*; found no such",
         ),
         (
             ["train", "detr_bccd", "--data", "nowhere", "--out", "nowhere"],
-            "nowhere: expected train.json (COCO) beside images/, found no",
+            "nowhere: expected train.json (COCO) beside images/, images/train",
         ),
         (["evaluate", "nowhere", "--data", "nowhere"], "nowhere: expected a run with checkpoint.pt, found none"),
         (["verify", "nowhere/1"], "nowhere/1/manifest.json: file: expected a readable manifest, found No such file"),

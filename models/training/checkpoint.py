@@ -1,12 +1,15 @@
 """The checkpoint of a run: one self-describing file that export and resume need nothing beside.
 
-runs/<name>/checkpoint.pt    architecture, preprocessing, labels, weights; training state, or where the weights are from
-runs/<name>/metrics.jsonl    one line per epoch
+runs/<name>/checkpoint.pt             architecture, preprocessing, labels, weights; training state or origin
+runs/<name>/checkpoint.previous.pt    the one before
+runs/<name>/metrics.jsonl             one line per epoch
 """
 
 import hashlib
+import math
 import os
-from dataclasses import dataclass
+import zipfile
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,21 @@ from torch import nn
 from bundle.manifest import Preprocessing, Task
 from models.build import build_model
 from models.training.errors import CheckpointError
-from models.training.recipe import Recipe
+from models.training.recipe import Recipe, read_recipe
 
 CHECKPOINT_FILE = "checkpoint.pt"
+PREVIOUS_FILE = "checkpoint.previous.pt"
 METRICS_FILE = "metrics.jsonl"
-_FORMAT = 2
+_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Start:
+    """The run that a network was fine-tuned from."""
+
+    run: str  # the name of its folder
+    sha256: str  # of its checkpoint
+    fresh: list[str]  # weights that it did not fill: a head for other labels
 
 
 @dataclass(frozen=True)
@@ -29,14 +42,19 @@ class Progress:
     """How far a recipe has been followed, and all that it needs to go on."""
 
     recipe: dict[str, Any]  # Recipe as JSON values
+    changes: list[str]  # key=value, that the recipe was changed by
     optimizer: dict[str, Any]
     epoch: int  # epochs done
     seconds: float  # of training so far
     metrics: dict[str, float]  # on the validation images, after the last evaluation
     data_path: str  # where the data was, to resume and to evaluate
+    start: Start | None = None  # the run that gave the first weights
+    step: int = 0  # steps done of the epoch that is under way
+    sums: dict[str, float] = field(default_factory=dict)  # of the parts of the loss over these steps
+    weights: dict[str, torch.Tensor] | None = None  # that the optimiser moves, where the checkpoint's are their average
 
     def read_recipe(self) -> Recipe:
-        return Recipe.model_validate(self.recipe)
+        return read_recipe(self.recipe)
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,7 @@ class Checkpoint:
     preprocessing: dict[str, Any]  # Preprocessing as JSON values
     labels: list[str]
     weights: dict[str, torch.Tensor]
+    temperature: float = 1.0  # of the served softmax
     progress: Progress | None = None
     origin: Origin | None = None
     format: int = _FORMAT
@@ -80,17 +99,34 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, run: Path) -> None:
-    """Write the checkpoint so that a crash at any moment leaves either the old or the new one."""
-    partial = run / f"{CHECKPOINT_FILE}.partial"
+    """Write the checkpoint so that a crash at any moment leaves the old or the new one; the old one is kept beside it.
+
+    Raises:
+        CheckpointError: it cannot be written; what was there before is untouched.
+    """
+    file, partial, previous = run / CHECKPOINT_FILE, run / f"{CHECKPOINT_FILE}.partial", run / PREVIOUS_FILE
     content = {**vars(checkpoint), "progress": _plain(checkpoint.progress), "origin": _plain(checkpoint.origin)}
-    torch.save(content, partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(run / CHECKPOINT_FILE)
+    try:
+        with partial.open("wb") as stream:
+            torch.save(content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if file.exists():
+            previous.unlink(missing_ok=True)
+            previous.hardlink_to(file)
+        partial.replace(file)
+    except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+        partial.unlink(missing_ok=True)
+        kept = "the one before is untouched" if file.exists() else "there was none before"
+        raise CheckpointError(f"{file}: the checkpoint could not be written, {kept}: {error}") from error
 
 
 def _plain(part: Progress | Origin | None) -> dict[str, Any] | None:
-    return None if part is None else dict(vars(part))
+    if part is None:
+        return None
+    plain = dict(vars(part))
+    start = plain.get("start")
+    return plain if start is None else {**plain, "start": asdict(start)}
 
 
 def load(run: Path) -> Checkpoint:
@@ -103,6 +139,10 @@ def load(run: Path) -> Checkpoint:
     if not file.is_file():
         raise CheckpointError(f"{run}: expected a run with {CHECKPOINT_FILE}, found none")
     try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
         content = torch.load(file, map_location="cpu", weights_only=True)
         found = content.get("format") if isinstance(content, dict) else None
         if isinstance(found, int) and found != _FORMAT:
@@ -110,10 +150,12 @@ def load(run: Path) -> Checkpoint:
         progress, origin = content.pop("progress"), content.pop("origin")
         checkpoint = Checkpoint(
             **content,
-            progress=None if progress is None else Progress(**progress),
+            progress=None if progress is None else _progress(progress),
             origin=None if origin is None else Origin(**origin),
         )
         checkpoint.read_preprocessing()
+        if not 0 < checkpoint.temperature < math.inf:
+            raise ValueError(f"temperature: expected above 0, found {checkpoint.temperature}")
         if checkpoint.progress is not None:
             checkpoint.progress.read_recipe()
     except CheckpointError:
@@ -123,8 +165,18 @@ def load(run: Path) -> Checkpoint:
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{file}: {error.title}: {place}: {first['msg']}, found {first['input']!r}") from error
     except Exception as error:  # on broken bytes the unpickler raises almost anything
-        raise CheckpointError(f"{file}: not a checkpoint of this version: {error}") from error
+        hint = f"; {PREVIOUS_FILE} beside it is the one before" if (run / PREVIOUS_FILE).is_file() else ""
+        raise CheckpointError(f"{file}: not a checkpoint of this version: {_first_line(error)}{hint}") from error
     return checkpoint
+
+
+def _progress(content: dict[str, Any]) -> Progress:
+    start = content.pop("start")
+    return Progress(**content, start=None if start is None else Start(**start))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def sha256(run: Path) -> str:

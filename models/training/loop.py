@@ -1,183 +1,443 @@
-"""The training loop: `train` for a run, `train_epoch` for one pass over the data."""
+"""The training loop.
+
+A step is the same computation however it is spread: its images are split into shares, one for each process and each
+micro-batch, whose losses are divided by totals of the whole step and whose gradients add up. All randomness is drawn
+from the seed and the step's number, so that a resumed run repeats what an uninterrupted one does.
+"""
 
 import json
 import math
+import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Generator, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.build import build_model
 from models.training import checkpoint as checkpoints
+from models.training.augment import NOISE
+from models.training.calibration import fit_temperature, with_temperature
+from models.training.canvases import Canvases
 from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, Checkpoint, Progress
-from models.training.data import load_training_splits
+from models.training.distributed import Processes, joined_processes, restarted
 from models.training.errors import RecipeError, TrainingError
-from models.training.evaluation import evaluate
+from models.training.evaluation import ClassificationPredictions, Predictions, measure, merge, predict
+from models.training.interruption import Interrupted, Interruption, listening
+from models.training.layouts import load_training_splits
 from models.training.network import torch_predictor
-from models.training.objectives import Objective, make_objective
-from models.training.recipe import Recipe
+from models.training.objectives import Batch, make_objective
+from models.training.optimisation import averaged, learning_rate, make_optimizer, set_learning_rate, training_mode
+from models.training.recipe import DetectionRecipe, Recipe
+from models.training.start import take_over
 
-_EXPLODED = 1e6  # no weight of a network that still learns comes near it; NaN is not below it either
+DIVERGED_FILE = "diverged.txt"  # the images of the step that diverged
+_EXPLODED = 1e6  # no weight and no loss of a network that still learns comes near it
+_SAVE_EVERY = 600.0  # seconds
+_CURVE_POINTS = 20  # per epoch, in TensorBoard
+_NAMED = 8  # images in an error's sentence
 
 
-def train(recipe: Recipe, data_path: Path, run: Path, *, resume: bool = False) -> Checkpoint:
-    """Train a network and leave a checkpoint and `metrics.jsonl` in `run` after every epoch.
+def train(
+    recipe: Recipe,
+    data_path: Path,
+    run: Path,
+    *,
+    resume: bool = False,
+    start: Path | None = None,
+    changes: Sequence[str] = (),
+) -> Checkpoint:
+    """Train a network and leave a checkpoint, `metrics.jsonl` and TensorBoard's events in `run`.
 
-    With `resume`, go on after the last finished epoch, exactly as if it had not been interrupted.
+    SIGTERM or Ctrl-C saves and returns early: `progress.epoch` of the answer is then below the recipe's epochs.
+
+    Args:
+        recipe: what to do.
+        data_path: a data set (`models.training.data`).
+        run: folder to write.
+        resume: go on from the last checkpoint, exactly as if the run had not been interrupted.
+        start: a run whose weights the network takes over.
+        changes: `key=value` that the recipe was changed by, to be remembered.
 
     Raises:
-        TrainingError: the run exists (without `resume`), the recipe differs from the run's, or the loss is not finite.
+        TrainingError: the run exists (without `resume`), the recipe differs from the run's, or training diverges.
         DataError: the data cannot be read.
-        RecipeError: the architecture cannot be built with these settings.
+        RecipeError: the network cannot be built or filled, or a step cannot be split among the processes.
+        CheckpointError: a checkpoint cannot be read or written.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    previous = _previous(recipe, run, resume)
-    train_data, val_data = load_training_splits(data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed)
-    if previous is not None and list(train_data.labels) != previous[0].labels:
-        raise TrainingError(
-            f"{run}: cannot resume: labels: expected {previous[0].labels}, found {list(train_data.labels)}"
-        )
-    objective = make_objective(recipe, train_data, device)
-    torch.manual_seed(recipe.seed)
-    try:
-        network = build_model(recipe.architecture, recipe.model, len(train_data.labels)).to(device)
-    except (ValueError, RuntimeError, ArithmeticError) as error:
-        raise RecipeError(f"{recipe.name}: model: {error}") from error
-    optimizer = make_optimizer(network, recipe)
-    if previous is None:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / METRICS_FILE).unlink(missing_ok=True)
-        document = recipe.model_dump(mode="json")
-        progress = Progress(
-            recipe=document,
-            optimizer={},
-            epoch=0,
-            seconds=0.0,
-            metrics={},
-            data_path=str(data_path.resolve()),
-        )
-        state = Checkpoint(
-            architecture=recipe.architecture,
-            settings=document["model"],
-            preprocessing=document["preprocessing"],
-            labels=list(train_data.labels),
-            weights={},
-            progress=progress,
-        )
-    else:
-        state, progress = previous
-        progress = replace(progress, data_path=str(data_path.resolve()))
-        network.load_state_dict(state.weights)
-        optimizer.load_state_dict(progress.optimizer)
-    predictor = torch_predictor(network, recipe.preprocessing, state.labels, device)
-    for epoch in range(progress.epoch, recipe.epochs):
-        started = time.monotonic()
-        means = train_epoch(network, objective, optimizer, recipe, epoch, device)
-        seconds = time.monotonic() - started
-        metrics = progress.metrics
-        if (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs:
-            metrics = evaluate(predictor, val_data)
-        progress = replace(
-            progress,
-            optimizer=optimizer.state_dict(),
-            epoch=epoch + 1,
-            seconds=progress.seconds + seconds,
-            metrics=metrics,
-        )
-        state = replace(state, weights=network.state_dict(), progress=progress)
-        checkpoints.save(state, run)
-        line = {"epoch": epoch + 1, "seconds": round(progress.seconds, 1), **means, **metrics}
-        with (run / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        summary = "  ".join(f"{key} {value:.4g}" for key, value in {**means, **metrics}.items())
-        tqdm.write(f"epoch {epoch + 1}/{recipe.epochs}  {seconds:.0f} s  {summary}")
-    return state
+    with listening() as interruption, joined_processes() as processes, _kernels(recipe.deterministic):
+        trainer = Trainer(recipe, data_path, run, processes, resume or restarted(), start, changes)
+        try:
+            while trainer.epoch < recipe.epochs:
+                trainer.train_epoch(interruption)
+                with interruption.raised():
+                    trainer.evaluate()
+                trainer.finish_epoch()
+        except Interrupted:
+            trainer.save()
+            trainer.say(f"interrupted in epoch {trainer.epoch + 1}: saved; the same command with --resume goes on")
+        finally:
+            trainer.close()
+        return trainer.checkpoint()
 
 
-def train_epoch(
-    network: nn.Module,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    epoch: int,
-    device: torch.device,
-) -> dict[str, float]:
-    """One pass over the data in random order. Returns the mean of each part of the loss.
+class Trainer:
+    """A run in progress: `epoch` epochs are done, and `step` steps of the next one."""
 
-    All randomness is drawn from the recipe's seed and the epoch's number, so that a resumed run repeats it.
-    """
-    network.train()
-    torch.manual_seed(epoch_seed(recipe.seed, epoch))  # dropout
-    generator = torch.Generator(device).manual_seed(epoch_seed(recipe.seed, epoch))
-    order = torch.randperm(len(objective), generator=generator, device=device)
-    batches = order.split(recipe.batch_size)
-    sums: dict[str, float] = {}
-    progress = tqdm(batches, desc=f"epoch {epoch + 1}/{recipe.epochs}", leave=False, disable=None)
-    for step, indices in enumerate(progress):
-        lr = learning_rate(recipe, epoch + step / len(batches))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        parts = objective.loss(network, indices, generator)
-        loss = parts["loss"]
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"epoch {epoch + 1}, step {step}: the loss is {loss.item()}; try a smaller lr than {lr:g}"
+    def __init__(
+        self,
+        recipe: Recipe,
+        data_path: Path,
+        run: Path,
+        processes: Processes,
+        resume: bool,
+        start: Path | None,
+        changes: Sequence[str],
+    ) -> None:
+        previous = _previous(recipe, run, resume)
+        data, self.val = load_training_splits(data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed)
+        labels = list(data.labels)
+        if previous is not None and labels != previous[0].labels:
+            raise TrainingError(f"{run}: cannot resume: labels: expected {previous[0].labels}, found {labels}")
+        torch.manual_seed(recipe.seed)
+        try:
+            network = build_model(recipe.architecture, recipe.model, len(labels))
+        except (ValueError, RuntimeError, ArithmeticError) as error:
+            raise RecipeError(f"{recipe.name}: model: {error}") from error
+        if previous is None:
+            document = recipe.model_dump(mode="json")
+            self._progress = Progress(
+                recipe=document,
+                changes=list(changes),
+                optimizer={},
+                epoch=0,
+                seconds=0.0,
+                metrics={},
+                data_path=str(data_path.resolve()),
+                start=None if start is None else take_over(network, recipe, labels, start),
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_grad)
-        optimizer.step()
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(indices)
-        progress.set_postfix(loss=f"{loss.item():.3f}", lr=f"{lr:.1e}")
-    if not all(parameter.abs().max() < _EXPLODED for parameter in network.parameters()):
-        raise TrainingError(f"epoch {epoch + 1}: the weights have exploded; try a smaller lr than {recipe.lr:g}")
-    return {name: value / len(objective) for name, value in sums.items()}
+            self._state = Checkpoint(
+                architecture=recipe.architecture,
+                settings=document["model"],
+                preprocessing=document["preprocessing"],
+                labels=labels,
+                weights={},
+                origin=None if start is None else checkpoints.load(start).origin,
+            )
+        else:
+            self._state, self._progress = previous
+            self._progress = replace(self._progress, data_path=str(data_path.resolve()))
+            network.load_state_dict(self._progress.weights or self._state.weights)
+
+        self.recipe, self.run, self.processes = recipe, run, processes
+        self.epoch, self.step = self._progress.epoch, self._progress.step
+        self._sums = {  # of all processes, so far
+            name: torch.tensor(value, dtype=torch.float64, device=processes.device)
+            for name, value in self._progress.sums.items()
+            if processes.first
+        }
+        self._joint_sums = self._progress.sums
+        self._predictions: Predictions | None = None
+        self.network = network.to(processes.device)
+        self.optimizer = make_optimizer(self.network, recipe)
+        self.average = averaged(self.network, recipe.ema) if recipe.ema else None
+        if previous is not None:
+            self.optimizer.load_state_dict(self._progress.optimizer)
+            if self.average is not None:
+                self.average.module.load_state_dict(self._state.weights)
+                self.average.n_averaged.fill_(self.epoch + self.step)  # of which only zero has a meaning
+        self._forward = _wrapped(self.network, recipe, processes)
+        self.objective = make_objective(recipe, data, self.network, processes.device)
+        self.names = data.names
+        self.batch_size = min(recipe.batch_size, len(data))
+        self.steps = len(data) // self.batch_size
+        self._rows = _own_rows(self.batch_size, recipe, processes, self.objective.group)
+        self.canvases = Canvases(data, recipe, show=processes.first)
+        done = self.epoch * self.steps + self.step
+        self._writer = None
+        if processes.first:
+            run.mkdir(parents=True, exist_ok=True)
+            _keep_lines(run / METRICS_FILE, self.epoch)
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=done)
+        self._bar = tqdm(
+            total=recipe.epochs * self.steps * self.batch_size,
+            initial=done * self.batch_size,
+            unit=" images",
+            dynamic_ncols=True,
+            disable=None if processes.first else True,
+        )
+        self._started = self._saved = time.monotonic()
+
+    @property
+    def kept(self) -> nn.Module:
+        """The network whose weights are evaluated and kept."""
+        return self.network if self.average is None else self.average.module
+
+    def train_epoch(self, interruption: Interruption) -> None:
+        """The rest of one pass over the images in random order; those that fill no step are left out.
+
+        Raises:
+            TrainingError: the loss, its gradient or a weight is not finite or has exploded.
+            Interrupted: a process was asked to end.
+        """
+        recipe = self.recipe
+        training_mode(self.network, recipe)
+        order = torch.randperm(len(self.canvases), generator=_generator(recipe.seed, self.epoch))
+        batches = order.split(self.batch_size)[self.step : self.steps]
+        canvases = self.canvases.batches([indices[rows] for indices in batches for rows in self._rows])
+        unchecked: tuple[Tensor, Tensor, int] | None = None
+        for indices in batches:
+            seeds = (recipe.seed, self.epoch, self.step)
+            noise = torch.rand(self.batch_size, NOISE, generator=_generator(*seeds))
+            shares = [self.objective.prepare(next(canvases), indices[rows], noise[rows]) for rows in self._rows]
+            totals, stop, due = self._agree(shares, interruption)
+            lr = learning_rate(recipe, self.epoch + self.step / self.steps)
+            set_learning_rate(self.optimizer, lr)
+            vital = self._take_step(shares, totals, seeds)
+            if unchecked is not None:
+                self._check(*unchecked)  # a step late, so that a GPU need not wait
+            unchecked = (vital, indices, self.step)
+            self.step += 1
+            self._bar.update(self.batch_size)
+            if stop or due or self.step == self.steps:
+                self._check(*unchecked)
+                self._check_weights()
+                self._join_sums()
+            if stop:
+                raise Interrupted
+            if due:
+                self.save()
+
+    def evaluate(self) -> None:
+        """Answer the validation images, each process its part of them, in the epochs in which that is due."""
+        last = self.epoch + 1 == self.recipe.epochs
+        if not last and (self.epoch + 1) % self.recipe.evaluate_every:
+            return
+        recipe, processes = self.recipe, self.processes
+        predictor = torch_predictor(self.kept, recipe.preprocessing, self._state.labels, processes.device)
+        own = np.arange(processes.rank, len(self.val), processes.count)
+        self._predictions = merge(processes.gather(predict(predictor, self.val, own, progress=processes.first)))
+
+    def finish_epoch(self) -> None:
+        """Fit the temperature after the last epoch, write a line of metrics, save."""
+        metrics = self._progress.metrics
+        if self._predictions is not None:
+            predictions, self._predictions = self._predictions, None
+            metrics = measure(predictions, self.val)
+            if isinstance(predictions, ClassificationPredictions) and self.epoch + 1 == self.recipe.epochs:
+                truth = self.val.class_ids[predictions.indices]
+                temperature = fit_temperature(predictions.probabilities, truth)
+                calibrated = with_temperature(predictions.probabilities, temperature)
+                before = metrics["ECE"]
+                metrics = measure(replace(predictions, probabilities=calibrated), self.val)
+                self._state = replace(self._state, temperature=temperature)
+                self.say(
+                    f"temperature {temperature:.3f}: expected calibration error {before:.4f} -> {metrics['ECE']:.4f}"
+                )
+        means = {name: value / self.steps for name, value in self._joint_sums.items()}
+        seconds = self._progress.seconds + time.monotonic() - self._started
+        line = {
+            "epoch": self.epoch + 1,
+            "step": (self.epoch + 1) * self.steps,
+            "seconds": round(seconds, 1),
+            "lr": learning_rate(self.recipe, self.epoch + 1),
+            **means,
+            **metrics,
+        }
+        if self._writer is not None:
+            with (self.run / METRICS_FILE).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            for name, value in {**means, **metrics}.items():
+                self._writer.add_scalar(f"epoch/{name}", value, line["step"])
+            self._writer.flush()
+        summary = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **metrics}.items())
+        self.say(f"epoch {self.epoch + 1}/{self.recipe.epochs}  {seconds:.0f} s  {summary}")
+        self._progress = replace(self._progress, metrics=metrics)
+        self.epoch, self.step, self._sums, self._joint_sums = self.epoch + 1, 0, {}, {}
+        self.save()
+
+    def checkpoint(self) -> Checkpoint:
+        """The run as it is now."""
+        now = time.monotonic()
+        self._progress = replace(
+            self._progress,
+            optimizer=self.optimizer.state_dict(),
+            epoch=self.epoch,
+            step=self.step,
+            sums=self._joint_sums,
+            seconds=self._progress.seconds + now - self._started,
+            weights=None if self.average is None else self.network.state_dict(),
+        )
+        self._started = now
+        self._state = replace(self._state, weights=self.kept.state_dict(), progress=self._progress)
+        return self._state
+
+    def save(self) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self._saved = time.monotonic()
+        if self.processes.first:
+            checkpoints.save(self.checkpoint(), self.run)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar, once for all processes."""
+        if self.processes.first:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Let go of the progress bar and of TensorBoard's file."""
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _agree(self, shares: Sequence[Batch], interruption: Interruption) -> tuple[Tensor, bool, bool]:
+        """What the step's losses are divided by, and whether any process was asked to end or should save."""
+        due = self.processes.first and time.monotonic() - self._saved > _SAVE_EVERY
+        wishes = torch.tensor([float(interruption.requested), float(due)], device=self.processes.device)
+        own = torch.stack([share.totals for share in shares]).sum(dim=0)
+        joint = self.processes.sum(torch.cat((own, wishes)))
+        stop, save = (interruption.requested, due) if self.processes.count == 1 else (joint[-2:] > 0).tolist()
+        return joint[:-2], stop, save
+
+    def _take_step(self, shares: Sequence[Batch], totals: Tensor, seeds: tuple[int, ...]) -> Tensor:
+        """One step of the optimiser. Returns this process's part of the loss, and the norm of the gradient."""
+        device = self.processes.device
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for i, (share, rows) in enumerate(zip(shares, self._rows, strict=True)):
+            torch.manual_seed(_seed(*seeds, rows.start, 1))  # dropout
+            last = i + 1 == len(shares)
+            waits = nullcontext() if last or self.processes.count == 1 else self._forward.no_sync()
+            with waits:
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+                    output = self.objective.forward(self._forward, share)
+                parts = self.objective.loss(output, share, totals)
+                (parts["loss"] * self.processes.count).backward()  # which DistributedDataParallel averages
+            losses.append(parts["loss"].detach())
+            for name, value in parts.items():
+                value = value.detach().double()
+                self._sums[name] = self._sums[name] + value if name in self._sums else value
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_grad)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+        return torch.stack((torch.stack(losses).sum(), norm))
+
+    def _check(self, vital: Tensor, indices: Tensor, step: int) -> None:
+        loss, norm = vital.tolist()
+        if not (abs(loss) < _EXPLODED and math.isfinite(norm)):
+            names = [self.names[i] for i in indices.tolist()]
+            if self.processes.first:
+                (self.run / DIVERGED_FILE).write_text("".join(f"{name}\n" for name in names))
+            shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            raise TrainingError(
+                f"epoch {self.epoch + 1}, step {step}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}; "
+                f"{self._advice()}; images (all in {self.run / DIVERGED_FILE}): {shown}"
+            )
+        number = self.epoch * self.steps + step
+        self._bar.set_postfix(loss=f"{loss:.3f}", epoch=self.epoch + 1, refresh=False)
+        if self._writer is not None and number % max(1, self.steps // _CURVE_POINTS) == 0:
+            self._writer.add_scalar("step/loss", loss, number)
+            self._writer.add_scalar("step/gradient_norm", norm, number)
+            self._writer.add_scalar("step/lr", learning_rate(self.recipe, number / self.steps), number)
+
+    def _check_weights(self) -> None:
+        largest = torch.stack([parameter.detach().abs().max() for parameter in self.network.parameters()]).max().item()
+        if not largest < _EXPLODED:
+            raise TrainingError(
+                f"epoch {self.epoch + 1}, step {self.step}: a weight has grown to {largest:.4g}; {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        saved = self._progress
+        kept = f"the last good checkpoint is that after epoch {saved.epoch}, step {saved.step}"
+        there = kept if (self.run / CHECKPOINT_FILE).exists() else "there is no checkpoint yet"
+        return f"{there}; try a smaller lr than {self.recipe.lr:g}"
+
+    def _join_sums(self) -> None:
+        names = sorted(self._sums)
+        own = torch.stack([self._sums[name].to(self.processes.device, torch.float64) for name in names])
+        self._joint_sums = dict(zip(names, self.processes.sum(own).tolist(), strict=True))
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """One seed for each pair of run seed and epoch."""
-    return (seed * 100_003 + epoch) % 2**63
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Linear warm-up to the peak, then half a cosine to zero; `epoch` counts epochs done, with fractions."""
-    if epoch < recipe.warmup_epochs:
-        return recipe.lr * (epoch + 0.01) / (recipe.warmup_epochs + 0.01)
-    progress = (epoch - recipe.warmup_epochs) / max(1e-9, recipe.epochs - recipe.warmup_epochs)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+def _generator(*numbers: int) -> Generator:
+    return Generator().manual_seed(_seed(*numbers))
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; weight decay on what has more than one axis (matrices, embeddings), not on biases and norms."""
-    matrices = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr)
+def _own_rows(batch_size: int, recipe: Recipe, processes: Processes, group: int) -> list[slice]:
+    """The rows of a step's batch that this process computes, a slice for each micro-batch.
+
+    Rows that augmentation mixes with each other, `group` of them, stay together.
+    """
+    count = processes.count * recipe.accumulate
+    size = math.ceil(batch_size / (count * group)) * group
+    if (count - 1) * size >= batch_size:
+        raise RecipeError(
+            f"{recipe.name}: batch_size: expected enough for {count} shares (processes times accumulate) of {size} "
+            f"images, found {batch_size}"
+        )
+    first = processes.rank * recipe.accumulate
+    starts = range(first * size, (first + recipe.accumulate) * size, size)
+    return [slice(start, min(start + size, batch_size)) for start in starts]
+
+
+def _wrapped(network: nn.Module, recipe: Recipe, processes: Processes) -> nn.Module:
+    """The network for the forward pass."""
+    if processes.count > 1:
+        cuda = processes.device.type == "cuda"
+        if cuda:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = DistributedDataParallel(
+            network,
+            device_ids=[processes.device] if cuda else None,
+            find_unused_parameters=isinstance(recipe, DetectionRecipe),  # denoising, in images without objects
+        )
+    return torch.compile(network) if recipe.compile else network
+
+
+@contextmanager
+def _kernels(deterministic: bool) -> Iterator[None]:
+    if not deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _keep_lines(file: Path, epochs: int) -> None:
+    """Take out what a run wrote after its last checkpoint."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
+    file.write_text("".join(kept))
 
 
 def _previous(recipe: Recipe, run: Path, resume: bool) -> tuple[Checkpoint, Progress] | None:
-    exists = (run / CHECKPOINT_FILE).is_file()
-    if not exists:
+    if not (run / CHECKPOINT_FILE).is_file():
         return None
     if not resume:
         raise TrainingError(f"{run}: a run is already there; continue it with --resume or choose another --out")
     previous = checkpoints.load(run)
-    progress = previous.progress
-    if progress is None:
-        raise TrainingError(f"{run}: cannot resume: it was imported, not trained; choose another --out")
-    if progress.read_recipe() != recipe:
-        ours, theirs = recipe.model_dump(mode="json"), progress.recipe
-        differing = [key for key in ours if ours[key] != theirs.get(key)]
-        raise TrainingError(
-            f"{run}: cannot resume: "
-            + ", ".join(f"{key}: expected {theirs.get(key)}, found {ours[key]}" for key in differing)
-        )
-    return previous, progress
+    if previous.progress is None:
+        raise TrainingError(f"{run}: cannot resume: it was imported, not trained; train from it with --from {run}")
+    differences = previous.progress.read_recipe().differences(recipe)
+    if differences:
+        raise TrainingError(f"{run}: cannot resume: {', '.join(differences)}")
+    return previous, previous.progress

@@ -1,8 +1,12 @@
 """Hungarian matching: which query is responsible for which object (Carion et al. 2020, sec. 3.1, eq. 1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -18,6 +22,25 @@ class Target:
     boxes_cxcywh: Tensor  # float [n, 4], fractions of the image
 
 
+# Of one image, the indices of queries and of their objects, int64 on the CPU, equally long.
+Match = tuple[Tensor, Tensor]
+
+
+def pad_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets of equal length, for as many objects as the fullest image has, at least one.
+
+    Returns:
+        class_ids int64 [B, n] and boxes_cxcywh float [B, n, 4], zero where there is no object; valid bool [B, n].
+    """
+    class_ids = F.pad(torch.cat([target.class_ids for target in targets]), (0, 1))
+    boxes = F.pad(torch.cat([target.boxes_cxcywh for target in targets]), (0, 0, 0, 1))
+    counts = torch.tensor([len(target.class_ids) for target in targets])[:, None]
+    numbers = torch.arange(max(1, int(counts.max())))
+    valid = numbers < counts
+    rows = (counts.cumsum(dim=0) - counts + numbers).where(valid, len(boxes) - 1).to(boxes.device)
+    return class_ids[rows], boxes[rows], valid.to(boxes.device)
+
+
 @dataclass(frozen=True)
 class HungarianMatcher:
     """The cheapest one-to-one assignment; the weights of its cost are DETR's."""
@@ -27,9 +50,7 @@ class HungarianMatcher:
     giou_cost: float = 2.0
 
     @torch.no_grad()
-    def __call__(
-        self, prediction: SetPrediction, targets: list[Target], groups: int = 1
-    ) -> list[tuple[Tensor, Tensor]]:
+    def __call__(self, prediction: SetPrediction, targets: Sequence[Target], groups: int = 1) -> list[Match]:
         """Match each group of queries with all objects of its image.
 
         Args:
@@ -37,25 +58,23 @@ class HungarianMatcher:
             targets: one per image.
 
         Returns:
-            Per image, the indices of matched queries and of their objects, int64 [groups * min(n, N / groups)] each.
+            Per image, groups * min(n, N / groups) pairs.
         """
-        logits, boxes = prediction["pred_logits"], prediction["pred_boxes"]
-        per_group = logits.shape[1] // groups
-        counts = [len(target.class_ids) for target in targets]
-        class_ids = torch.cat([target.class_ids for target in targets])
-        boxes_target = torch.cat([target.boxes_cxcywh for target in targets])
-        # One cost matrix of all queries of the batch against all objects of the batch: [B, N, sum of n]
-        class_cost = -logits.softmax(dim=-1)[..., class_ids]
-        l1_cost = torch.cdist(boxes, boxes_target.expand(len(targets), -1, -1), p=1)
-        giou_cost = -generalised_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(boxes_target))
+        boxes = prediction["pred_boxes"].float()
+        class_ids, wanted, _ = pad_targets(targets)
+        probabilities = prediction["pred_logits"].float().softmax(dim=-1)
+        class_cost = -probabilities.gather(2, class_ids[:, None].expand(-1, boxes.shape[1], -1))  # [B, N, n]
+        l1_cost = torch.cdist(boxes, wanted, p=1)
+        giou_cost = -generalised_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(wanted)[:, None])
         cost = self.class_cost * class_cost + self.l1_cost * l1_cost + self.giou_cost * giou_cost
-        cost = cost.nan_to_num()  # a diverged network: let the loss, not the matching, say so
-        matches = []
-        for image_cost, own in zip(cost.cpu(), torch.arange(len(class_ids)).split(counts), strict=True):
-            queries, objects = [], []
-            for group, group_cost in enumerate(image_cost[:, own].split(per_group)):
-                rows, columns = linear_sum_assignment(group_cost.numpy())
-                queries.append(torch.from_numpy(rows) + group * per_group)
-                objects.append(torch.from_numpy(columns))
-            matches.append((torch.cat(queries).to(logits.device), torch.cat(objects).to(logits.device)))
-        return matches
+        largest = torch.finfo(cost.dtype).max
+        cost = cost.nan_to_num(nan=largest, neginf=largest)  # a diverged network: let the loss say so
+        in_groups = cost.unflatten(1, (groups, -1)).cpu().numpy()  # [B, groups, N / groups, n]
+        return [_match(image[..., : len(target.class_ids)]) for image, target in zip(in_groups, targets, strict=True)]
+
+
+def _match(cost: NDArray[np.float32]) -> Match:
+    """The cheapest pairs of each group, for one image's costs [groups, N / groups, n]."""
+    pairs = [linear_sum_assignment(group) for group in cost]
+    queries = np.concatenate([rows + index * cost.shape[1] for index, (rows, _) in enumerate(pairs)])
+    return torch.from_numpy(queries), torch.from_numpy(np.concatenate([columns for _, columns in pairs]))

@@ -12,6 +12,7 @@ from bundle.manifest import Preprocessing, Task
 from bundle.predictors import Predictor, make_predictor
 from models.serving import ServedClassifier, ServedDetector, served
 from models.training import checkpoint as checkpoints
+from models.training.checkpoint import Checkpoint
 
 
 class TorchNetwork:
@@ -31,20 +32,40 @@ class TorchNetwork:
 
 
 def torch_predictor(
-    network: nn.Module, preprocessing: Preprocessing, labels: Sequence[str], device: torch.device
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    labels: Sequence[str],
+    device: torch.device,
+    temperature: float = 1.0,
 ) -> Predictor:
     """The serving predictor around a torch network."""
-    module = served(network, preprocessing.mean, preprocessing.std)
+    module = served(network, preprocessing.mean, preprocessing.std, temperature)
     return make_predictor(TorchNetwork(module, device), preprocessing, labels)
 
 
-def load_run_predictor(run: Path) -> tuple[Predictor, Task]:
-    """The predictor and task of a run.
+def load_run_predictor(run: Path, device: torch.device | None = None) -> tuple[Predictor, Task]:
+    """The predictor and task of a run; on the GPU if there is one, unless `device` says otherwise.
 
     Raises:
         CheckpointError: the run cannot be read.
     """
-    checkpoint = checkpoints.load(run)
+    return checkpoint_predictor(checkpoints.load(run), device)
+
+
+def checkpoint_predictor(checkpoint: Checkpoint, device: torch.device | None = None) -> tuple[Predictor, Task]:
+    """The predictor and task of a checkpoint that was read."""
     preprocessing = checkpoint.read_preprocessing()
-    predictor = torch_predictor(checkpoint.build(), preprocessing, checkpoint.labels, torch.device("cpu"))
+    predictor = torch_predictor(
+        checkpoint.build(), preprocessing, checkpoint.labels, device or default_device(), checkpoint.temperature
+    )
     return predictor, preprocessing.task
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What a reader knows it by: "NVIDIA H200", "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

@@ -1,97 +1,132 @@
-"""What a task trains on and minimises: the images in memory as uint8, and the loss of a random batch of them."""
+"""What a task minimises: from canvases to a batch of augmented images, and from a network's output to its loss.
 
-from typing import Protocol
+Shapes: B batch, H x W pixels, K classes.
+"""
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Any, Protocol
+
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
 from models.boxes import xyxy_to_cxcywh
-from models.detr import Detr
+from models.detr import Denoising, Detr, DetrConfig
 from models.serving import Normalise
-from models.training.augment import shift_and_flip, window_and_flip
+from models.training.canvases import CanvasBatch
 from models.training.data import ClassificationData, Data, DetectionData
+from models.training.denoising import make_denoising
 from models.training.errors import DataError
-from models.training.losses import SetCriterion
+from models.training.losses import ClassificationLoss, SetCriterion
 from models.training.matcher import Target
-from models.training.recipe import Recipe
+from models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Augmented images on the device, and what a network should answer."""
+
+    pixels: Tensor  # uint8 [B, H, W, 3]
+    totals: Tensor  # float [k], what the losses of a step are divided by: to be added up over the step's batches
+
+
+@dataclass(frozen=True)
+class ClassificationBatch(Batch):
+    """Images with soft labels."""
+
+    targets: Tensor  # float [B, K]
+
+
+@dataclass(frozen=True)
+class DetectionBatch(Batch):
+    """Padded images with objects."""
+
+    sizes: Tensor  # int64 [B, 2]
+    valid: Tensor  # bool [B, 1, H, W]
+    targets: list[Target]
+    denoising: Denoising | None
 
 
 class Objective(Protocol):
-    """Images in memory, and what a network should learn from them."""
+    """What a task minimises."""
 
-    def __len__(self) -> int: ...
+    group: int  # neighbouring images of a batch that augmentation mixes
 
-    def loss(self, network: nn.Module, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
-        """Augment the images at `indices`, run the network and return scalars, "loss" among them."""
+    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> Any:
+        """Augment the canvases of the images at `indices`; each draws from its own row of `noise`."""
+        ...
+
+    def forward(self, network: nn.Module, batch: Any) -> Any:
+        """Run the network."""
+        ...
+
+    def loss(self, output: Any, batch: Any, totals: Tensor) -> dict[str, Tensor]:
+        """Scalars, "loss" among them: sums over the batch, divided by the step's `totals`."""
         ...
 
 
 class ClassificationObjective:
-    """Cross entropy with label smoothing, on shifted and mirrored images."""
+    """Cross entropy with soft labels."""
 
-    def __init__(self, recipe: Recipe, data: ClassificationData, device: torch.device) -> None:
-        preprocessing = recipe.preprocessing
-        assert isinstance(preprocessing, ClassificationPreprocessing)
-        pixels = np.empty((len(data), *preprocessing.input_size, 3), dtype=np.uint8)
-        for i in tqdm(range(len(data)), desc="decode", leave=False, disable=None):
-            pixels[i] = to_classification_pixels(data.image(i), preprocessing)
-        self.pixels = torch.from_numpy(pixels).to(device)
-        self.class_ids = torch.from_numpy(data.class_ids).to(device)
-        self.normalise = Normalise(preprocessing.mean, preprocessing.std).to(device)
-        self.label_smoothing = recipe.label_smoothing
+    def __init__(self, recipe: ClassificationRecipe, data: ClassificationData, device: torch.device) -> None:
+        self.augmentation = recipe.augmentation
+        self.group = recipe.augmentation.group
+        self.size = recipe.preprocessing.input_size
+        self.device = device
+        self.class_ids = torch.from_numpy(data.class_ids)
+        self.num_classes = len(data.labels)
+        self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std).to(device)
+        self.criterion = ClassificationLoss(recipe.loss, recipe.label_smoothing)
 
-    def __len__(self) -> int:
-        return len(self.pixels)
+    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> ClassificationBatch:
+        inputs = canvases.pixels, canvases.sizes, self.class_ids[indices]
+        inputs = (tensor.to(self.device, non_blocking=True) for tensor in inputs)
+        pixels, targets = self.augmentation(*inputs, self.num_classes, noise, self.size)
+        return ClassificationBatch(pixels, torch.tensor([float(len(pixels))], device=self.device), targets)
 
-    def loss(self, network: nn.Module, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
-        pixels = shift_and_flip(self.pixels[indices], generator)
-        logits = network(self.normalise(pixels))
-        return {"loss": F.cross_entropy(logits, self.class_ids[indices], label_smoothing=self.label_smoothing)}
+    def forward(self, network: nn.Module, batch: ClassificationBatch) -> Tensor:
+        logits: Tensor = network(self.normalise(batch.pixels))
+        return logits
+
+    def loss(self, output: Tensor, batch: ClassificationBatch, totals: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.criterion(output.float(), batch.targets, totals[0])}
 
 
 class DetectionObjective:
-    """DETR's set loss, on random windows of the images."""
+    """DETR's set loss."""
 
-    def __init__(self, recipe: Recipe, data: DetectionData, device: torch.device) -> None:
-        preprocessing = recipe.preprocessing
-        assert isinstance(preprocessing, DetectionPreprocessing)
-        images = []
-        self.targets = []
-        for i in tqdm(range(len(data)), desc="decode", leave=False, disable=None):
-            image = data.image(i)
-            images.append(to_detection_pixels(image, preprocessing))
-            edges = np.array([image.width, image.height] * 2, dtype=np.float32)
-            boxes = torch.from_numpy(data.boxes[i] / edges).clamp(0, 1)
-            self.targets.append(
-                Target(torch.from_numpy(data.class_ids[i]).to(device), xyxy_to_cxcywh(boxes).to(device))
-            )
-        pixels, sizes = pad_and_stack(images)
-        self.pixels = torch.from_numpy(pixels).to(device)
-        self.sizes = torch.from_numpy(sizes).to(device)
-        self.normalise = Normalise(preprocessing.mean, preprocessing.std).to(device)
-        self.criterion = SetCriterion()
+    def __init__(self, recipe: DetectionRecipe, data: DetectionData, config: DetrConfig, device: torch.device) -> None:
+        self.augmentation = recipe.augmentation
+        self.group = recipe.augmentation.group
+        self.device = device
+        self.data = data
+        self.config = config
+        self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std).to(device)
+        self.criterion = SetCriterion(eos_coef=recipe.eos_coef)
 
-    def __len__(self) -> int:
-        return len(self.pixels)
+    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> DetectionBatch:
+        inputs = (tensor.to(self.device, non_blocking=True) for tensor in (canvases.pixels, canvases.sizes))
+        edges = canvases.image_sizes.flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
+        targets = [self._target(i, own) for i, own in zip(indices.tolist(), edges, strict=True)]
+        pixels, sizes, valid, targets = self.augmentation(*inputs, targets, noise)
+        totals = self.criterion.totals(targets, self.config).to(self.device)
+        return DetectionBatch(pixels, totals, sizes, valid, targets, make_denoising(targets, self.config, noise[:, -1]))
 
-    def loss(self, network: nn.Module, indices: Tensor, generator: Generator) -> dict[str, Tensor]:
-        assert isinstance(network, Detr)
-        targets = [self.targets[i] for i in indices.tolist()]
-        sizes = self.sizes[indices]
-        pixels, valid, targets = window_and_flip(self.pixels[indices], sizes, targets, generator)
-        output = network(self.normalise(pixels) * valid, sizes)
-        return self.criterion(output, targets, network.config.query_groups)
+    def forward(self, network: nn.Module, batch: DetectionBatch) -> Any:
+        return network(self.normalise(batch.pixels) * batch.valid, batch.sizes, denoising=batch.denoising)
+
+    def loss(self, output: Any, batch: DetectionBatch, totals: Tensor) -> dict[str, Tensor]:
+        return self.criterion(output, batch.targets, totals, self.config.query_groups)
+
+    def _target(self, index: int, edges: Tensor) -> Target:
+        boxes_xyxy = (torch.from_numpy(self.data.boxes[index]) / edges).clamp(0, 1)
+        class_ids = torch.from_numpy(self.data.class_ids[index])
+        return Target(class_ids.to(self.device), xyxy_to_cxcywh(boxes_xyxy).to(self.device))
 
 
-def make_objective(recipe: Recipe, data: Data, device: torch.device) -> Objective:
+def make_objective(recipe: Recipe, data: Data, network: nn.Module, device: torch.device) -> Objective:
     """The objective of a recipe's task."""
-    if isinstance(recipe.preprocessing, ClassificationPreprocessing) and isinstance(data, ClassificationData):
+    if isinstance(recipe, ClassificationRecipe) and isinstance(data, ClassificationData):
         return ClassificationObjective(recipe, data, device)
-    if isinstance(recipe.preprocessing, DetectionPreprocessing) and isinstance(data, DetectionData):
-        return DetectionObjective(recipe, data, device)
+    if isinstance(recipe, DetectionRecipe) and isinstance(data, DetectionData) and isinstance(network, Detr):
+        return DetectionObjective(recipe, data, network.config, device)
     raise DataError(f"{data.name}: expected data for {recipe.task}, found {type(data).__name__}")

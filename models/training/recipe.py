@@ -1,48 +1,63 @@
-"""A recipe: all that decides what a training run does, except the data."""
+"""A recipe: all that decides what a training run does, except the data and the weights that it starts from."""
 
 import importlib
 import json
 import pkgutil
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from bundle.errors import unknown
-from bundle.manifest import ClassificationPreprocessing, Preprocessing, Task
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Task
 from models.training import recipes
+from models.training.augment import ClassificationAugmentation, DetectionAugmentation
 from models.training.errors import RecipeError
 
+if TYPE_CHECKING:
+    from models.training.checkpoint import Checkpoint
+
 Positive = Annotated[int, Field(ge=1)]
-Setting = int | float | str | bool | tuple[int, ...]
+Setting = int | float | str | bool | tuple[int, ...] | None
+# Settings that change how long a run takes, not what comes out of it: they may differ when it is resumed.
+_EXECUTION = ("accumulate", "cache", "compile", "workers")
 
 
-class Recipe(BaseModel):
-    """What to train and how. Written in `models/training/recipes/`, changed by `key=value` on the command line."""
+class _Recipe(BaseModel):
+    """What every task's recipe says. Written in `models/training/recipes/`, changed by `key=value`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     architecture: str
     model: dict[str, Setting] = {}  # settings of the architecture, without num_classes
-    preprocessing: Preprocessing
     epochs: Positive
-    batch_size: Positive
+    batch_size: Positive  # images per step, of all processes and micro-batches together
     lr: Annotated[float, Field(gt=0)]  # peak learning rate of AdamW
+    backbone_lr: Annotated[float, Field(gt=0)] | None = None  # peak of the backbone's; null: `lr`
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, then cosine to zero
     clip_grad: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # classification only
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the averaged weights that are kept; 0: none
+    trainable: Literal["all", "head"] = "all"  # "head": a linear probe
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass (autocast)
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.04  # of train, where the data has no split "val"
     evaluate_every: Positive = 1  # epochs
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
+    deterministic: bool = False  # only kernels that repeat to the last bit, on a GPU too
+    accumulate: Positive = 1  # micro-batches per step and process
+    compile: bool = False  # torch.compile
+    cache: Literal["auto", "memory", "disk"] = "auto"  # where images wait; auto: in memory if they take 2 GiB or less
+    workers: Annotated[int, Field(ge=0)] = 4  # processes that decode images from disk
 
     @model_validator(mode="after")
-    def _settings_exist(self) -> "Recipe":
+    def _settings_exist(self) -> "_Recipe":
         from models.build import ARCHITECTURES, setting_names  # imports torch
 
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, found {self.architecture!r}")
+        assert isinstance(self, ClassificationRecipe | DetectionRecipe)
+        names = [name for name in ARCHITECTURES if (name == "detr") == (self.task is Task.DETECTION)]
+        if self.architecture not in names:
+            raise ValueError(f"architecture: expected {' or '.join(names)}, found {self.architecture!r}")
         known = setting_names(self.architecture)
         for key in self.model:
             if key not in known:
@@ -53,21 +68,60 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"model.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from error
-        if isinstance(self.preprocessing, ClassificationPreprocessing):
+        if isinstance(self, ClassificationRecipe):
             size = settings.image_size
             if self.preprocessing.input_size != (size if isinstance(size, tuple) else (size, size)):
                 found = f"{size} and {self.preprocessing.input_size}"
                 raise ValueError(f"model.image_size and preprocessing.input_size have to agree, found {found}")
         return self
 
+    def differences(self, other: "Recipe") -> list[str]:
+        """What another recipe says that would change this one's run: "key: expected ..., found ..."."""
+        ours, theirs = (_flat(recipe.model_dump(mode="json", exclude=set(_EXECUTION))) for recipe in (self, other))
+        return [
+            f"{key}: expected {ours.get(key)}, found {theirs.get(key)}"
+            for key in sorted({*ours, *theirs})
+            if ours.get(key) != theirs.get(key)
+        ]
+
+
+class ClassificationRecipe(_Recipe):
+    """A recipe for image classification."""
+
+    preprocessing: ClassificationPreprocessing
+    augmentation: ClassificationAugmentation = ClassificationAugmentation()
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # cross entropy over the classes, or for each class on its own
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
     @property
     def task(self) -> Task:
-        return self.preprocessing.task
+        return Task.CLASSIFICATION
 
-    def changed_settings(self) -> dict[str, Any]:
-        """What was changed on the command line: dotted keys and values that differ from the recipe as shipped."""
-        shipped = _flat(load_recipe(self.name).model_dump(mode="json"))
-        return {key: value for key, value in _flat(self.model_dump(mode="json")).items() if shipped.get(key) != value}
+
+class DetectionRecipe(_Recipe):
+    """A recipe for object detection."""
+
+    preprocessing: DetectionPreprocessing
+    augmentation: DetectionAugmentation = DetectionAugmentation()
+    eos_coef: Annotated[float, Field(gt=0)] = 0.1  # weight of "no object" in the class loss
+
+    @property
+    def task(self) -> Task:
+        return Task.DETECTION
+
+
+Recipe = ClassificationRecipe | DetectionRecipe
+
+
+def read_recipe(document: dict[str, Any]) -> Recipe:
+    """A recipe of its JSON values.
+
+    Raises:
+        pydantic.ValidationError: it is none.
+    """
+    preprocessing = document.get("preprocessing")
+    detection = isinstance(preprocessing, dict) and preprocessing.get("task") == Task.DETECTION
+    return (DetectionRecipe if detection else ClassificationRecipe).model_validate(document)
 
 
 def recipe_names() -> list[str]:
@@ -75,23 +129,38 @@ def recipe_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
 
 
-def load_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Iterable[str] = (), start: "Checkpoint | None" = None) -> Recipe:
     """A recipe by name, with `key=value` overrides; nested keys are dotted (`model.depth=4`), values are JSON or text.
 
+    Args:
+        name: a module of `models/training/recipes/`: its `RECIPE`, or its `recipe(start)` for a run's network.
+        overrides: `key=value`.
+        start: the run to start from.
+
     Raises:
-        RecipeError: the recipe, a key or a value is unknown.
+        RecipeError: the recipe, a key or a value is unknown, or the recipe needs a run to start from.
     """
     if name not in recipe_names():
         raise RecipeError(unknown(name, recipe_names()))
-    base: Recipe = importlib.import_module(f"{recipes.__name__}.{name}").RECIPE
+    module = importlib.import_module(f"{recipes.__name__}.{name}")
+    base: Recipe
+    if hasattr(module, "RECIPE"):
+        base = module.RECIPE
+    elif start is not None:
+        base = module.recipe(start)
+    else:
+        raise RecipeError(f"{name}: expected --from RUN, a run whose network it goes on with, found none")
     document = base.model_dump(mode="json")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise RecipeError(f"{override!r}: expected key=value")
         _set(document, key, text, base)
+    size = document["model"].get("image_size")
+    if isinstance(size, int) and not any(text.startswith("preprocessing.input_size=") for text in overrides):
+        document["preprocessing"]["input_size"] = [size, size]
     try:
-        return Recipe.model_validate(document)
+        return read_recipe(document)
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # from a validator of the whole recipe, whose sentence is complete
@@ -104,10 +173,12 @@ def _set(document: dict[str, Any], key: str, text: str, recipe: Recipe) -> None:
     from models.build import setting_names
 
     section, _, leaf = key.rpartition(".")
+    sections = ("model", "preprocessing", "augmentation")
     names = {
-        "": [field for field in Recipe.model_fields if field not in ("name", "model", "preprocessing")],
+        "": [name for name in type(recipe).model_fields if name not in ("name", "architecture", *sections)],
         "model": setting_names(recipe.architecture),
-        "preprocessing": [field for field in type(recipe.preprocessing).model_fields if field != "task"],
+        "preprocessing": [name for name in type(recipe.preprocessing).model_fields if name != "task"],
+        "augmentation": list(type(recipe.augmentation).model_fields),
     }
     if leaf not in names.get(section, []):
         known = [f"{part}.{name}".lstrip(".") for part, fields in names.items() for name in fields]

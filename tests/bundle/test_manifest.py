@@ -145,6 +145,21 @@ def test_accuracy_may_be_unmeasured() -> None:
     assert Manifest.model_validate(document).metrics is None
 
 
+def test_calibration_is_optional() -> None:
+    assert "calibration" not in VALID
+    assert Manifest.model_validate(VALID).calibration is None
+    for calibration in ({"temperature": 1.5}, {"temperature": 0.7, "ece_before": 0.08, "ece_after": 0.02}):
+        manifest = Manifest.model_validate({**VALID, "calibration": calibration})
+        assert manifest.calibration is not None
+        assert manifest.calibration.model_dump(exclude_none=True) == calibration
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {}, {"temperature": 1, "ece_after": 1.1}])
+def test_calibration_is_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="calibration"):
+        Manifest.model_validate({**VALID, "calibration": wrong})
+
+
 def test_weights_are_trained_or_imported() -> None:
     origin = {"file": "vit.npz", "sha256": SHA, "layout": "Google's ViT (.npz)", "arguments": ["image_size=384"]}
     imported = {**VALID["provenance"], "training": None, "imported": origin}

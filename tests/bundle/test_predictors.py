@@ -142,6 +142,27 @@ def test_max_detections_outside_its_range(detector: Detector, max_detections: in
         detector.detect(Image.new("RGB", (10, 10)), max_detections=max_detections)
 
 
+def test_images_of_different_sizes_are_answered_together_as_alone() -> None:
+    """A detector whose one box is what of the batch's pixels is valid, so that padding would show."""
+
+    def network(**inputs: np.ndarray) -> list[np.ndarray]:
+        pixels, sizes = inputs["pixels"], inputs["sizes"]
+        light = pixels.sum(axis=(1, 2, 3)) / sizes.prod(axis=1) / (3 * 255)
+        boxes = np.stack([np.zeros_like(light), np.zeros_like(light), light, light], axis=-1)[:, None]
+        return [light[:, None].astype(np.float32), np.zeros((len(light), 1), np.int64), boxes.astype(np.float32)]
+
+    detector = Detector(network, DETECTION, ("light", "dark"))
+    sizes = ((40, 30), (16, 32), (100, 20))
+    images = [Image.new("RGB", size, (grey,) * 3) for size, grey in zip(sizes, (50, 100, 150), strict=True)]
+    prepared = [detector.prepare(image) for image in images]
+    assert [(image.width, image.height) for image in prepared] == list(sizes)
+    together = detector.answer(prepared, threshold=0.0, max_detections=100)
+    assert together == [detector.detect(image, threshold=0.0) for image in images]
+    assert [found[0].box.x_max / width for found, (width, _) in zip(together, sizes, strict=True)] == pytest.approx(
+        [50 / 255, 100 / 255, 150 / 255], abs=0.01
+    )
+
+
 def test_make_predictor_goes_by_the_preprocessing(classifier: Classifier, detector: Detector) -> None:
     assert type(make_predictor(classifier.network, CLASSIFICATION, "abc")) is Classifier
     assert type(make_predictor(detector.network, DETECTION, "ab")) is Detector

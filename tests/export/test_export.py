@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,11 @@ from export.parity import check_parity, make_inputs
 from models.build import build_model
 from models.serving import served
 from models.training import checkpoint as checkpoints
-from models.training.data import load_split
-from models.training.evaluation import evaluate
-from models.training.network import TorchNetwork
+from models.training.calibration import with_temperature
+from models.training.checkpoint import Origin
+from models.training.evaluation import ClassificationPredictions, evaluate, measure, predict
+from models.training.layouts import load_split
+from models.training.network import TorchNetwork, load_run_predictor
 from models.training.recipe import load_recipe
 
 Run = Callable[..., str]
@@ -99,6 +102,31 @@ def test_a_run_and_its_bundle_evaluate_alike(
         assert of_run == of_bundle
 
 
+def test_what_evaluate_prints_for_programs(tiny_bundles: Path, colours: Path, squares: Path, run_vitrine: Run) -> None:
+    path = tiny_bundles / "colours" / "1"
+    document = json.loads(run_vitrine("evaluate", path, "--data", colours, "--json"))
+    assert document["metrics"] == read_manifest(path).metrics.values
+    assert (document["data"], document["split"], document["images"]) == ("colours", "test", 36)
+    assert document["labels"] == list(read_manifest(path).labels)
+    confusion = np.array(document["confusion"])
+    assert confusion.sum(axis=1).tolist() == [12, 12, 12]
+    assert confusion.trace() / 36 == document["metrics"]["top1"]
+    of_detector = json.loads(run_vitrine("evaluate", tiny_bundles / "squares" / "1", "--data", squares, "--json"))
+    assert "confusion" not in of_detector
+
+
+def test_evaluate_warns_of_random_weights(
+    classifier_run: Path, colours: Path, tmp_path: Path, run_vitrine: Run
+) -> None:
+    origin = Origin("published.safetensors", "0" * 64, "timm", [], ["head.weight", "head.bias"])
+    run = tmp_path / "imported"
+    run.mkdir()
+    checkpoints.save(replace(checkpoints.load(classifier_run), progress=None, origin=origin), run)
+    printed = run_vitrine("evaluate", run, "--data", colours)
+    assert f"warning: {run}: head.weight, head.bias hold random numbers: train before you measure" in printed
+    assert "top1\t" in printed
+
+
 def test_the_card_says_what_the_manifest_says(tiny_bundles: Path, classifier_run: Path) -> None:
     manifest = read_manifest(tiny_bundles / "colours" / "1")
     card = (tiny_bundles / "colours" / "1" / "README.md").read_text()
@@ -123,6 +151,42 @@ def test_ten_lines_of_plain_onnxruntime_answer_the_golden_sample(tiny_bundles: P
     np.testing.assert_allclose(scores, golden["scores"], atol=1e-4)
     np.testing.assert_array_equal(class_ids, golden["class_ids"])
     np.testing.assert_allclose(boxes, golden["boxes"], atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def calibrated_run(classifier_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `colours` with a temperature."""
+    run = tmp_path_factory.mktemp("runs") / "calibrated"
+    run.mkdir()
+    checkpoints.save(replace(checkpoints.load(classifier_run), temperature=2.5), run)
+    return run
+
+
+def test_probabilities_are_served_with_the_runs_temperature(
+    calibrated_run: Path, classifier_run: Path, tiny_bundles: Path, colours: Path, tmp_path: Path
+) -> None:
+    manifest = export_run(calibrated_run, tmp_path / "calibrated" / "1")
+    data = load_split(colours, manifest.task, "test")
+    of_onnx = predict(load_bundle(tmp_path / "calibrated" / "1").predictor, data)
+    of_torch = predict(load_run_predictor(calibrated_run)[0], data)
+    fitted = predict(load_bundle(tiny_bundles / "colours" / "1").predictor, data)
+    for predictions in (of_onnx, of_torch, fitted):
+        assert isinstance(predictions, ClassificationPredictions)
+    np.testing.assert_allclose(of_onnx.probabilities, of_torch.probabilities, atol=1e-5)
+    own = checkpoints.load(classifier_run).temperature  # fitted by training
+    plain = replace(fitted, probabilities=with_temperature(fitted.probabilities, 1 / own))
+    np.testing.assert_allclose(of_onnx.probabilities, with_temperature(plain.probabilities, 2.5), atol=1e-4)
+
+    shipped, found = read_manifest(tiny_bundles / "colours" / "1"), manifest.calibration
+    assert shipped.calibration.temperature == own
+    assert found.temperature == 2.5
+    assert found.ece_before == pytest.approx(measure(plain, data)["ECE"], abs=1e-3)
+    assert found.ece_after == manifest.metrics.values["ECE"]
+    assert abs(found.ece_after - found.ece_before) > 0.01
+    assert manifest.metrics.values["top1"] == shipped.metrics.values["top1"]
+    card = (tmp_path / "calibrated" / "1" / "README.md").read_text()
+    assert "divides its logits by the temperature 2.5, fitted on held-out images" in card
+    assert f"is {found.ece_after:.2%}, without the temperature {found.ece_before:.2%}." in card
 
 
 def test_exporting_twice_gives_the_same_graph(classifier_run: Path, tiny_bundles: Path, tmp_path: Path) -> None:
@@ -217,6 +281,12 @@ NETWORKS: dict[str, tuple[str, dict[str, object], tuple[int, int]]] = {
         "vit",
         {**TINY_VIT, "image_size": (32, 64), "norm": "post", "representation_size": 16, "gelu": "tanh"},
         (32, 64),
+    ),
+    "ResNet": ("resnet", {"image_size": 32, "layers": (1, 1), "width": 8}, (32, 32)),
+    "DETR with denoising": (
+        "detr",
+        {**TINY_DETR, "backbone_layers": (1, 1), "queries": "boxes", "denoising": 2, "query_groups": 2},
+        (64, 96),
     ),
     "Mixer": ("mlp_mixer", {**TINY_MIXER, "image_size": 32, "gelu": "tanh"}, (32, 32)),
     "DETR with bottlenecks, DC5": (

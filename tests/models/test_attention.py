@@ -191,3 +191,9 @@ def test_a_record_keeps_the_order_of_the_calls() -> None:
 def test_heads_must_divide_the_embedding(attention: type[SelfAttention | MultiHeadAttention]) -> None:
     with pytest.raises(ValueError, match="embed_dim 10 is not divisible by num_heads 3"):
         attention(10, 3)
+
+
+@pytest.mark.parametrize("attention", [SelfAttention, MultiHeadAttention])
+def test_at_least_one_head_is_needed(attention: type[SelfAttention | MultiHeadAttention]) -> None:
+    with pytest.raises(ValueError, match="num_heads: expected at least 1, found 0"):
+        attention(10, 0)

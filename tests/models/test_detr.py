@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.detr import VARIANTS, Detr, DetrConfig, DetrOutput
+from models.detr import VARIANTS, Denoising, Detr, DetrConfig, DetrOutput
 from models.position import grid_points, sine_2d, valid_cells
 
 TINY: dict[str, Any] = {
@@ -73,6 +73,7 @@ def of_image(output: DetrOutput, index: int) -> DetrOutput:
         "pred_logits": output["pred_logits"][index : index + 1],
         "pred_boxes": output["pred_boxes"][index : index + 1],
         "aux_outputs": [],
+        "denoising": [],
     }
 
 
@@ -342,3 +343,116 @@ def test_frozen_norms_are_no_parameters() -> None:
 def test_sine_and_cosine_of_two_coordinates_need_four_channels() -> None:
     with pytest.raises(ValueError, match="embed_dim 18 is not divisible by 4"):
         make(embed_dim=18)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("decoder_layers", 0), ("num_queries", 0), ("query_groups", 0), ("denoising", -1), ("num_heads", 0)],
+)
+def test_too_few_of_something_is_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected at least {value + 1}, found {value}$"):
+        make(**{name: value})
+
+
+def noised(valid: list[list[bool]], groups: int = 2) -> Denoising:
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(valid), groups, len(valid[0]))
+    boxes = torch.rand(*shape, 4, generator=generator)
+    return Denoising(boxes, torch.randint(3, shape, generator=generator), torch.tensor(valid))
+
+
+def restoring(**settings: Any) -> Detr:
+    return make(queries="boxes", denoising=2, backbone_norm="frozen", **settings).train()
+
+
+WHOLE = [[True, True, True], [True, True, True]]
+
+
+def test_denoising_needs_queries_with_boxes() -> None:
+    with pytest.raises(ValueError, match="denoising=2 needs queries=boxes, found queries=learned"):
+        make(denoising=2)
+
+
+def test_a_network_made_without_denoising_refuses_objects_to_restore() -> None:
+    with pytest.raises(ValueError, match="denoising=0"):
+        make(queries="boxes")(*images(2, 32, 32), denoising=noised(WHOLE))
+
+
+def test_denoising_adds_an_embedding_of_the_labels_and_changes_no_other_weight() -> None:
+    networks = []
+    for groups in (0, 5):
+        torch.manual_seed(0)
+        networks.append(Detr(DetrConfig(**TINY, queries="boxes", denoising=groups)))
+    without, with_denoising = (network.state_dict() for network in networks)
+    assert with_denoising.keys() - without.keys() == {"label_embed.weight"}
+    assert with_denoising["label_embed.weight"].shape == (3, 16)
+    assert all(torch.equal(with_denoising[name], value) for name, value in without.items())
+
+
+@pytest.mark.parametrize("query_groups", [1, 3])
+def test_queries_see_nothing_of_noised_objects(query_groups: int) -> None:
+    network, inputs = restoring(query_groups=query_groups), images(2, 32, 48)
+    expected, found = network(*inputs), network(*inputs, denoising=noised(WHOLE))
+    assert expected["denoising"] == []
+    assert len(found["denoising"]) == 3
+    assert found["denoising"][0]["pred_logits"].shape == (2, 2 * 3, 4)
+    assert found["denoising"][0]["pred_boxes"].shape == (2, 2 * 3, 4)
+    for ours, theirs in zip([found, *found["aux_outputs"]], [expected, *expected["aux_outputs"]], strict=True):
+        assert torch.equal(ours["pred_boxes"], theirs["pred_boxes"])
+        assert torch.equal(ours["pred_logits"], theirs["pred_logits"])
+
+
+def test_groups_of_noised_objects_do_not_see_each_other_but_themselves() -> None:
+    network, inputs, first = restoring(), images(2, 32, 48), noised(WHOLE)
+    boxes = first.boxes_cxcywh.clone()
+    boxes[:, 1, 0] = 0.3
+    other = Denoising(boxes, first.class_ids, first.valid)
+    expected, found = (network(*inputs, denoising=given)["denoising"][-1]["pred_boxes"] for given in (first, other))
+    torch.testing.assert_close(found[:, :3], expected[:, :3])
+    assert ((found[:, 3:] - expected[:, 3:]).abs().amax(dim=(0, 2)) > 1e-6).all()
+
+
+def test_padding_among_noised_objects_is_not_seen() -> None:
+    """An image's objects are restored as in a batch without padding, and an image without any does no harm."""
+    network, (pixels, sizes) = restoring(), images(2, 32, 48)
+    given = noised([[True, True, False], [False, False, False]])
+    alone = Denoising(given.boxes_cxcywh[:1, :, :2], given.class_ids[:1, :, :2], given.valid[:1, :2])
+    together = network(pixels, sizes, denoising=given)["denoising"][-1]
+    expected = network(pixels[:1], sizes[:1], denoising=alone)["denoising"][-1]
+    for key in ("pred_boxes", "pred_logits"):
+        found = together[key].unflatten(1, (2, 3))[:1, :, :2].flatten(1, 2)
+        torch.testing.assert_close(found, expected[key], atol=1e-5, rtol=1e-5)
+    sum(value.square().sum() for value in together.values()).backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+def test_restored_boxes_start_from_the_noised_ones() -> None:
+    network, given = restoring(), noised(WHOLE)
+    for parameter in network.bbox_embed.layers[-1].parameters():
+        nn.init.zeros_(parameter)
+    for layer in network(*images(2, 32, 32), denoising=given)["denoising"]:
+        torch.testing.assert_close(layer["pred_boxes"], given.boxes_cxcywh.flatten(1, 2).clamp(0.001, 0.999))
+
+
+def test_a_noised_label_is_the_state_that_an_object_starts_from() -> None:
+    network, given = restoring(), noised(WHOLE)
+    seen: list[Tensor] = []
+    with network.decoder[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        network(*images(2, 32, 32), denoising=given)
+    torch.testing.assert_close(seen[1], network.label_embed.weight[given.class_ids.flatten(1)])
+
+
+def test_denoising_in_half_precision() -> None:
+    network, given = restoring(), noised([[True, True, False], [False, False, False]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layers = network(*images(2, 32, 32), denoising=given)["denoising"]
+    assert all(value.isfinite().all() for layer in layers for value in layer.values())
+
+
+def test_an_answer_does_not_depend_on_the_embedding_of_noised_labels() -> None:
+    """It is left out of an exported graph."""
+    network = restoring().eval()
+    exported = torch.export.export(network, images(2, 32, 32))
+    used = {node.target for node in exported.graph.nodes if node.op == "placeholder" and node.users}
+    assert any("class_embed" in name for name in used)
+    assert not any("label_embed" in name for name in used)

@@ -75,6 +75,31 @@ def test_classifier_answers_the_softmax_of_the_networks_logits(architecture: str
     torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(2))
 
 
+def tiny_vit() -> ViT:
+    torch.manual_seed(0)
+    network = ViT(ViTConfig(num_classes=3, image_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)).eval()
+    torch.nn.init.normal_(network.head.weight)
+    return network
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_divides_the_logits(temperature: float) -> None:
+    network, x = tiny_vit(), pixels(2, 8, 8, 3)
+    expected = torch.softmax(network(Normalise(MEAN, STD)(x)) / temperature, dim=-1)
+    torch.testing.assert_close(served(network, MEAN, STD, temperature)(x), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_no_temperature(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature: expected a number above 0, found"):
+        served(tiny_vit(), MEAN, STD, temperature)
+
+
+def test_detectors_have_no_temperature(detector: ServedDetector) -> None:
+    with pytest.raises(ValueError, match=r"expected 1\.0 for a detector, found 2\.0"):
+        served(detector.network, MEAN, STD, 2.0)
+
+
 def test_a_detr_is_served_as_a_detector(detector: ServedDetector) -> None:
     assert isinstance(served(detector.network, MEAN, STD), ServedDetector)
 

@@ -293,3 +293,17 @@ def test_decoder_block_records_its_cross_attention_alone(groups: int) -> None:
     (weights,) = record
     assert weights.shape == (2, 2, 4, 5)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 4))
+
+
+def test_hidden_queries_are_not_seen_in_their_group() -> None:
+    """Of two groups of three, the last of the first group and all of the second are hidden, per image."""
+    block, queries = DetrDecoderBlock(8, 2, 16, 0.0), torch.randn(2, 6, 8)
+    query_bias = torch.zeros(2, 6)
+    query_bias[0, 2:] = -1e4
+    other = queries.clone()
+    other[:, 2] = torch.randn(2, 8)
+    expected, found = (decode(block, given, 2, query_bias=query_bias) for given in (queries, other))
+    torch.testing.assert_close(found[0, :2], expected[0, :2])
+    assert not torch.allclose(found[1, :2], expected[1, :2])
+    assert found.isfinite().all()
+    torch.testing.assert_close(decode(block, queries, 2, query_bias=query_bias)[1], decode(block, queries, 2)[1])

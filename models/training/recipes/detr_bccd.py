@@ -8,9 +8,10 @@ Result: 50.7 % AP, 83.1 % AP50 on `test` (72 images, measured on the exported bu
 """
 
 from bundle.manifest import DetectionPreprocessing
-from models.training.recipe import Recipe
+from models.training.augment import DetectionAugmentation
+from models.training.recipe import DetectionRecipe
 
-RECIPE = Recipe(
+RECIPE = DetectionRecipe(
     name="detr_bccd",
     architecture="detr",
     model={
@@ -29,6 +30,7 @@ RECIPE = Recipe(
     preprocessing=DetectionPreprocessing(
         shortest_edge=240, longest_edge=320, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     ),
+    augmentation=DetectionAugmentation(flip=0.5, flip_vertical=0.5, zoom=(1.0, 1.67), brightness=0.2, contrast=0.2),
     epochs=150,
     batch_size=4,
     lr=5e-4,

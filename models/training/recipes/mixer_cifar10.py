@@ -8,9 +8,10 @@ Result: 75.2 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on 
 """
 
 from bundle.manifest import ClassificationPreprocessing
-from models.training.recipe import Recipe
+from models.training.augment import ClassificationAugmentation
+from models.training.recipe import ClassificationRecipe
 
-RECIPE = Recipe(
+RECIPE = ClassificationRecipe(
     name="mixer_cifar10",
     architecture="mlp_mixer",
     model={
@@ -24,6 +25,7 @@ RECIPE = Recipe(
     preprocessing=ClassificationPreprocessing(
         input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     ),
+    augmentation=ClassificationAugmentation(crop="shift", flip=0.5),
     epochs=11,
     batch_size=100,
     lr=2e-3,

@@ -8,9 +8,10 @@ Result: 71.5 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on 
 """
 
 from bundle.manifest import ClassificationPreprocessing
-from models.training.recipe import Recipe
+from models.training.augment import ClassificationAugmentation
+from models.training.recipe import ClassificationRecipe
 
-RECIPE = Recipe(
+RECIPE = ClassificationRecipe(
     name="vit_cifar10",
     architecture="vit",
     model={
@@ -26,6 +27,7 @@ RECIPE = Recipe(
     preprocessing=ClassificationPreprocessing(
         input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     ),
+    augmentation=ClassificationAugmentation(crop="shift", flip=0.5),
     epochs=13,
     batch_size=100,
     lr=2e-3,

@@ -1,16 +1,29 @@
+import contextlib
 import os
 import pickle
+import resource
 import threading
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from models.build import build_model
-from models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, Origin, Progress, load, save, sha256
+from models.training.checkpoint import (
+    CHECKPOINT_FILE,
+    PREVIOUS_FILE,
+    Checkpoint,
+    Origin,
+    Progress,
+    Start,
+    load,
+    save,
+    sha256,
+)
 from models.training.errors import CheckpointError
 from models.training.recipe import load_recipe
 
@@ -30,6 +43,7 @@ def checkpoint() -> Checkpoint:
         weights=build_model(recipe.architecture, recipe.model, 2).state_dict(),
         progress=Progress(
             recipe=document,
+            changes=TINY,
             optimizer={"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
             epoch=3,
             seconds=1.5,
@@ -59,11 +73,52 @@ def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert all(torch.equal(network.state_dict()[name], value) for name, value in checkpoint.weights.items())
 
 
+def test_start_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    start = Start("vit-b", "0" * 64, ["head.weight", "head.bias"])
+    save(later(checkpoint, start=start), tmp_path)
+    assert load(tmp_path).progress.start == start
+
+
 def test_leaves_nothing_beside_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save(checkpoint, tmp_path)
     save(later(checkpoint, epoch=4), tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT_FILE]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [PREVIOUS_FILE, CHECKPOINT_FILE]
     assert load(tmp_path).progress.epoch == 4
+
+
+def test_the_one_before_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for epoch in (4, 5, 6):
+        save(later(checkpoint, epoch=epoch), tmp_path)
+    (tmp_path / PREVIOUS_FILE).rename(tmp_path / CHECKPOINT_FILE)
+    assert load(tmp_path).progress.epoch == 5
+
+
+def test_full_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    save(checkpoint, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written, the one before is untouched"):
+            save(later(checkpoint, epoch=4), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@given(place=st.floats(0.1, 0.9))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_bit_is_found(checkpoint: Checkpoint, tmp_path: Path, place: float) -> None:
+    for epoch in (3, 4):
+        save(later(checkpoint, epoch=epoch), tmp_path)
+    data = bytearray((tmp_path / CHECKPOINT_FILE).read_bytes())
+    data[int(place * len(data))] ^= 1
+    (tmp_path / CHECKPOINT_FILE).write_bytes(data)
+    with contextlib.suppress(Exception), zipfile.ZipFile(tmp_path / CHECKPOINT_FILE) as archive:
+        if archive.testzip() is None:
+            return  # between the entries, where it means nothing
+    with pytest.raises(CheckpointError, match=r"checkpoint\.previous\.pt beside it is the one before"):
+        load(tmp_path)
 
 
 def test_failed_save_leaves_the_old_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -136,7 +191,7 @@ def test_code_in_the_file_is_not_run(checkpoint: Checkpoint, tmp_path: Path, arc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "format: expected 2, found 1"),
+        ({"format": 2}, "format: expected 3, found 2"),
         ({"colour": "red"}, "not a checkpoint of this version.*colour"),
         ({"preprocessing": {"task": "object-detection"}}, "shortest_edge: Field required"),
     ],

@@ -1,9 +1,13 @@
 """Real, tiny training runs on synthetic images."""
 
-import contextlib
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from models.training import checkpoint as checkpoints
 from models.training.checkpoint import METRICS_FILE, load
-from models.training.errors import DataError, TrainingError
-from models.training.loop import learning_rate, make_optimizer, train
+from models.training.errors import DataError, RecipeError, TrainingError
+from models.training.loop import DIVERGED_FILE, train
 from models.training.recipe import Recipe, load_recipe
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 30)}
@@ -103,17 +108,21 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
 
 
-class Interrupt(io.StringIO):
-    """Standard output of a user who presses Ctrl-C when a line appears."""
+def without_times(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
-    def __init__(self, at: str) -> None:
-        super().__init__()
-        self.at = at
 
-    def write(self, text: str) -> int:
-        if self.at in text:
-            raise KeyboardInterrupt
-        return super().write(text)
+def command(recipe: str, data: Path, run: Path, *changes: str) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-m", "vitrine", "train", recipe, "--data", str(data), "--out", str(run), *changes]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_lines(job: subprocess.Popen[str], run: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / METRICS_FILE).exists() or len((run / METRICS_FILE).read_text().splitlines()) < count:
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_learns(data: Path, tmp_path: Path) -> None:
@@ -133,20 +142,112 @@ def test_detector_learns(data: Path, tmp_path: Path) -> None:
     assert metrics[-1].keys() >= {"class", "l1", "giou", "AP", "AP50_square"}
 
 
-@pytest.mark.parametrize("recipe", [vit(), detr()], ids=["vit", "detr"])
-def test_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, recipe: Recipe) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_cifar10", (*VIT, "epochs=12", "deterministic=true", "augmentation.mixup=0.2")),
+        ("vit_cifar10", (*VIT, "epochs=12", "ema=0.9", "cache=disk", "workers=1")),
+        ("detr_bccd", (*DETR, "epochs=8", "model.denoising=1")),
+    ],
+    ids=["vit", "vit, averaged, from disk", "detr"],
+)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_run_resumes_to_the_same_bits(
+    data: Path, tmp_path: Path, name: str, changes: tuple[str, ...], number: signal.Signals
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    recipe = load_recipe(name, changes)
     train(recipe, data, whole)
-    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(Interrupt("epoch 2/4")):
-        train(recipe, data, broken)
-    assert load(broken).progress.epoch == 2
-    torch.manual_seed(123)  # another process would start from another state
+    job = command(name, data, broken, *changes)
+    wait_for_lines(job, broken, 2)
+    job.send_signal(number)
+    output, _ = job.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert job.returncode == 0, output
+        assert "the same command with --resume goes on" in output
+    progress = load(broken).progress
+    assert 1 <= progress.epoch < recipe.epochs
+    torch.manual_seed(123)  # another process starts from another state
     train(recipe, data, broken, resume=True)
     expected, found = load(whole), load(broken)
-    assert found.progress.epoch == 4
+    assert found.progress.epoch == recipe.epochs
     assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
-    assert found.progress.metrics == expected.progress.metrics
-    assert [{**line, "seconds": 0} for line in lines(broken)] == [{**line, "seconds": 0} for line in lines(whole)]
+    assert (found.progress.metrics, found.temperature) == (expected.progress.metrics, expected.temperature)
+    assert without_times(lines(broken)) == without_times(lines(whole))
+
+
+def test_sigterm_saves_within_an_epoch(data: Path, tmp_path: Path) -> None:
+    changes = ("epochs=1", "batch_size=1", "model.depth=12", "evaluate_every=1")
+    job = command("vit_cifar10", data, tmp_path / "run", *VIT, *changes)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / METRICS_FILE).exists():  # made just before the first step
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, output
+    progress = load(tmp_path / "run").progress
+    assert progress.epoch == 0
+    assert 0 < progress.step < 60
+    whole = train(vit(*changes), data, tmp_path / "whole")
+    resumed = train(vit(*changes), data, tmp_path / "run", resume=True)
+    assert all(torch.equal(resumed.weights[name], value) for name, value in whole.weights.items())
+    assert without_times(lines(tmp_path / "run")) == without_times(lines(tmp_path / "whole"))
+
+
+def test_corrupt_checkpoint_names_the_one_before_which_resumes(data: Path, tmp_path: Path) -> None:
+    whole = train(vit(), data, tmp_path)
+    expected = lines(tmp_path)
+    (tmp_path / checkpoints.CHECKPOINT_FILE).write_bytes(b"half a file")
+    with pytest.raises(TrainingError, match=r"checkpoint\.previous\.pt beside it is the one before"):
+        train(vit(), data, tmp_path, resume=True)
+    (tmp_path / checkpoints.PREVIOUS_FILE).rename(tmp_path / checkpoints.CHECKPOINT_FILE)
+    again = train(vit(), data, tmp_path, resume=True)
+    assert all(torch.equal(again.weights[name], value) for name, value in whole.weights.items())
+    assert without_times(lines(tmp_path)) == without_times(expected)
+
+
+@pytest.mark.parametrize(("change", "same"), [("cache=disk", True), ("cache=memory", True), ("accumulate=2", False)])
+def test_execution_does_not_change_the_result(data: Path, tmp_path: Path, change: str, same: bool) -> None:
+    settings = ("epochs=1", "model.drop_path=0", "model.stem=patch")
+    expected, found = (train(vit(*settings, *extra), data, tmp_path / str(i)) for i, extra in enumerate([[], [change]]))
+    for name, value in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], value, rtol=0 if same else 1e-2, atol=0 if same else 1e-4)
+
+
+def test_other_precision_and_average_learn_too(data: Path, tmp_path: Path) -> None:
+    checkpoint = train(vit("epochs=8", "precision=bfloat16", "ema=0.9"), data, tmp_path)
+    assert checkpoint.progress.metrics["top1"] > 0.6
+    assert all(value.dtype != torch.bfloat16 for value in checkpoint.weights.values())
+    raw = checkpoint.progress.weights
+    assert not torch.equal(raw["head.weight"], checkpoint.weights["head.weight"])
+
+
+def test_loss_of_each_class_on_its_own_learns_too(data: Path, tmp_path: Path) -> None:
+    assert train(vit("epochs=8", "loss=sigmoid"), data, tmp_path).progress.metrics["top1"] > 0.6
+
+
+def test_temperature_is_fitted_at_the_end(data: Path, tmp_path: Path) -> None:
+    checkpoint = train(vit("epochs=1"), data, tmp_path)
+    assert checkpoint.temperature != 1
+    assert load(tmp_path).temperature == checkpoint.temperature
+
+
+def test_batch_that_cannot_be_split(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="batch_size: expected enough for 9 shares"):
+        train(vit("accumulate=9"), data, tmp_path)
+
+
+def test_tensorboard_has_the_curves(data: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(vit("epochs=2"), data, tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("epoch/loss")] == pytest.approx(
+        [line["loss"] for line in lines(tmp_path)], rel=1e-6
+    )
+    assert {"step/loss", "step/lr", "step/gradient_norm", "epoch/top1"} <= set(events.Tags()["scalars"])
 
 
 def test_finished_run_resumes_to_itself(data: Path, tmp_path: Path) -> None:
@@ -188,9 +289,20 @@ def test_resume_with_another_recipe(data: Path, tmp_path: Path) -> None:
     ids=["vit", "vit, last step", "detr", "detr, last step"],
 )
 def test_divergence_is_an_error_and_leaves_no_checkpoint(data: Path, tmp_path: Path, recipe: Recipe) -> None:
-    with pytest.raises(TrainingError, match="try a smaller lr"):
+    with pytest.raises(TrainingError, match=r"epoch 1, step \d+: .*there is no checkpoint yet; try a smaller lr"):
         train(recipe, data, tmp_path / "run")
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_divergence_names_the_images_and_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
+    train(vit("epochs=1", "warmup_epochs=0"), data, tmp_path)
+    checkpoint = load(tmp_path)
+    progress = replace(checkpoint.progress, recipe={**checkpoint.progress.recipe, "epochs": 4})
+    broken = {**checkpoint.weights, "norm.weight": checkpoint.weights["norm.weight"] * float("nan")}
+    checkpoints.save(replace(checkpoint, weights=broken, progress=progress), tmp_path)
+    with pytest.raises(TrainingError, match=r"epoch 2, step 0: the loss is nan.* after epoch 1, step 0;.*npz\[\d+\]"):
+        train(vit("epochs=4", "warmup_epochs=0"), data, tmp_path, resume=True)
+    assert len((tmp_path / DIVERGED_FILE).read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize("change", ["model.num_heads=5", "model.patch_size=5", "model.image_size=20"])
@@ -212,23 +324,3 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
         (folder / f"picture{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match=r"picture\d\.png"):
         train(vit(), tmp_path / "data", tmp_path / "run")
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    recipe = vit("epochs=11", "lr=0.5")
-    rates = [learning_rate(recipe, epoch) for epoch in np.linspace(0, 11, 111)]
-    assert rates[0] == pytest.approx(0.005, rel=0.02)
-    assert np.argmax(rates) == 10
-    assert rates[10] == pytest.approx(0.5)
-    assert rates[60] == pytest.approx(0.25)
-    assert rates[-1] == pytest.approx(0, abs=1e-9)
-    assert (np.diff(rates[:11]) > 0).all()
-    assert (np.diff(rates[10:]) < 0).all()
-
-
-def test_only_matrices_decay() -> None:
-    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
-    decayed, plain = make_optimizer(network, vit("weight_decay=0.3")).param_groups
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0)
-    assert [parameter.ndim for parameter in decayed["params"]] == [2]
-    assert [parameter.ndim for parameter in plain["params"]] == [1, 1, 1]

@@ -2,10 +2,13 @@ from itertools import permutations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.loss.loss_for_object_detection import HungarianMatcher as PublishedMatcher
 
 from models.boxes import cxcywh_to_xyxy, generalised_iou
 from models.detr import SetPrediction
-from models.training.matcher import HungarianMatcher, Target
+from models.training.matcher import HungarianMatcher, Target, pad_targets
 
 CLASSES = 3
 
@@ -81,3 +84,42 @@ def test_no_objects_at_all() -> None:
     for queries, numbers in HungarianMatcher()(predictions(2, 4, generator), [objects(0, generator)] * 2):
         assert queries.tolist() == numbers.tolist() == []
         assert queries.dtype == numbers.dtype == torch.int64
+
+
+COUNTS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(counts=COUNTS, queries=st.integers(1, 12), seed=st.integers(0, 9))
+def test_matches_are_the_published_ones(counts: list[int], queries: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prediction = predictions(len(counts), queries, generator)
+    targets = [objects(count, generator) for count in counts]
+    expected = PublishedMatcher(class_cost=1, bbox_cost=5, giou_cost=2)(
+        {"logits": prediction["pred_logits"], "pred_boxes": prediction["pred_boxes"]},
+        [{"class_labels": target.class_ids, "boxes": target.boxes_cxcywh} for target in targets],
+    )
+    for found, wanted in zip(HungarianMatcher()(prediction, targets), expected, strict=True):
+        assert [indices.tolist() for indices in found] == [indices.tolist() for indices in wanted]
+
+
+@given(counts=COUNTS)
+def test_padded_targets_hold_every_object_once(counts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets = [objects(count, generator) for count in counts]
+    class_ids, boxes, valid = pad_targets(targets)
+    assert class_ids.shape == valid.shape == boxes.shape[:2] == (len(counts), max(1, *counts))
+    for image, target in enumerate(targets):
+        assert torch.equal(class_ids[image][valid[image]], target.class_ids)
+        assert torch.equal(boxes[image][valid[image]], target.boxes_cxcywh)
+    assert (class_ids[~valid] == 0).all()
+    assert (boxes[~valid] == 0).all()
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_query_without_a_finite_box_is_matched_last(broken: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction = predictions(1, 4, generator)
+    prediction["pred_boxes"][0, 1] = broken
+    ((queries, _),) = HungarianMatcher()(prediction, [objects(3, generator)])
+    assert sorted(queries.tolist()) == [0, 2, 3]

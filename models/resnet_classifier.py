@@ -1,0 +1,49 @@
+"""ResNet as a classifier, to pretrain DETR's backbone (He et al. 2016, "Deep Residual Learning for Image Recognition").
+
+`backbone` has the names and shapes of `models.detr.Detr.backbone`, so that its weights go from one to the other.
+
+Shapes: B batch, H x W pixels, C channels, K classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from models.resnet import VARIANTS as RESNETS
+from models.resnet import Norm, ResNet, ResNetConfig
+
+
+@dataclass(frozen=True)
+class ResNetClassifierConfig:
+    """The shape of a ResNet (`models.resnet.ResNetConfig`); `dropout` acts on the averaged features."""
+
+    num_classes: int
+    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; any size can be given
+    layers: tuple[int, ...] = (2, 2, 2, 2)
+    width: int = 64
+    block: Literal["basic", "bottleneck"] = "basic"
+    norm: Norm = "batch"
+    dropout: float = 0.0
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: {"layers": shape.layers, "block": shape.block} for name, shape in RESNETS.items()
+}
+
+
+class ResNetClassifier(nn.Module):
+    """Image to class logits: backbone, global average, linear head."""
+
+    def __init__(self, config: ResNetClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = ResNet(ResNetConfig(config.layers, config.width, config.block, config.norm))
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(self.backbone.num_features, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> logits [B, K]."""
+        features = self.backbone(x).mean(dim=(2, 3))  # [B, C]
+        logits: Tensor = self.head(self.dropout(features))
+        return logits

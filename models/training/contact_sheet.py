@@ -1,0 +1,89 @@
+"""Many small pictures on one large one, to see at a glance what a data set holds."""
+
+import colorsys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+_EDGE, _BOX_EDGE = 96, 320  # of a picture, in pixels
+_COLUMNS = 4  # of pictures with boxes
+_GAP = 6
+_TEXT = 13  # height of letters
+_MOST_LETTERS = 22  # of a label
+_PAPER, _INK, _GREY = (250, 250, 250), (30, 30, 30), (150, 150, 150)
+_GOLDEN_RATIO = 0.618033988749895  # its multiples are spread evenly over the circle of hues, however many they are
+
+Colour = tuple[int, int, int]
+
+
+class DrawnBox(NamedTuple):
+    """A box on a picture; grey without a class."""
+
+    label: str
+    class_id: int | None
+    xyxy: tuple[float, float, float, float]  # in pixels of the picture
+
+
+def sheet_of_classes(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+    """A row of pictures for each label."""
+    font = ImageFont.load_default(_TEXT)
+    names = [_short(label) for label, _ in rows]
+    left = _GAP + int(max((font.getlength(name) for name in names), default=0)) + _GAP
+    columns = max((len(pictures) for _, pictures in rows), default=0)
+    sheet, draw = _paper(left + columns * (_EDGE + _GAP), len(rows) * (_EDGE + _GAP) + _GAP)
+    for row, (name, (_, pictures)) in enumerate(zip(names, rows, strict=True)):
+        top = _GAP + row * (_EDGE + _GAP)
+        draw.text((_GAP, top + (_EDGE - _TEXT) // 2), name, _INK, font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(_fitted(picture, _EDGE), (left + column * (_EDGE + _GAP), top))
+    return sheet
+
+
+def sheet_of_boxes(pictures: Sequence[tuple[Image.Image, Sequence[DrawnBox]]]) -> Image.Image:
+    """A grid of pictures with their boxes."""
+    drawn = [_with_boxes(picture, boxes) for picture, boxes in pictures]
+    rows = [drawn[i : i + _COLUMNS] for i in range(0, len(drawn), _COLUMNS)]
+    heights = [max(picture.height for picture in row) + _GAP for row in rows]
+    sheet, _ = _paper(_GAP + _COLUMNS * (_BOX_EDGE + _GAP), _GAP + sum(heights))
+    for i, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (_GAP + column * (_BOX_EDGE + _GAP), _GAP + sum(heights[:i])))
+    return sheet
+
+
+def colour(class_id: int) -> Colour:
+    """A colour of its own for each class."""
+    red, green, blue = colorsys.hsv_to_rgb(class_id * _GOLDEN_RATIO % 1, 0.85, 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _with_boxes(picture: Image.Image, boxes: Iterable[DrawnBox]) -> Image.Image:
+    small = _fitted(picture, _BOX_EDGE)
+    across, down = small.width / picture.width, small.height / picture.height
+    draw, font = ImageDraw.Draw(small), ImageFont.load_default(_TEXT - 2)
+    for label, class_id, (left, top, right, bottom) in boxes:
+        corners = (left * across, top * down, right * across, bottom * down)
+        own = _GREY if class_id is None else colour(class_id)
+        draw.rectangle(
+            (min(corners[::2]), min(corners[1::2]), max(corners[::2]), max(corners[1::2])), outline=own, width=2
+        )
+        name, place = _short(label), (max(0.0, corners[0]), max(0.0, corners[1]))
+        draw.rectangle(draw.textbbox(place, name, font), fill=own)
+        draw.text(place, name, _INK if sum(own) > 380 else _PAPER, font)
+    return small
+
+
+def _fitted(picture: Image.Image, edge: int) -> Image.Image:
+    scale = edge / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BICUBIC)
+
+
+def _paper(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    return sheet, ImageDraw.Draw(sheet)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _MOST_LETTERS else f"{label[: _MOST_LETTERS - 3]}..."

@@ -1,0 +1,44 @@
+"""Fine-tune a run, trained or imported, on other labels or at another resolution: all weights, at a low learning rate.
+
+    vitrine import vit_base_patch16_224.safetensors --out runs/vit-b
+    vitrine train finetune --from runs/vit-b --data DATA
+    vitrine train finetune --from runs/vit-b --data DATA model.image_size=384
+
+Data: of the run's task. A head for other labels starts anew; a ViT's positions are interpolated.
+"""
+
+from bundle.manifest import ClassificationPreprocessing
+from models.training.augment import ClassificationAugmentation
+from models.training.checkpoint import Checkpoint
+from models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+
+
+def recipe(start: Checkpoint) -> Recipe:
+    """The recipe for a run's network."""
+    preprocessing = start.read_preprocessing()
+    if isinstance(preprocessing, ClassificationPreprocessing):
+        return ClassificationRecipe(
+            name="finetune",
+            architecture=start.architecture,
+            model=start.settings,
+            preprocessing=preprocessing,
+            augmentation=ClassificationAugmentation(crop="resized", scale=(0.35, 1.0), flip=0.5),
+            epochs=10,
+            batch_size=32,
+            lr=5e-5,
+            label_smoothing=0.1,
+            ema=0.998,
+        )
+    return DetectionRecipe(
+        name="finetune",
+        architecture=start.architecture,
+        model=start.settings,
+        preprocessing=preprocessing,
+        epochs=30,
+        batch_size=4,
+        lr=1e-4,
+        backbone_lr=1e-5,
+        weight_decay=1e-4,
+        clip_grad=0.1,
+        evaluate_every=2,
+    )

@@ -1,0 +1,158 @@
+"""Real jobs of two processes under `torchrun`, compared with one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.training.checkpoint import METRICS_FILE, load
+from models.training.distributed import Processes, joined_processes, restarted
+from models.training.loop import train
+from models.training.recipe import load_recipe
+
+VIT = (
+    "model.image_size=16",
+    "model.patch_size=8",
+    "model.stem=patch",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "augmentation.mixup=0.2",
+    "batch_size=24",
+    "held_out=0.2",
+    "epochs=1",
+)
+DETR = (
+    "model.num_queries=6",
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "model.encoder_layers=1",
+    "model.decoder_layers=2",
+    "model.feedforward_dim=16",
+    "model.backbone_layers=[1, 1]",
+    "model.backbone_width=4",
+    "model.backbone_norm=frozen",
+    "preprocessing.shortest_edge=32",
+    "preprocessing.longest_edge=48",
+    "batch_size=24",
+    "epochs=1",
+)
+
+
+def torchrun(arguments: list[str], *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    return subprocess.Popen(
+        [*command, "-m", "vitrine", "train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def gradients(run: Path) -> dict[int, torch.Tensor]:
+    """The (clipped) gradient of a run's only step: AdamW keeps a tenth of it."""
+    return {i: 10 * state["exp_avg"] for i, state in load(run).progress.optimizer["state"].items()}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "name"), [("vit_cifar10", VIT, "colours"), ("detr_bccd", DETR, "squares")]
+)
+def test_two_processes_make_the_gradients_and_metrics_of_one(
+    recipe: str, changes: tuple[str, ...], name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    data = request.getfixturevalue(name)
+    job = torchrun([recipe, "--data", str(data), "--out", str(tmp_path / "two"), *changes])
+    train(load_recipe(recipe, changes), data, tmp_path / "one")
+    train(load_recipe(recipe, [*changes, "accumulate=3"]), data, tmp_path / "parts")
+    finished(job)
+    expected = gradients(tmp_path / "one")
+    for other in ("two", "parts"):
+        found = gradients(tmp_path / other)
+        assert found.keys() == expected.keys()
+        for i, gradient in expected.items():
+            torch.testing.assert_close(found[i], gradient, rtol=1e-4, atol=1e-6)
+        ours, theirs = (json.loads((tmp_path / run / METRICS_FILE).read_text()) for run in ("one", other))
+        assert ours.keys() == theirs.keys()
+        assert all(theirs[key] == pytest.approx(ours[key], rel=1e-4) for key in ours if key != "seconds")
+
+
+def test_a_killed_process_ends_the_job_and_the_run_resumes(colours: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["vit_cifar10", "--data", str(colours), "--out", str(run), *VIT, "epochs=1000", "batch_size=8"]
+    job = torchrun(arguments)
+    wait_for_epochs(job, run, 2)
+    workers = [pid for pid in children(job.pid) if "vitrine" in command(pid)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode != 0, output
+    done = load(run).progress.epoch
+    assert done >= 2
+    again = torchrun([*arguments, "--resume"])
+    wait_for_epochs(again, run, done + 2)
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=120)
+    assert load(run).progress.epoch >= done + 2
+    epochs = [json.loads(line)["epoch"] for line in (run / METRICS_FILE).read_text().splitlines()]
+    assert epochs == list(range(1, len(epochs) + 1))
+
+
+def test_torchrun_restarts_a_failed_job_where_it_was(colours: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes = [*VIT, "epochs=60", "batch_size=8", "evaluate_every=60"]
+    job = torchrun(["vit_cifar10", "--data", str(colours), "--out", str(run), *changes], "--max-restarts=1")
+    wait_for_epochs(job, run, 2)
+    os.kill(next(pid for pid in children(job.pid) if "vitrine" in command(pid)), signal.SIGKILL)
+    finished(job)
+    assert load(run).progress.epoch == 60
+
+
+def wait_for_epochs(job: subprocess.Popen[str], run: Path, epochs: int) -> None:
+    """Until the run's metrics have so many lines."""
+    deadline = time.monotonic() + 120
+    while not (run / METRICS_FILE).exists() or len((run / METRICS_FILE).read_text().splitlines()) < epochs:
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def command(pid: int) -> str:
+    return (Path("/proc") / str(pid) / "cmdline").read_text()
+
+
+def test_alone_without_torchrun() -> None:
+    with joined_processes() as processes:
+        assert (processes.rank, processes.count, processes.first) == (0, 1, True)
+        assert processes.gather("x") == ["x"]
+        assert processes.sum(torch.ones(2)).tolist() == [1, 1]
+    assert not restarted()
+
+
+def test_only_the_first_process_writes() -> None:
+    assert not Processes(1, 2, torch.device("cpu")).first

@@ -1,0 +1,47 @@
+"""Signals that this process sends to itself."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from models.training.interruption import Interrupted, listening
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_request(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with listening() as interruption:
+        assert not interruption.requested
+        os.kill(os.getpid(), number)
+        assert interruption.requested
+    assert signal.getsignal(number) is before
+
+
+def test_it_is_raised_where_waiting_would_take_long() -> None:
+    with listening() as interruption:
+        with pytest.raises(Interrupted), interruption.raised():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Interrupted), interruption.raised():
+            pytest.fail("a request that is already there is raised at once")
+
+
+def test_a_second_interrupt_is_python_s_own() -> None:
+    with listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_other_threads_do_without() -> None:
+    seen = []
+
+    def listen() -> None:
+        with listening() as interruption:
+            seen.append(interruption.requested)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [False]
