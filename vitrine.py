@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bundle.errors import VitrineError
+from bundle.errors import VitrineError, unknown
 from bundle.loading import find_bundles, load_bundle, read_manifest
 from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Licences, Manifest, Task
 from bundle.repository import Repository
@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data_app = typer.Typer(help="Get data sets and look them over.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -52,6 +54,43 @@ def train(
     if int(os.environ.get("RANK", "0")) == 0 and trained.progress.epoch == chosen.epochs:  # else it was interrupted
         typer.echo(f"trained: {run}")
         typer.echo(f"report: {write_report(run, data_path=data_path)}")
+
+
+@data_app.command("check")
+def check_data(
+    path: Annotated[Path, typer.Argument(help="Data set.")],
+    split: Annotated[
+        list[str] | None, typer.Option(help="Part of the data set; may be repeated (default: all).", show_default=False)
+    ] = None,
+    sheets: Annotated[
+        Path | None, typer.Option(help="Folder for a contact sheet of each part.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
+) -> None:
+    """Count a data set and find what is broken, empty, double or out of place; exit status 1 where there are errors."""
+    from models.training.data_check import check_data, text
+
+    summary = check_data(path, split or (), sheets=sheets, show=True)
+    typer.echo(json.dumps(summary.as_json(), indent=2) if as_json else text(summary))
+    raise typer.Exit(1 if summary.errors else 0)
+
+
+@data_app.command("fetch")
+def fetch_data(
+    name: Annotated[str, typer.Argument(help="Name of a public data set; without it, they are listed.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder to make (default: data/NAME).", show_default=False)] = None,
+) -> None:
+    """Download a public data set, verify it and arrange it for training."""
+    from models.training.fetch import SOURCES, fetch
+
+    if not name:
+        typer.echo("\n".join(f"{source.name:<14}  {source.terms}" for source in SOURCES.values()))
+        return
+    if name not in SOURCES:
+        raise VitrineError(unknown(name, list(SOURCES)))
+    folder = out or Path("data") / name
+    done = "fetched" if fetch(SOURCES[name], folder) else "already there"
+    typer.echo(f"{done}: {folder}  {SOURCES[name].terms}")
 
 
 @app.command("import")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from models.training.classification_layouts import distinct_labels, image_files, listed_labels
 from models.training.errors import DataError

@@ -60,7 +60,7 @@ def train(
 
     Args:
         recipe: what to do.
-        data_path: a data set (`models.training.data`).
+        data_path: a data set (`models.training.layouts`).
         run: folder to write.
         resume: go on from the last checkpoint, exactly as if the run had not been interrupted.
         start: a run whose weights the network takes over.
@@ -227,7 +227,7 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Fit the temperature after the last epoch, write a line of metrics, save."""
-        metrics = self._progress.metrics
+        metrics: dict[str, float] = {}
         if self._predictions is not None:
             predictions, self._predictions = self._predictions, None
             metrics = measure(predictions, self.val)
@@ -259,7 +259,7 @@ class Trainer:
             self._writer.flush()
         summary = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **metrics}.items())
         self.say(f"epoch {self.epoch + 1}/{self.recipe.epochs}  {seconds:.0f} s  {summary}")
-        self._progress = replace(self._progress, metrics=metrics)
+        self._progress = replace(self._progress, metrics=metrics or self._progress.metrics)
         self.epoch, self.step, self._sums, self._joint_sums = self.epoch + 1, 0, {}, {}
         self.save()
 
