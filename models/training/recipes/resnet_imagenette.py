@@ -1,7 +1,11 @@
 """A half-width ResNet of three stages on Imagenette: a backbone for `detr_bccd` that has seen photographs.
 
-vitrine train resnet_imagenette --data DATA/imagenette144
-vitrine train detr_bccd --data DATA/bccd --from runs/resnet_imagenette
+    vitrine train resnet_imagenette --data DATA/imagenette144
+    vitrine train detr_bccd --data DATA/bccd --from runs/resnet_imagenette
+
+Data: 144 x 144 pixels, 10 classes, 9,469 images to train on; `val` (3,925) to watch progress.
+Time: 11 minutes on one core of a shared two-core AVX2 machine that other programs used as well.
+Result: 70.2 % top-1 on `val`.
 """
 
 from bundle.manifest import ClassificationPreprocessing
@@ -16,7 +20,7 @@ RECIPE = ClassificationRecipe(
         input_size=(112, 112), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     ),
     augmentation=ClassificationAugmentation(crop="resized", scale=(0.35, 1.0), flip=0.5),
-    epochs=20,
+    epochs=4,
     batch_size=64,
     lr=2e-3,
     weight_decay=0.05,

@@ -1,11 +1,13 @@
 """Real jobs of two processes under `torchrun`, compared with one process."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,16 +47,32 @@ DETR = (
 )
 
 
-def torchrun(arguments: list[str], *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    return subprocess.Popen(
-        [*command, "-m", "vitrine", "train", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+Torchrun = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def torchrun() -> Iterator[Torchrun]:
+    """Starts `vitrine train` in two processes; what is left of them is killed in the end."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start(arguments: list[str], *options: str) -> subprocess.Popen[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+        job = subprocess.Popen(
+            [*launcher, "-m", "vitrine", "train", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        jobs.append(job)
+        return job
+
+    yield start
+    for job in jobs:
+        for pid in (*children(job.pid), job.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        job.communicate()
 
 
 def finished(process: subprocess.Popen[str]) -> str:
@@ -72,7 +90,12 @@ def gradients(run: Path) -> dict[int, torch.Tensor]:
     ("recipe", "changes", "name"), [("vit_cifar10", VIT, "colours"), ("detr_bccd", DETR, "squares")]
 )
 def test_two_processes_make_the_gradients_and_metrics_of_one(
-    recipe: str, changes: tuple[str, ...], name: str, tmp_path: Path, request: pytest.FixtureRequest
+    torchrun: Torchrun,
+    recipe: str,
+    changes: tuple[str, ...],
+    name: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     data = request.getfixturevalue(name)
     job = torchrun([recipe, "--data", str(data), "--out", str(tmp_path / "two"), *changes])
@@ -90,7 +113,7 @@ def test_two_processes_make_the_gradients_and_metrics_of_one(
         assert all(theirs[key] == pytest.approx(ours[key], rel=1e-4) for key in ours if key != "seconds")
 
 
-def test_a_killed_process_ends_the_job_and_the_run_resumes(colours: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job_and_the_run_resumes(torchrun: Torchrun, colours: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["vit_cifar10", "--data", str(colours), "--out", str(run), *VIT, "epochs=1000", "batch_size=8"]
     job = torchrun(arguments)
@@ -111,7 +134,7 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes(colours: Path, tmp_pa
     assert epochs == list(range(1, len(epochs) + 1))
 
 
-def test_torchrun_restarts_a_failed_job_where_it_was(colours: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_a_failed_job_where_it_was(torchrun: Torchrun, colours: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     changes = [*VIT, "epochs=60", "batch_size=8", "evaluate_every=60"]
     job = torchrun(["vit_cifar10", "--data", str(colours), "--out", str(run), *changes], "--max-restarts=1")
