@@ -172,13 +172,18 @@ class Detr(nn.Module):
                     nn.init.xavier_uniform_(parameter)
 
     def forward(
-        self, images: Tensor, sizes: Tensor, record: list[Tensor] | None = None, denoising: Denoising | None = None
+        self,
+        images: Tensor,
+        sizes: Tensor | None,
+        record: list[Tensor] | None = None,
+        denoising: Denoising | None = None,
     ) -> DetrOutput:
         """Detect objects.
 
         Args:
             images: normalised, float [B, 3, H, W], padded with zeros below and to the right.
-            sizes: int64 [B, 2], height and width of each image's valid region.
+            sizes: int64 [B, 2], height and width of each image's valid region; None where nothing is padded, which
+                saves the backbone its masks.
             record: takes attention weights: each encoder layer's [B, heads, M, M], then each decoder layer's
                 cross-attention [B, heads, N, M].
             denoising: objects to restore, for a network made with `denoising` groups.
@@ -186,10 +191,12 @@ class Detr(nn.Module):
         config = self.config
         features = self.input_proj(self.backbone(images, None if self.published_padding else sizes))  # [B, D, h, w]
         grid = features.shape[-2:]
-        if self.published_padding:
+        if sizes is None:
+            valid = features.new_ones((images.shape[0], *grid), dtype=torch.bool)  # [B, h, w]
+        elif self.published_padding:
             valid = nearest_valid_cells(sizes, images.shape[-2:], grid)
         else:
-            valid = valid_cells(sizes, grid, config.backbone.stride)  # [B, h, w]
+            valid = valid_cells(sizes, grid, config.backbone.stride)
         cells = grid_points(valid, 1.0 if self.query_boxes is None else 0.5).flatten(1, 2)  # [B, M, 2]
         positions = sine_2d(cells, config.embed_dim)  # [B, M, D]
         hidden = torch.zeros_like(valid, dtype=features.dtype).masked_fill(~valid, -math.inf)

@@ -137,8 +137,8 @@ def grid_points(valid: Tensor, offset: float) -> Tensor:
     Returns:
         (x, y) of each cell, float [B, h, w, 2], as fractions of the valid rectangle.
     """
-    y = torch.cumsum(valid, dim=1, dtype=torch.float32)
-    x = torch.cumsum(valid, dim=2, dtype=torch.float32)
+    y = torch.cumsum(valid, dim=1, dtype=torch.int32).float()
+    x = torch.cumsum(valid, dim=2, dtype=torch.int32).float()
     height, width = y[:, -1:, :1], x[:, :1, -1:]
     shift = 1 - offset
     return torch.stack(((x - shift) / width.clamp(min=1), (y - shift) / height.clamp(min=1)), dim=-1)

@@ -36,6 +36,8 @@ class DropPath(nn.Module):
 
     def __init__(self, probability: float) -> None:
         super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"drop_path {probability} is not a probability below 1")
         self.probability = probability
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 A canvas is what augmentation works on: a uint8 image that is at most resized. Shapes: B images, H x W pixels.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,14 @@ from tqdm import tqdm
 
 from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
 from models.training.data import Data
+from models.training.distributed import processes_on_this_machine
 from models.training.errors import DataError
 from models.training.recipe import ClassificationRecipe, Recipe
 
 Canvas = NDArray[np.uint8]  # [H, W, 3]
 Decoded = tuple[Canvas, tuple[int, int]]  # with the height and width of the image that it was made from
 
-_IN_MEMORY = 2 * 2**30  # bytes, in each process
+_IN_MEMORY = 2 * 2**30  # bytes, of all processes on a machine
 _SAMPLE = 32  # images, to estimate how much memory all of them take
 _MARGIN = 1.25  # canvas over network input: random resized crops that take most of an image lose no detail
 
@@ -44,8 +46,9 @@ class Canvases:
         self._dataset = _Decoded(data, canvas_maker(recipe))
         self._workers = recipe.workers
         self._kept: list[Decoded] | None = None
-        if recipe.cache == "memory" or (recipe.cache == "auto" and self._size() <= _IN_MEMORY):
-            self._kept = self._decode_all(show)
+        beside = processes_on_this_machine()
+        if recipe.cache == "memory" or (recipe.cache == "auto" and self._size() <= _IN_MEMORY / beside):
+            self._kept = self._decode_all(show, threads=max(1, (os.cpu_count() or 1) // beside))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -78,9 +81,9 @@ class Canvases:
         some = np.unique(np.linspace(0, len(self) - 1, _SAMPLE, dtype=int))
         return float(np.mean([self._decoded(int(i))[0].nbytes for i in some])) * len(self)
 
-    def _decode_all(self, show: bool) -> list[Decoded]:
+    def _decode_all(self, show: bool, threads: int) -> list[Decoded]:
         bar = {"desc": "decode", "total": len(self), "leave": False, "disable": None if show else True}
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(threads) as pool:
             try:
                 return list(tqdm(pool.map(self._decoded, range(len(self))), **bar))
             except DataError:
@@ -123,8 +126,8 @@ def _stacked(images: Sequence[Decoded]) -> CanvasBatch:
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the training process's, which saves
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):  # sent to the whole group; the training process saves and ends us
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Shrunk:

@@ -8,6 +8,7 @@ runs/<name>/metrics.jsonl             one line per epoch
 import hashlib
 import math
 import os
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ class Progress:
     metrics: dict[str, float]  # on the validation images, after the last evaluation
     data_path: str  # where the data was, to resume and to evaluate
     start: Start | None = None  # the run that gave the first weights
+    job: str = ""  # of torchrun, which may go on with it unasked
     step: int = 0  # steps done of the epoch that is under way
     sums: dict[str, float] = field(default_factory=dict)  # of the parts of the loss over these steps
     weights: dict[str, torch.Tensor] | None = None  # that the optimiser moves, where the checkpoint's are their average
@@ -113,8 +115,16 @@ def save(checkpoint: Checkpoint, run: Path) -> None:
             os.fsync(stream.fileno())
         if file.exists():
             previous.unlink(missing_ok=True)
-            previous.hardlink_to(file)
+            try:
+                previous.hardlink_to(file)
+            except OSError:  # not on every file system
+                shutil.copyfile(file, previous)
         partial.replace(file)
+        folder = os.open(run, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch wraps what the disk says
         partial.unlink(missing_ok=True)
         kept = "the one before is untouched" if file.exists() else "there was none before"
@@ -137,7 +147,7 @@ def load(run: Path) -> Checkpoint:
     """
     file = run / CHECKPOINT_FILE
     if not file.is_file():
-        raise CheckpointError(f"{run}: expected a run with {CHECKPOINT_FILE}, found none")
+        raise CheckpointError(f"{run}: expected a run with {CHECKPOINT_FILE}, found none{_other(run)}")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # torch does not look at the checksums
@@ -165,14 +175,18 @@ def load(run: Path) -> Checkpoint:
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{file}: {error.title}: {place}: {first['msg']}, found {first['input']!r}") from error
     except Exception as error:  # on broken bytes the unpickler raises almost anything
-        hint = f"; {PREVIOUS_FILE} beside it is the one before" if (run / PREVIOUS_FILE).is_file() else ""
-        raise CheckpointError(f"{file}: not a checkpoint of this version: {_first_line(error)}{hint}") from error
+        raise CheckpointError(f"{file}: not a checkpoint of this version: {_first_line(error)}{_other(run)}") from error
     return checkpoint
 
 
 def _progress(content: dict[str, Any]) -> Progress:
     start = content.pop("start")
     return Progress(**content, start=None if start is None else Start(**start))
+
+
+def _other(run: Path) -> str:
+    previous = run / PREVIOUS_FILE
+    return f"; the one before: mv {previous} {run / CHECKPOINT_FILE}" if previous.is_file() else ""
 
 
 def _first_line(error: Exception) -> str:

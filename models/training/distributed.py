@@ -1,7 +1,7 @@
 """The processes that train one network together: started by `torchrun`, or this one alone."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 _PATIENCE = timedelta(minutes=30)  # one process evaluates or writes while the others wait
 T = TypeVar("T")
@@ -34,6 +35,12 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's `tensors`, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def gather(self, value: T) -> list[T]:
         """Every process's `value`, by rank."""
         values: list[T] = [value] * self.count
@@ -46,19 +53,28 @@ class Processes:
 def joined_processes() -> Iterator[Processes]:
     """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs); without it there is one."""
     cuda = torch.cuda.is_available()
-    if "WORLD_SIZE" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         yield Processes(0, 1, torch.device("cuda" if cuda else "cpu"))
         return
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+    # torchrun keeps one store for all its attempts: without a prefix, the addresses of dead processes are found in it.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=count)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        yield Processes(rank, count, device)
     finally:
         dist.destroy_process_group()
 
 
-def restarted() -> bool:
-    """Whether `torchrun --max-restarts` has started these processes anew after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def job_id() -> str:
+    """What names the job to all processes that `torchrun` ever starts for it; empty without such a name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if name == "none" else name
+
+
+def processes_on_this_machine() -> int:
+    """How many processes train beside each other here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -26,9 +26,10 @@ from models.training import checkpoint as checkpoints
 from models.training.augment import NOISE
 from models.training.calibration import fit_temperature, with_temperature
 from models.training.canvases import Canvases
-from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, Checkpoint, Progress
-from models.training.distributed import Processes, joined_processes, restarted
-from models.training.errors import RecipeError, TrainingError
+from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, PREVIOUS_FILE, Checkpoint, Progress
+from models.training.data import DetectionData
+from models.training.distributed import Processes, job_id, joined_processes
+from models.training.errors import DataError, RecipeError, TrainingError
 from models.training.evaluation import ClassificationPredictions, Predictions, measure, merge, predict
 from models.training.interruption import Interrupted, Interruption, listening
 from models.training.layouts import load_training_splits
@@ -73,7 +74,7 @@ def train(
         CheckpointError: a checkpoint cannot be read or written.
     """
     with listening() as interruption, joined_processes() as processes, _kernels(recipe.deterministic):
-        trainer = Trainer(recipe, data_path, run, processes, resume or restarted(), start, changes)
+        trainer = Trainer(recipe, data_path, run, processes, resume, start, changes)
         try:
             while trainer.epoch < recipe.epochs:
                 trainer.train_epoch(interruption)
@@ -101,8 +102,10 @@ class Trainer:
         start: Path | None,
         changes: Sequence[str],
     ) -> None:
-        previous = _previous(recipe, run, resume)
+        previous = _previous(recipe, run, resume, start)
         data, self.val = load_training_splits(data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed)
+        if isinstance(self.val, DetectionData) and not any(map(len, self.val.class_ids)):
+            raise DataError(f"{self.val.name}: none of the {len(self.val)} validation images has a box")
         labels = list(data.labels)
         if previous is not None and labels != previous[0].labels:
             raise TrainingError(f"{run}: cannot resume: labels: expected {previous[0].labels}, found {labels}")
@@ -122,6 +125,7 @@ class Trainer:
                 metrics={},
                 data_path=str(data_path.resolve()),
                 start=None if start is None else take_over(network, recipe, labels, start),
+                job=job_id(),
             )
             self._state = Checkpoint(
                 architecture=recipe.architecture,
@@ -133,7 +137,7 @@ class Trainer:
             )
         else:
             self._state, self._progress = previous
-            self._progress = replace(self._progress, data_path=str(data_path.resolve()))
+            self._progress = replace(self._progress, data_path=str(data_path.resolve()), job=job_id())
             network.load_state_dict(self._progress.weights or self._state.weights)
 
         self.recipe, self.run, self.processes = recipe, run, processes
@@ -159,13 +163,15 @@ class Trainer:
         self.batch_size = min(recipe.batch_size, len(data))
         self.steps = len(data) // self.batch_size
         self._rows = _own_rows(self.batch_size, recipe, processes, self.objective.group)
+        _require_agreement(run, processes, (self.epoch, self.step, labels, len(data)))
         self.canvases = Canvases(data, recipe, show=processes.first)
         done = self.epoch * self.steps + self.step
         self._writer = None
         if processes.first:
-            run.mkdir(parents=True, exist_ok=True)
-            _keep_lines(run / METRICS_FILE, self.epoch)
-            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=done)
+            with _written(run):
+                run.mkdir(parents=True, exist_ok=True)
+                _keep_lines(run / METRICS_FILE, self.epoch)
+                self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=done)
         self._bar = tqdm(
             total=recipe.epochs * self.steps * self.batch_size,
             initial=done * self.batch_size,
@@ -222,6 +228,7 @@ class Trainer:
             return
         recipe, processes = self.recipe, self.processes
         predictor = torch_predictor(self.kept, recipe.preprocessing, self._state.labels, processes.device)
+        processes.share(self.kept.buffers())  # statistics of batch norms, which are each process's own
         own = np.arange(processes.rank, len(self.val), processes.count)
         self._predictions = merge(processes.gather(predict(predictor, self.val, own, progress=processes.first)))
 
@@ -252,7 +259,7 @@ class Trainer:
             **metrics,
         }
         if self._writer is not None:
-            with (self.run / METRICS_FILE).open("a") as file:
+            with _written(self.run), (self.run / METRICS_FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
             for name, value in {**means, **metrics}.items():
                 self._writer.add_scalar(f"epoch/{name}", value, line["step"])
@@ -310,7 +317,7 @@ class Trainer:
         return joint[:-2], stop, save
 
     def _take_step(self, shares: Sequence[Batch], totals: Tensor, seeds: tuple[int, ...]) -> Tensor:
-        """One step of the optimiser. Returns this process's part of the loss, and the norm of the gradient."""
+        """One step of the optimiser. Returns the loss and the norm of its gradient."""
         device = self.processes.device
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -331,18 +338,19 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
-        return torch.stack((torch.stack(losses).sum(), norm))
+        return torch.stack((self.processes.sum(torch.stack(losses).sum()), norm))
 
     def _check(self, vital: Tensor, indices: Tensor, step: int) -> None:
         loss, norm = vital.tolist()
         if not (abs(loss) < _EXPLODED and math.isfinite(norm)):
             names = [self.names[i] for i in indices.tolist()]
             if self.processes.first:
-                (self.run / DIVERGED_FILE).write_text("".join(f"{name}\n" for name in names))
+                with _written(self.run):
+                    (self.run / DIVERGED_FILE).write_text("".join(f"{name}\n" for name in names))
             shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
             raise TrainingError(
                 f"epoch {self.epoch + 1}, step {step}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}; "
-                f"{self._advice()}; images (all in {self.run / DIVERGED_FILE}): {shown}"
+                f"{self._advice()}; its images (all in {self.run / DIVERGED_FILE}): {shown}"
             )
         number = self.epoch * self.steps + step
         self._bar.set_postfix(loss=f"{loss:.3f}", epoch=self.epoch + 1, refresh=False)
@@ -422,22 +430,51 @@ def _kernels(deterministic: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def _written(run: Path) -> Iterator[None]:
+    """Say in a sentence that a run's folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{run}: cannot be written: {error}") from error
+
+
 def _keep_lines(file: Path, epochs: int) -> None:
-    """Take out what a run wrote after its last checkpoint."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epochs]
-    file.write_text("".join(kept))
+    """Take out what a run wrote after its last checkpoint, and what a crash cut off."""
+    kept = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            known = json.loads(line)["epoch"] <= epochs
+        except (ValueError, KeyError, TypeError):
+            continue
+        if known:
+            kept.append(f"{line}\n")
+    partial = file.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(file)
 
 
-def _previous(recipe: Recipe, run: Path, resume: bool) -> tuple[Checkpoint, Progress] | None:
-    if not (run / CHECKPOINT_FILE).is_file():
+def _require_agreement(run: Path, processes: Processes, own: tuple[object, ...]) -> None:
+    if len(set(map(repr, processes.gather(own)))) > 1:
+        raise TrainingError(
+            f"{run}: the processes found different data or different checkpoints; all need the same data and run folder"
+        )
+
+
+def _previous(recipe: Recipe, run: Path, resume: bool, start: Path | None) -> tuple[Checkpoint, Progress] | None:
+    if not any((run / name).is_file() for name in (CHECKPOINT_FILE, PREVIOUS_FILE)):
         return None
-    if not resume:
-        raise TrainingError(f"{run}: a run is already there; continue it with --resume or choose another --out")
     previous = checkpoints.load(run)
-    if previous.progress is None:
-        raise TrainingError(f"{run}: cannot resume: it was imported, not trained; train from it with --from {run}")
-    differences = previous.progress.read_recipe().differences(recipe)
+    progress = previous.progress
+    if progress is None:
+        raise TrainingError(
+            f"{run}: an imported run is there; choose another --out and train from it with --from {run}"
+        )
+    if not resume and (not job_id() or progress.job != job_id()):  # torchrun restarts what has failed
+        raise TrainingError(f"{run}: a run is already there; continue it with --resume or choose another --out")
+    differences = progress.read_recipe().differences(recipe)
+    if start is not None and (progress.start is None or progress.start.sha256 != checkpoints.sha256(start)):
+        differences.append(f"--from: expected {progress.start and progress.start.run}, found another run, {start}")
     if differences:
         raise TrainingError(f"{run}: cannot resume: {', '.join(differences)}")
-    return previous, previous.progress
+    return previous, progress

@@ -40,7 +40,7 @@ class ClassificationBatch(Batch):
 class DetectionBatch(Batch):
     """Padded images with objects."""
 
-    sizes: Tensor  # int64 [B, 2]
+    sizes: Tensor | None  # int64 [B, 2]; None where nothing is padded
     valid: Tensor  # bool [B, 1, H, W]
     targets: list[Target]
     denoising: Denoising | None
@@ -108,11 +108,21 @@ class DetectionObjective:
         edges = canvases.image_sizes.flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
         targets = [self._target(i, own) for i, own in zip(indices.tolist(), edges, strict=True)]
         pixels, sizes, valid, targets = self.augmentation(*inputs, targets, noise)
-        totals = self.criterion.totals(targets, self.config).to(self.device)
-        return DetectionBatch(pixels, totals, sizes, valid, targets, make_denoising(targets, self.config, noise[:, -1]))
+        padded = bool((canvases.sizes != torch.tensor(canvases.pixels.shape[1:3])).any())
+        return DetectionBatch(
+            pixels,
+            totals=self.criterion.totals(targets, self.config).to(self.device),
+            sizes=sizes if padded else None,
+            valid=valid,
+            targets=targets,
+            denoising=make_denoising(targets, self.config, noise[:, -1]),
+        )
 
     def forward(self, network: nn.Module, batch: DetectionBatch) -> Any:
-        return network(self.normalise(batch.pixels) * batch.valid, batch.sizes, denoising=batch.denoising)
+        images = self.normalise(batch.pixels)
+        if batch.sizes is not None:
+            images = images * batch.valid
+        return network(images, batch.sizes, denoising=batch.denoising)
 
     def loss(self, output: Any, batch: DetectionBatch, totals: Tensor) -> dict[str, Tensor]:
         return self.criterion(output, batch.targets, totals, self.config.query_groups)

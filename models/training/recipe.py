@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 Positive = Annotated[int, Field(ge=1)]
 Setting = int | float | str | bool | tuple[int, ...] | None
 # Settings that change how long a run takes, not what comes out of it: they may differ when it is resumed.
-_EXECUTION = ("accumulate", "cache", "compile", "workers")
+_EXECUTION = ("cache", "workers")
 
 
 class _Recipe(BaseModel):
     """What every task's recipe says. Written in `models/training/recipes/`, changed by `key=value`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     architecture: str
@@ -43,7 +43,7 @@ class _Recipe(BaseModel):
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass (autocast)
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.04  # of train, where the data has no split "val"
     evaluate_every: Positive = 1  # epochs
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     deterministic: bool = False  # only kernels that repeat to the last bit, on a GPU too
     accumulate: Positive = 1  # micro-batches per step and process
     compile: bool = False  # torch.compile

@@ -263,6 +263,14 @@ def test_a_padded_batch_answers_what_each_image_answers_alone(
 
 
 @every_kind
+@pytest.mark.parametrize("edges", [(32, 32), (37, 51)])
+def test_without_padding_the_sizes_may_be_left_out(queries: Any, edges: tuple[int, int]) -> None:
+    network = make(queries=queries)
+    pixels, sizes = images(2, *edges)
+    assert_same(network(pixels, None), network(pixels, sizes), tolerance=1e-6)
+
+
+@every_kind
 @pytest.mark.parametrize("edges", [(64, 64), (33, 57), (1, 9)])
 def test_published_padding_answers_the_same_for_an_image_without_padding(queries: Any, edges: tuple[int, int]) -> None:
     network = make(queries=queries)

@@ -93,6 +93,14 @@ def test_the_one_before_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert load(tmp_path).progress.epoch == 5
 
 
+def test_a_missing_checkpoint_is_told_from_no_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for epoch in (3, 4):
+        save(later(checkpoint, epoch=epoch), tmp_path)
+    (tmp_path / CHECKPOINT_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"found none; the one before: mv .*checkpoint\.previous\.pt"):
+        load(tmp_path)
+
+
 def test_full_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save(checkpoint, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -117,7 +125,7 @@ def test_a_flipped_bit_is_found(checkpoint: Checkpoint, tmp_path: Path, place: f
     with contextlib.suppress(Exception), zipfile.ZipFile(tmp_path / CHECKPOINT_FILE) as archive:
         if archive.testzip() is None:
             return  # between the entries, where it means nothing
-    with pytest.raises(CheckpointError, match=r"checkpoint\.previous\.pt beside it is the one before"):
+    with pytest.raises(CheckpointError, match=r"the one before: mv .*checkpoint\.previous\.pt .*checkpoint\.pt"):
         load(tmp_path)
 
 

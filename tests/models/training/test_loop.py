@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,7 +116,9 @@ def without_times(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def command(recipe: str, data: Path, run: Path, *changes: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-m", "vitrine", "train", recipe, "--data", str(data), "--out", str(run), *changes]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def wait_for_lines(job: subprocess.Popen[str], run: Path, count: int) -> None:
@@ -160,7 +164,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     train(recipe, data, whole)
     job = command(name, data, broken, *changes)
     wait_for_lines(job, broken, 2)
-    job.send_signal(number)
+    os.killpg(job.pid, number)  # its workers too, as torchrun and schedulers do
     output, _ = job.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert job.returncode == 0, output
@@ -199,7 +203,10 @@ def test_corrupt_checkpoint_names_the_one_before_which_resumes(data: Path, tmp_p
     whole = train(vit(), data, tmp_path)
     expected = lines(tmp_path)
     (tmp_path / checkpoints.CHECKPOINT_FILE).write_bytes(b"half a file")
-    with pytest.raises(TrainingError, match=r"checkpoint\.previous\.pt beside it is the one before"):
+    with pytest.raises(TrainingError, match=r"the one before: mv .*checkpoint\.previous\.pt "):
+        train(vit(), data, tmp_path, resume=True)
+    (tmp_path / checkpoints.CHECKPOINT_FILE).unlink()
+    with pytest.raises(TrainingError, match="found none; the one before: mv "):
         train(vit(), data, tmp_path, resume=True)
     (tmp_path / checkpoints.PREVIOUS_FILE).rename(tmp_path / checkpoints.CHECKPOINT_FILE)
     again = train(vit(), data, tmp_path, resume=True)
@@ -309,6 +316,30 @@ def test_divergence_names_the_images_and_the_last_good_checkpoint(data: Path, tm
 def test_settings_that_fit_no_network(data: Path, tmp_path: Path, change: str) -> None:
     with pytest.raises(TrainingError, match=r"vit_cifar10: .*(num_heads|patch_size|image_size)"):
         train(vit(change), data, tmp_path)
+
+
+def test_validation_images_without_boxes(data: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    shutil.copytree(data, empty)
+    document = json.loads((empty / "val.json").read_text())
+    (empty / "val.json").write_text(json.dumps({**document, "annotations": []}))
+    with pytest.raises(DataError, match="none of the 8 validation images has a box"):
+        train(detr(), empty, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_that_is_a_file(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="file: cannot be written: "):
+        train(vit(), data, tmp_path / "file")
+
+
+def test_resume_from_another_start(data: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        train(vit("epochs=1", f"seed={seed}"), data, tmp_path / str(seed))
+    train(vit("epochs=1"), data, tmp_path / "run", start=tmp_path / "1")
+    with pytest.raises(TrainingError, match=r"cannot resume: --from: expected 1, found another run, .*2"):
+        train(vit("epochs=1"), data, tmp_path / "run", start=tmp_path / "2", resume=True)
 
 
 def test_data_of_another_layout(tmp_path: Path) -> None:
