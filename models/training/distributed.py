@@ -61,7 +61,7 @@ def joined_processes() -> Iterator[Processes]:
         torch.cuda.set_device(device)
     store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
     # torchrun keeps one store for all its attempts: without a prefix, the addresses of dead processes are found in it.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
     dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=count)
     try:
         yield Processes(rank, count, device)

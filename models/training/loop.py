@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from models.training.augment import NOISE
 from models.training.calibration import fit_temperature, with_temperature
 from models.training.canvases import Canvases
 from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, PREVIOUS_FILE, Checkpoint, Progress
-from models.training.data import DetectionData
+from models.training.data import ClassificationData, DetectionData
 from models.training.distributed import Processes, job_id, joined_processes
 from models.training.errors import DataError, RecipeError, TrainingError
 from models.training.evaluation import ClassificationPredictions, Predictions, measure, merge, predict
@@ -157,7 +157,10 @@ class Trainer:
             if self.average is not None:
                 self.average.module.load_state_dict(self._state.weights)
                 self.average.n_averaged.fill_(self.epoch + self.step)  # of which only zero has a meaning
-        self._forward = _wrapped(self.network, recipe, processes)
+        self._parallel = _parallel(self.network, recipe, processes) if processes.count > 1 else None
+        self._forward = self._parallel or self.network
+        if recipe.compile:
+            self._forward.compile()
         self.objective = make_objective(recipe, data, self.network, processes.device)
         self.names = data.names
         self.batch_size = min(recipe.batch_size, len(data))
@@ -238,10 +241,11 @@ class Trainer:
         if self._predictions is not None:
             predictions, self._predictions = self._predictions, None
             metrics = measure(predictions, self.val)
-            if isinstance(predictions, ClassificationPredictions) and self.epoch + 1 == self.recipe.epochs:
+            last = self.epoch + 1 == self.recipe.epochs
+            if last and isinstance(predictions, ClassificationPredictions) and isinstance(self.val, ClassificationData):
                 truth = self.val.class_ids[predictions.indices]
                 temperature = fit_temperature(predictions.probabilities, truth)
-                calibrated = with_temperature(predictions.probabilities, temperature)
+                calibrated = with_temperature(predictions.probabilities, temperature).astype(np.float32)
                 before = metrics["ECE"]
                 metrics = measure(replace(predictions, probabilities=calibrated), self.val)
                 self._state = replace(self._state, temperature=temperature)
@@ -323,9 +327,7 @@ class Trainer:
         losses = []
         for i, (share, rows) in enumerate(zip(shares, self._rows, strict=True)):
             torch.manual_seed(_seed(*seeds, rows.start, 1))  # dropout
-            last = i + 1 == len(shares)
-            waits = nullcontext() if last or self.processes.count == 1 else self._forward.no_sync()
-            with waits:
+            with nullcontext() if i + 1 == len(shares) else self._alone():
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
                     output = self.objective.forward(self._forward, share)
                 parts = self.objective.loss(output, share, totals)
@@ -339,6 +341,10 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.network)
         return torch.stack((self.processes.sum(torch.stack(losses).sum()), norm))
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Leaves the gradients of a micro-batch to be joined with the others' after the last one."""
+        return nullcontext() if self._parallel is None else self._parallel.no_sync()
 
     def _check(self, vital: Tensor, indices: Tensor, step: int) -> None:
         loss, norm = vital.tolist()
@@ -403,18 +409,14 @@ def _own_rows(batch_size: int, recipe: Recipe, processes: Processes, group: int)
     return [slice(start, min(start + size, batch_size)) for start in starts]
 
 
-def _wrapped(network: nn.Module, recipe: Recipe, processes: Processes) -> nn.Module:
-    """The network for the forward pass."""
-    if processes.count > 1:
-        cuda = processes.device.type == "cuda"
-        if cuda:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        network = DistributedDataParallel(
-            network,
-            device_ids=[processes.device] if cuda else None,
-            find_unused_parameters=isinstance(recipe, DetectionRecipe),  # denoising, in images without objects
-        )
-    return torch.compile(network) if recipe.compile else network
+def _parallel(network: nn.Module, recipe: Recipe, processes: Processes) -> DistributedDataParallel:
+    """The network with gradients that are averaged over all processes."""
+    cuda = processes.device.type == "cuda"
+    return DistributedDataParallel(
+        nn.SyncBatchNorm.convert_sync_batchnorm(network) if cuda else network,
+        device_ids=[processes.device] if cuda else None,
+        find_unused_parameters=isinstance(recipe, DetectionRecipe),  # denoising, in images without objects
+    )
 
 
 @contextmanager

@@ -78,9 +78,9 @@ class ClassificationObjective:
         self.criterion = ClassificationLoss(recipe.loss, recipe.label_smoothing)
 
     def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> ClassificationBatch:
-        inputs = canvases.pixels, canvases.sizes, self.class_ids[indices]
-        inputs = (tensor.to(self.device, non_blocking=True) for tensor in inputs)
-        pixels, targets = self.augmentation(*inputs, self.num_classes, noise, self.size)
+        given = canvases.pixels, canvases.sizes, self.class_ids[indices]
+        pixels, sizes, class_ids = (tensor.to(self.device, non_blocking=True) for tensor in given)
+        pixels, targets = self.augmentation(pixels, sizes, class_ids, self.num_classes, noise, self.size)
         return ClassificationBatch(pixels, torch.tensor([float(len(pixels))], device=self.device), targets)
 
     def forward(self, network: nn.Module, batch: ClassificationBatch) -> Tensor:
@@ -104,10 +104,10 @@ class DetectionObjective:
         self.criterion = SetCriterion(eos_coef=recipe.eos_coef)
 
     def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> DetectionBatch:
-        inputs = (tensor.to(self.device, non_blocking=True) for tensor in (canvases.pixels, canvases.sizes))
+        pixels, sizes = (tensor.to(self.device, non_blocking=True) for tensor in (canvases.pixels, canvases.sizes))
         edges = canvases.image_sizes.flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
         targets = [self._target(i, own) for i, own in zip(indices.tolist(), edges, strict=True)]
-        pixels, sizes, valid, targets = self.augmentation(*inputs, targets, noise)
+        pixels, sizes, valid, targets = self.augmentation(pixels, sizes, targets, noise)
         padded = bool((canvases.sizes != torch.tensor(canvases.pixels.shape[1:3])).any())
         return DetectionBatch(
             pixels,
