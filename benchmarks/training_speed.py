@@ -1,0 +1,409 @@
+"""Training speed on this machine: our loop beside Hugging Face's `Trainer`, and both beside the machine's peak.
+
+    python benchmarks/training_speed.py vit --data DATA
+    python benchmarks/training_speed.py detr --data DATA --threads 2
+
+DATA holds `imagenette144` and `bccd`. What is measured, and how, is said in `benchmarks/README.md`.
+"""
+
+import argparse
+import gc
+import io
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Task
+from models import detr, vit
+from models.boxes import xyxy_to_cxcywh
+from models.training.augment import NOISE, ClassificationAugmentation, DetectionAugmentation
+from models.training.data import ClassificationData, DetectionData
+from models.training.distributed import Processes
+from models.training.interruption import Interruption
+from models.training.layouts import load_split
+from models.training.loop import Trainer
+from models.training.losses import SetCriterion
+from models.training.matcher import Target
+from models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WORKERS = 2  # processes that decode, of either side
+SIDE = 224  # pixels, of the ViT's input
+EDGES = (320, 240)  # pixels, width and height of the DETR's input
+OURS = "ours, images in memory"
+Item = dict[str, Any]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="Training speed, beside Hugging Face's Trainer.")
+    parser.add_argument("network", choices=("vit", "detr"))
+    parser.add_argument("--data", type=Path, required=True, help="folder with imagenette144 and bccd")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each competitor in a round")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the competitors to measure")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        comparison = (compare_vit if options.network == "vit" else compare_detr)(options.data, Path(folder))
+        chosen = {
+            name: train
+            for name, train in comparison.competitors.items()
+            if name == OURS or not options.only or any(part in name for part in options.only)
+        }
+        paces, peaks = interleaved(chosen, options.rounds, options.steps)
+        report(comparison, paces, max(peaks), options.threads)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Competitors that train until they are stopped, and what the networks compute in one step."""
+
+    batch_size: int
+    competitors: dict[str, Callable[[], object]]
+    networks: dict[str, tuple[int, int]]  # parameters; floating-point operations of an image's forward pass
+
+
+def compare_vit(data: Path, folder: Path) -> Comparison:
+    """ViT-Ti/16 at 224 pixels, Imagenette, random resized crops and mirroring."""
+    batch_size = 16
+    recipe = ClassificationRecipe(
+        name="vit",
+        architecture="vit",
+        model=vit.VARIANTS["vit_tiny_patch16"],
+        preprocessing=ClassificationPreprocessing(input_size=(SIDE, SIDE), mean=MEAN, std=STD),
+        augmentation=ClassificationAugmentation(crop="resized", flip=0.5),
+        epochs=1000,
+        batch_size=batch_size,
+        lr=1e-4,
+        cache="memory",
+        workers=WORKERS,
+    )
+    shape = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+    config = transformers.ViTConfig.from_dict({**shape, "num_labels": 10})
+    train = load_split(data / "imagenette144", Task.CLASSIFICATION, "train")
+    assert isinstance(train, ClassificationData)
+    theirs = transformers.ViTForImageClassification(config)
+    ours = vit.ViT(vit.ViTConfig(10, **vit.VARIANTS["vit_tiny_patch16"]))
+    files, ready = ClassificationFiles(train), Ready(ClassificationFiles(train), 10 * batch_size)
+    example = torch.zeros(1, 3, SIDE, SIDE)
+    return Comparison(
+        batch_size,
+        {
+            **our_competitors(recipe, data / "imagenette144", folder),
+            **their_competitors(theirs, ClassifierForTrainer(ours), files, ready, batch_size, None, folder),
+        },
+        {"ours": size_of(ours, example), "Hugging Face": size_of(theirs, example)},
+    )
+
+
+def compare_detr(data: Path, folder: Path) -> Comparison:
+    """A small DETR (ResNet-18, 3 + 3 layers) at 320 x 240 pixels, BCCD, auxiliary losses, mirroring."""
+    batch_size = 4
+    recipe = DetectionRecipe(
+        name="detr",
+        architecture="detr",
+        model=detr.VARIANTS["detr_small"],
+        preprocessing=DetectionPreprocessing(shortest_edge=EDGES[1], longest_edge=EDGES[0], mean=MEAN, std=STD),
+        augmentation=DetectionAugmentation(flip=0.5, zoom=(1.0, 1.0), brightness=0.0, contrast=0.0),
+        epochs=1000,
+        batch_size=batch_size,
+        lr=1e-4,
+        cache="memory",
+        workers=WORKERS,
+    )
+    resnet18 = {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "depths": [2, 2, 2, 2],
+        "hidden_sizes": [64, 128, 256, 512],
+        "out_features": ["stage4"],
+    }
+    shape = {"encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}
+    config = transformers.DetrConfig.from_dict(
+        {**shape, "backbone_config": resnet18, "num_queries": 100, "auxiliary_loss": True, "num_labels": 3}
+    )
+    train = load_split(data / "bccd", Task.DETECTION, "train")
+    assert isinstance(train, DetectionData)
+    theirs = transformers.DetrForObjectDetection(config)
+    theirs.requires_grad_(True)  # it freezes the backbone's first layers, which ours trains
+    ours = detr.Detr(detr.DetrConfig(3, **detr.VARIANTS["detr_small"]))
+    files, ready = DetectionFiles(train), Ready(DetectionFiles(train), 10 * batch_size)
+    example = torch.zeros(1, 3, EDGES[1], EDGES[0])
+    return Comparison(
+        batch_size,
+        {
+            **our_competitors(recipe, data / "bccd", folder),
+            **their_competitors(theirs, DetectorForTrainer(ours), files, ready, batch_size, collate_detection, folder),
+        },
+        {
+            "ours": size_of(ours, example, torch.tensor([example.shape[2:]])),
+            "Hugging Face": size_of(theirs, example),
+        },
+    )
+
+
+def our_competitors(recipe: Recipe, data: Path, folder: Path) -> dict[str, Callable[[], object]]:
+    """Our loop with its data in memory, decoded by workers, and not needed at all."""
+
+    def trainer(name: str, cache: str) -> Trainer:
+        own = recipe.model_copy(update={"cache": cache})
+        return Trainer(own, data, folder / name, Processes(0, 1, torch.device("cpu")), False, None, ())
+
+    memory, disk, repeated = trainer("memory", "memory"), trainer("disk", "disk"), trainer("repeated", "disk")
+    repeat_one_batch(repeated)
+    return {
+        OURS: lambda: memory.train_epoch(Interruption()),
+        f"ours, {WORKERS} workers": lambda: disk.train_epoch(Interruption()),
+        "ours, one batch repeated": lambda: repeated.train_epoch(Interruption()),
+    }
+
+
+def repeat_one_batch(trainer: Trainer) -> None:
+    """Have a trainer take the same augmented batch again and again: no data, no augmentation."""
+    indices = torch.arange(trainer.batch_size)
+    canvases = next(trainer.canvases.batches([indices]))
+    batch = trainer.objective.prepare(canvases, indices, torch.rand(trainer.batch_size, NOISE))
+    vars(trainer.canvases)["batches"] = lambda chosen: repeat(canvases, len(chosen))
+    vars(trainer.objective)["prepare"] = lambda *_: batch
+
+
+def their_competitors(
+    theirs: nn.Module,
+    ours: nn.Module,
+    files: Dataset[Item],
+    ready: Dataset[Item],
+    batch_size: int,
+    collate: Callable[[list[Item]], Item] | None,
+    folder: Path,
+) -> dict[str, Callable[[], object]]:
+    """Hugging Face's loop with images decoded by workers, with tensors that are ready, and around our network."""
+
+    def train(network: nn.Module, data: Dataset[Item], workers: int) -> None:
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder / "unused"),
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1000,
+            learning_rate=1e-4,
+            weight_decay=0.05,
+            max_grad_norm=1.0,
+            dataloader_num_workers=workers,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        transformers.Trainer(network, arguments, data_collator=collate, train_dataset=data).train()
+
+    return {
+        f"Hugging Face, {WORKERS} workers": lambda: train(theirs, files, WORKERS),
+        "Hugging Face, tensors ready": lambda: train(theirs, ready, 0),
+        "our network in Hugging Face's Trainer, tensors ready": lambda: train(ours, ready, 0),
+    }
+
+
+class ClassificationFiles(Dataset[Item]):
+    """The usual way: decode, crop, resize, mirror and normalise in `__getitem__`."""
+
+    def __init__(self, data: ClassificationData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Item:
+        image = Image.open(io.BytesIO(self.data.encoded[index])).convert("RGB")
+        area = image.width * image.height * random.uniform(0.08, 1.0)
+        ratio = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width, height = min(image.width, (area * ratio) ** 0.5), min(image.height, (area / ratio) ** 0.5)
+        left, top = random.uniform(0, image.width - width), random.uniform(0, image.height - height)
+        box = (left, top, left + width, top + height)
+        image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return {"pixel_values": normalised(image), "labels": int(self.data.class_ids[index])}
+
+
+class DetectionFiles(Dataset[Item]):
+    """The usual way: decode, resize, mirror and normalise in `__getitem__`."""
+
+    def __init__(self, data: DetectionData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Item:
+        image = Image.open(io.BytesIO(self.data.encoded[index])).convert("RGB")
+        boxes = torch.from_numpy(self.data.boxes[index]) / torch.tensor([*image.size, *image.size])
+        image = image.resize(EDGES, Image.Resampling.BILINEAR)
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            boxes = torch.stack((1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]), dim=1)
+        class_ids = torch.from_numpy(self.data.class_ids[index])
+        labels = {"class_labels": class_ids, "boxes": xyxy_to_cxcywh(boxes)}
+        return {"pixel_values": normalised(image), "labels": labels}
+
+
+class Ready(Dataset[Item]):
+    """The first items of a data set, decoded and augmented beforehand."""
+
+    def __init__(self, data: Dataset[Item], count: int) -> None:
+        self.items = [data[i] for i in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+
+def normalised(image: Image.Image) -> Tensor:
+    """Float [3, H, W], mean and standard deviation removed."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return ((pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).contiguous()
+
+
+def collate_detection(items: list[Item]) -> Item:
+    """Images stacked, with masks of what is no padding, and a list of labels."""
+    pixels = torch.stack([item["pixel_values"] for item in items])
+    mask = torch.ones(len(items), *pixels.shape[2:], dtype=torch.int64)
+    return {"pixel_values": pixels, "pixel_mask": mask, "labels": [item["labels"] for item in items]}
+
+
+class ClassifierForTrainer(nn.Module):
+    """Our network as Hugging Face's Trainer wants it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.network(pixel_values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class DetectorForTrainer(nn.Module):
+    """Our network and set loss as Hugging Face's Trainer wants them."""
+
+    def __init__(self, network: detr.Detr) -> None:
+        super().__init__()
+        self.network = network
+        self.criterion = SetCriterion()
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor, labels: list[Item]) -> dict[str, Tensor]:
+        sizes = torch.stack((pixel_mask[:, :, 0].sum(dim=1), pixel_mask[:, 0].sum(dim=1)), dim=1)
+        output = self.network(pixel_values, sizes)
+        targets = [Target(label["class_labels"], label["boxes"]) for label in labels]
+        totals = self.criterion.totals(targets, self.network.config)
+        return {"loss": self.criterion(output, targets, totals)["loss"], "logits": output["pred_logits"]}
+
+
+def size_of(network: nn.Module, *example: Tensor) -> tuple[int, int]:
+    """Parameters, and floating-point operations of the forward pass of one image."""
+    network.eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network(*example)
+    return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
+
+
+class _Enough(Exception):
+    """Raised where training is to be stopped."""
+
+
+class Pace(NamedTuple):
+    """Seconds per step: on the clock, and of this process's threads (not of its workers) on the processor."""
+
+    clock: float
+    processor: float
+
+
+def pace(train: Callable[[], object], steps: int) -> Pace:
+    """Train until `steps` steps have followed a first one; their time, from one optimiser's step to the next."""
+    ends: list[Pace] = []
+
+    def stop(*_: object) -> None:
+        ends.append(Pace(time.perf_counter(), time.process_time()))
+        if len(ends) > steps:
+            raise _Enough
+
+    hook = register_optimizer_step_post_hook(stop)
+    try:
+        train()
+    except _Enough:
+        pass
+    finally:
+        hook.remove()
+    return Pace(*((end - start) / steps for start, end in zip(ends[0], ends[-1], strict=True)))
+
+
+def interleaved(
+    competitors: dict[str, Callable[[], object]], rounds: int, steps: int
+) -> tuple[dict[str, list[Pace]], list[float]]:
+    """Each competitor's pace in each round, and each round's `matmul_rate`; a round before them warms up."""
+    paces: dict[str, list[Pace]] = {name: [] for name in competitors}
+    peaks = []
+    for i in range(-1, rounds):
+        peaks.append(matmul_rate())
+        for name, train in competitors.items():
+            measured = pace(train, steps if i >= 0 else 1)
+            gc.collect()  # the stopped loader's workers
+            if i >= 0:
+                paces[name].append(measured)
+    return paces, peaks
+
+
+def matmul_rate() -> float:
+    """Operations per second of the best float32 matrix multiplication, of several sizes and tries."""
+    best = 0.0
+    for edge in (512, 1024, 2048):
+        a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
+        torch.mm(a, b, out=out)
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            best = max(best, 2 * edge**3 / (time.perf_counter() - start))
+    return best
+
+
+def report(comparison: Comparison, paces: dict[str, list[Pace]], peak: float, threads: int) -> None:
+    """Print a table in Markdown. Ratios are those of the same round: their median, and their range."""
+    print(f"{threads} threads, batches of {comparison.batch_size}, matrix multiplication {peak / 1e9:.1f} GFLOP/s\n")
+    for name, (parameters, flops) in comparison.networks.items():
+        print(f"{name}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP forward per image")
+    print("\n| | images/s | its time / ours | rounds | its processor time / ours | of the peak |")
+    print("|---|---|---|---|---|---|")
+    for name, rounds in paces.items():
+        _, forward = comparison.networks["Hugging Face" if name.startswith("Hugging") else "ours"]
+        rate = 3 * comparison.batch_size * forward / min(rounds).clock
+        step = statistics.median(own.clock for own in rounds)
+        pairs = list(zip(rounds, paces[OURS], strict=True))
+        ratios = [own.clock / ours.clock for own, ours in pairs]
+        processor = statistics.median(own.processor / ours.processor for own, ours in pairs)
+        print(
+            f"| {name} | {comparison.batch_size / step:.1f} | {statistics.median(ratios):.2f} "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} | {processor:.2f} | {rate / peak:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
