@@ -5,6 +5,7 @@ decoder. All that is kept per image lies end to end in a few arrays, so that a m
 other processes. Nothing in this module needs torch.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -25,8 +26,8 @@ T = TypeVar("T")
 class _Items(Sequence[T]):
     """A sequence that makes its items when asked for them."""
 
-    def _item(self, index: int) -> T:
-        raise NotImplementedError
+    @abstractmethod
+    def _item(self, index: int) -> T: ...
 
     @overload
     def __getitem__(self, index: int) -> T: ...

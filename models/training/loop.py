@@ -75,6 +75,8 @@ def train(
     """
     with listening() as interruption, joined_processes() as processes, _kernels(recipe.deterministic):
         trainer = Trainer(recipe, data_path, run, processes, resume, start, changes)
+        if resume and trainer.step == trainer.epoch == 0:
+            trainer.say(f"there is no run in {run} to resume: a new one begins")
         try:
             while trainer.epoch < recipe.epochs:
                 trainer.train_epoch(interruption)
@@ -198,7 +200,7 @@ class Trainer:
         """
         recipe = self.recipe
         training_mode(self.network, recipe)
-        order = torch.randperm(len(self.canvases), generator=_generator(recipe.seed, self.epoch))
+        order = torch.randperm(len(self.canvases), generator=_generator(recipe.seed, self.epoch, self.steps))
         batches = order.split(self.batch_size)[self.step : self.steps]
         canvases = self.canvases.batches([indices[rows] for indices in batches for rows in self._rows])
         unchecked: tuple[Tensor, Tensor, int] | None = None
@@ -385,6 +387,7 @@ class Trainer:
 
 
 def _seed(*numbers: int) -> int:
+    """One number for several; zeros at their end make no difference."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,6 +46,7 @@ DETR = (
 )
 
 
+ReadUntil = Callable[["subprocess.Popen[str]", str], None]
 Torchrun = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -62,7 +62,7 @@ def torchrun() -> Iterator[Torchrun]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         )
         jobs.append(job)
         return job
@@ -113,11 +113,13 @@ def test_two_processes_make_the_gradients_and_metrics_of_one(
         assert all(theirs[key] == pytest.approx(ours[key], rel=1e-4) for key in ours if key != "seconds")
 
 
-def test_a_killed_process_ends_the_job_and_the_run_resumes(torchrun: Torchrun, colours: Path, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job_and_the_run_resumes(
+    torchrun: Torchrun, read_until: ReadUntil, colours: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     arguments = ["vit_cifar10", "--data", str(colours), "--out", str(run), *VIT, "epochs=1000", "batch_size=8"]
     job = torchrun(arguments)
-    wait_for_epochs(job, run, 2)
+    read_until(job, "epoch 2/")
     workers = [pid for pid in children(job.pid) if "vitrine" in command(pid)]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
@@ -126,7 +128,7 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes(torchrun: Torchrun, c
     done = load(run).progress.epoch
     assert done >= 2
     again = torchrun([*arguments, "--resume"])
-    wait_for_epochs(again, run, done + 2)
+    read_until(again, f"epoch {done + 2}/")
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=120)
     assert load(run).progress.epoch >= done + 2
@@ -134,23 +136,16 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes(torchrun: Torchrun, c
     assert epochs == list(range(1, len(epochs) + 1))
 
 
-def test_torchrun_restarts_a_failed_job_where_it_was(torchrun: Torchrun, colours: Path, tmp_path: Path) -> None:
+def test_torchrun_restarts_a_failed_job_where_it_was(
+    torchrun: Torchrun, read_until: ReadUntil, colours: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     changes = [*VIT, "epochs=60", "batch_size=8", "evaluate_every=60"]
     job = torchrun(["vit_cifar10", "--data", str(colours), "--out", str(run), *changes], "--max-restarts=1")
-    wait_for_epochs(job, run, 2)
+    read_until(job, "epoch 2/")
     os.kill(next(pid for pid in children(job.pid) if "vitrine" in command(pid)), signal.SIGKILL)
     finished(job)
     assert load(run).progress.epoch == 60
-
-
-def wait_for_epochs(job: subprocess.Popen[str], run: Path, epochs: int) -> None:
-    """Until the run's metrics have so many lines."""
-    deadline = time.monotonic() + 120
-    while not (run / METRICS_FILE).exists() or len((run / METRICS_FILE).read_text().splitlines()) < epochs:
-        assert job.poll() is None, job.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def children(pid: int) -> list[int]:
