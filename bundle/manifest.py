@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
+EXPLAIN_FILE = "explain.onnx"
 GOLDEN_FILE = "golden.npz"
 CARD_FILE = "README.md"
 
@@ -36,6 +37,22 @@ class Task(StrEnum):
 
 
 MAIN_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP50"}  # every measured bundle states this one
+GATE_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP"}  # what a variant may lose of
+
+
+class Precision(StrEnum):
+    """The variants of a graph, by what its weights are stored and its sums are computed in."""
+
+    FP32 = "fp32"
+    FP16_WEIGHTS = "fp16-weights"  # half the file; computes in float32
+    FP16 = "fp16"  # for GPUs: computes in float16
+    INT8_DYNAMIC = "int8-dynamic"  # 8-bit weights, activations rounded to 8 bits by their range in each call
+    INT8_STATIC = "int8-static"  # by their range on training images
+
+    @property
+    def file(self) -> str:
+        """Its name in a bundle."""
+        return MODEL_FILE if self is Precision.FP32 else f"model.{self.value}.onnx"
 
 
 class Interpolation(StrEnum):
@@ -85,6 +102,14 @@ class TensorSpec(_Strict):
     shape: tuple[int | str, ...]
 
 
+class ReliabilityBin(_Strict):
+    """Answers whose probability lies in one of equal parts of 0..1, the empty ones included (Guo et al. 2017)."""
+
+    answers: Annotated[int, Field(ge=0)]
+    confidence: float  # their mean probability, 0 where there are none
+    accuracy: float  # share of them that is right
+
+
 class Metrics(_Strict):
     """Measured on this bundle's ONNX file through `bundle`'s predictor."""
 
@@ -92,6 +117,9 @@ class Metrics(_Strict):
     split: str
     images: Annotated[int, Field(ge=1)]
     values: dict[str, float]  # "top1", "top5", "ECE" or "AP", "AP50", ...: fractions, 0 to 1; and "NLL" in nats
+    intervals: dict[str, tuple[float, float]] = {}  # 95 % of bootstrap samples of the images lie within
+    confusion: tuple[tuple[int, ...], ...] | None = None  # images by true (rows) and answered label; None with many
+    reliability: tuple[ReliabilityBin, ...] | None = None  # of a classifier
     notes: str = ""  # what a reader of these numbers must know about the data
 
 
@@ -104,7 +132,51 @@ class Parity(_Strict):
     data: str  # the data set of the images, or GENERATED
     images: Annotated[int, Field(ge=1)]
     max_abs_diff: dict[str, float]  # by output name
+    max_rel_diff: dict[str, float]  # of the values of at least 0.01
     top1_agreement: float
+    torch_metrics: dict[str, float] | None = None  # as `Metrics.values`, of the torch network; None without data
+
+
+class Variant(_Strict):
+    """One ONNX file of the network."""
+
+    metrics: dict[str, float] | None = None  # as `Metrics.values`, measured on this file; None without data
+    drop: float | None = None  # points of `GATE_METRIC` below fp32; below 0 it is better
+    agreement: float | None = None  # share of the images (of the objects found) that get fp32's answer
+    float_layers: tuple[str, ...] = ()  # left in float32, because the answers suffer most from their rounding
+
+
+class LatencyRow(_Strict):
+    """How long one way to run the network takes."""
+
+    name: str
+    size: int | None  # bytes of its file; None where there is none
+    milliseconds: tuple[Positive, ...]  # median of a call, for each of `Latency.settings`
+
+
+class Latency(_Strict):
+    """Ways to run the network beside each other, measured in turns in one run."""
+
+    machine: str
+    input_size: tuple[int, int]  # height and width in pixels
+    settings: tuple[tuple[int, int], ...]  # batch and threads of each column
+    rows: tuple[LatencyRow, ...]
+
+
+class Explanation(_Strict):
+    """How the bundle shows where its network looks."""
+
+    method: Literal["attention", "class-activation", "occlusion"]
+    patch_size: Annotated[int, Field(ge=1)] | None = None  # of "occlusion", in pixels
+    outputs: tuple[TensorSpec, ...] = ()  # of `EXPLAIN_FILE`, those of the serving graph first; none of "occlusion"
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.method == "occlusion") != (self.patch_size is not None) or (self.method == "occlusion") == bool(
+            self.outputs
+        ):
+            raise ValueError("expected patch_size and no outputs for occlusion, outputs and no patch_size otherwise")
+        return self
 
 
 class Calibration(_Strict):
@@ -179,7 +251,7 @@ class File(_Strict):
 class Manifest(_Strict):
     """`manifest.json` of one bundle version."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: Name
     version: Version
     description: str
@@ -192,6 +264,11 @@ class Manifest(_Strict):
     metrics: Metrics | None = None  # None where the exporter had no labelled data
     parity: Parity
     calibration: Calibration | None = None  # None where the softmax is that of training
+    variants: dict[Precision, Variant]
+    default_variant: Precision = Precision.FP32
+    default_reason: str
+    latency: Latency | None = None  # None where it was not measured
+    explanation: Explanation | None = None
     licences: Licences
     provenance: Provenance
     files: dict[str, File]
@@ -204,7 +281,12 @@ class Manifest(_Strict):
             raise ValueError(f"metrics: {MAIN_METRIC[self.task]} is not among {', '.join(self.metrics.values)}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels are not unique")
-        for required in (MODEL_FILE, GOLDEN_FILE):
+        for known in {Precision.FP32, self.default_variant} - set(self.variants):
+            raise ValueError(f"variants: {known.value} is not listed")
+        required_files = [GOLDEN_FILE, *(variant.file for variant in self.variants)]
+        if self.explanation is not None and self.explanation.outputs:
+            required_files.append(EXPLAIN_FILE)
+        for required in required_files:
             if required not in self.files:
                 raise ValueError(f"files: {required} is not listed")
         for listed in self.files:

@@ -27,10 +27,12 @@ from bundle.manifest import (
     Manifest,
     Metrics,
     Name,
+    Precision,
     Preprocessing,
     Provenance,
     Start,
     Training,
+    Variant,
     Version,
 )
 from bundle.predictors import Predictor, make_predictor
@@ -117,7 +119,7 @@ def export_run(
         predictor = make_predictor(onnx_network, preprocessing, checkpoint.labels)
         metrics, calibration = _measured(predictor, data, data_notes, checkpoint.temperature)
         manifest = Manifest(
-            schema_version=1,
+            schema_version=2,
             name=out.parent.name,
             version=out.name,
             description=_description(checkpoint, data),
@@ -130,6 +132,8 @@ def export_run(
             metrics=metrics,
             parity=parity,
             calibration=calibration,
+            variants={Precision.FP32: Variant()},
+            default_reason="It is the only variant.",
             licences=licences or Licences(),
             provenance=Provenance(
                 training=_training(checkpoint),

@@ -15,6 +15,7 @@ from export.errors import ParityError
 # Probabilities, scores and box corners all lie in 0..1. Float32 sums taken in another order move them by some 1e-7;
 # a wrong constant, layout or mask moves them by more than 1e-2.
 TOLERANCE = 1e-4
+SMALLEST_RELATIVE = 0.01  # relative differences of smaller values say nothing
 MIN_AGREEMENT = 0.999  # of the chosen classes: a tie between two may fall either way
 _BATCHES = (1, 3, 8)
 _MOST_PIXELS = 8 * 480 * 640  # of a batch: a dilated DETR's attention on eight large pictures takes 16 GB
@@ -65,6 +66,7 @@ def check_parity(
         ParityError: an output differs by more than `TOLERANCE`, or the classes do.
     """
     largest = dict.fromkeys((name for name in output_names if name != "class_ids"), 0.0)
+    relative = dict(largest)
     same, compared = 0, 0
     for inputs in _batches(images, preprocessing):
         expected = dict(zip(output_names, torch_network(**inputs), strict=True))
@@ -73,8 +75,12 @@ def check_parity(
             if expected[name].shape != found[name].shape:
                 shapes = {"expected": expected[name].shape, "found": found[name].shape}
                 raise ParityError(name, quantity="shape", **shapes)
-            difference = np.abs(expected[name].astype(np.float64) - found[name].astype(np.float64)).max()
+            wanted = expected[name].astype(np.float64)
+            differences = np.abs(wanted - found[name].astype(np.float64))
+            difference = differences.max()
             largest[name] = max(largest[name], float(difference))
+            counted = wanted >= SMALLEST_RELATIVE
+            relative[name] = max(relative[name], float((differences[counted] / wanted[counted]).max(initial=0)))
             if not difference <= TOLERANCE:
                 raise ParityError(name, quantity="largest difference", expected=f"<= {TOLERANCE}", found=difference)
         if "class_ids" in expected:
@@ -85,7 +91,9 @@ def check_parity(
     agreement = same / compared if compared else 1.0
     if agreement < MIN_AGREEMENT:
         raise ParityError("classes", quantity="agreement", expected=f">= {MIN_AGREEMENT}", found=agreement)
-    return Parity(data=data, images=len(images), max_abs_diff=largest, top1_agreement=agreement)
+    return Parity(
+        data=data, images=len(images), max_abs_diff=largest, max_rel_diff=relative, top1_agreement=agreement
+    )
 
 
 def _batches(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Iterator[Inputs]:

@@ -53,7 +53,7 @@ def test_a_manifest_that_is_none(content: str, bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schema_version": 2}, "schema_version: expected Input should be 1, found 2"),
+        ({"schema_version": 1}, "schema_version: expected Input should be 2, found 1"),
         ({"version": "2"}, r"name, version: expected folder \w+/2, found folder \w+/1"),
         ({"labels": ["a", "b"]}, "labels: expected [0-9] labels, found 2|labels"),
         ({"colour": "blue"}, "colour: expected Extra inputs are not permitted"),

@@ -11,7 +11,7 @@ CLASSIFICATION = {"task": "image-classification", "input_size": [32, 32], **CHAN
 DETECTION = {"task": "object-detection", "shortest_edge": 240, "longest_edge": 320, **CHANNELS}
 SHA = "0" * 64
 VALID: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "name": "pets",
     "version": "1",
     "description": "Cats and dogs.",
@@ -22,7 +22,15 @@ VALID: dict[str, Any] = {
     "preprocessing": CLASSIFICATION,
     "labels": ["cat", "dog"],
     "metrics": {"data": "pets", "split": "test", "images": 10, "values": {"top1": 0.9}},
-    "parity": {"data": "pets", "images": 10, "max_abs_diff": {"probabilities": 1e-6}, "top1_agreement": 1.0},
+    "parity": {
+        "data": "pets",
+        "images": 10,
+        "max_abs_diff": {"probabilities": 1e-6},
+        "max_rel_diff": {"probabilities": 1e-5},
+        "top1_agreement": 1.0,
+    },
+    "variants": {"fp32": {}},
+    "default_reason": "It is the only variant.",
     "licences": {"weights": "Apache-2.0", "data": "MIT"},
     "provenance": {
         "training": {
@@ -97,7 +105,7 @@ def test_names(name: str) -> None:
         ("colour", "red", "colour\n  Extra inputs"),
         ("metrics.f1", 0.5, r"metrics.f1\n  Extra inputs"),
         ("preprocessing.shortest_edge", 240, r"shortest_edge\n  Extra inputs"),
-        ("schema_version", 2, "schema_version\n  Input should be 1"),
+        ("schema_version", 1, "schema_version\n  Input should be 2"),
         *[("name", name, "name\n  String should match") for name in ("", "A", "a b", "../a", ".a", "a\n", "a" * 65)],
         *[("version", v, "version\n  String should match") for v in ("", "0", "01", "1.0", "v1", "-1", "1\n")],
         ("version", 1, "version\n  Input should be a valid string"),
