@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -11,10 +12,10 @@ from typing import Annotated
 import typer
 
 from bundle.errors import VitrineError, unknown
-from bundle.loading import find_bundles, load_bundle, read_manifest
-from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Licences, Manifest, Task
+from bundle.loading import find_bundles, load_bundle, load_explain_network, load_file, read_manifest
+from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
 from bundle.repository import Repository
-from bundle.runtime import available_cores
+from bundle.runtime import available_cores, parse_providers
 
 app = typer.Typer(
     help="Vision transformers from training to an HTTP answer.",
@@ -22,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+Providers = Annotated[str, typer.Option("--providers", help="Where ONNX Runtime computes: cuda,cpu in that order.")]
+
 data_app = typer.Typer(help="Get data sets and look them over.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
@@ -124,11 +127,16 @@ def import_(
 
 @app.command()
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="A run or a bundle.")],
+    path: Annotated[Path, typer.Argument(help="A run, a bundle, or an ONNX file of a bundle.")],
     data: Annotated[Path, typer.Option(help="Data set.")],
     split: Annotated[
         str | None, typer.Option(help="Part of the data set (default: test, or val where there is no test).")
     ] = None,
+    variant: Annotated[
+        Precision | None,
+        typer.Option(help="Graph of the bundle (default: the one that it serves).", show_default=False),
+    ] = None,
+    providers: Providers = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
 ) -> None:
     """Measure accuracy or average precision of a run (in torch) or a bundle (in ONNX Runtime)."""
@@ -142,8 +150,9 @@ def evaluate(
     )
     from models.training.layouts import has_split, load_split
 
-    if (path / MANIFEST_FILE).is_file():
-        bundle = load_bundle(path, threads=available_cores())
+    if path.is_file() or (path / MANIFEST_FILE).is_file():
+        where = {"threads": available_cores(), "providers": parse_providers(providers)}
+        bundle = load_file(path, **where) if path.is_file() else load_bundle(path, variant=variant, **where)
         predictor, task = bundle.predictor, bundle.manifest.task
     else:
         from models.training.checkpoint import load
@@ -202,19 +211,66 @@ def export(
     licence: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = NOT_STATED,
     data_licence: Annotated[str, typer.Option(help="Terms of the data, for the model card.")] = NOT_STATED,
     data_notes: Annotated[str, typer.Option(help="What a reader of the figures must know about the data.")] = "",
+    variant: Annotated[
+        list[Precision] | None,
+        typer.Option(help="Smaller or faster graph to add; may be repeated.", show_default=False),
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option(help="Points of top-1 or AP that a variant may lose, else the export fails.", min=0)
+    ] = 0.5,
+    default: Annotated[Precision, typer.Option(help="The variant that is served.")] = Precision.FP32,
+    latency: Annotated[
+        str,
+        typer.Option(help="Ways to time for the card: none, own (torch, the graphs), all (compiled torch, OpenVINO)."),
+    ] = "own",
+    providers: Providers = "cpu",
 ) -> None:
     """Write a verified bundle from a run."""
     from export.export import export_run
+    from export.latency import Timing
 
-    licences = Licences(weights=licence, data=data_licence)
-    manifest = export_run(run, out, data_path=data, licences=licences, data_notes=data_notes)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing half is left
+    manifest = export_run(
+        run,
+        out,
+        data_path=data,
+        licences=Licences(weights=licence, data=data_licence),
+        data_notes=data_notes,
+        variants=variant or (),
+        max_drop=max_drop,
+        default=default,
+        timing=Timing(latency),
+        providers=parse_providers(providers),
+    )
     typer.echo(f"exported: {out}  {_summary(manifest)}")
 
 
 @app.command()
-def verify(bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")]) -> None:
-    """Check a bundle's files, graph and golden answers, without torch."""
-    typer.echo(f"verified: {_summary(load_bundle(bundle).manifest)}")
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")],
+    run: Annotated[
+        Path | None, typer.Option(help="The run it was made of: compare with torch again.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Images to compare on (default: where they were when the run was trained).")
+    ] = None,
+    providers: Providers = "cpu",
+) -> None:
+    """Check a bundle's files, graphs and golden answers, without torch; with --run, its answers against torch's."""
+    chosen = parse_providers(providers)
+    manifest = read_manifest(bundle)
+    for variant in manifest.variants:
+        load_bundle(bundle, variant=variant, providers=chosen)
+    graphs = [variant.value for variant in manifest.variants]
+    if load_explain_network(bundle, providers=chosen) is not None:
+        graphs.append("explain")
+    typer.echo(f"verified: {_summary(manifest)} ({', '.join(graphs)})")
+    if run is not None:
+        from export.export import verify_run
+
+        parity = verify_run(run, bundle, data_path=data, providers=chosen)
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())
+        typer.echo(f"as torch answers: largest difference {differences} on {parity.images} images of {parity.data}")
 
 
 @app.command()
@@ -235,7 +291,8 @@ def serve(
     settings = read_settings()
     _check_address(host, port)
     # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
-    manifests = [bundle.manifest for bundle in Repository(settings.bundles).bundles.values()]
+    repository = Repository(settings.bundles, providers=parse_providers(settings.providers))
+    manifests = [bundle.manifest for bundle in repository.bundles.values()]
     typer.echo(f"Vitrine serves {settings.bundles} on http://{host}:{port}")
     for manifest in manifests:
         typer.echo(f"  {_summary(manifest)}")
@@ -270,7 +327,7 @@ _CURL = {
 }
 
 
-def _summary(manifest: Manifest) -> str:
+def _summary(manifest: Identity) -> str:
     measured = "accuracy not measured"
     if manifest.metrics is not None:
         metric = MAIN_METRIC[manifest.task]

@@ -2,6 +2,7 @@
 
     VitrineError
     ├── BundleError             a bundle on disk cannot be served
+    ├── ProviderError           ONNX Runtime cannot compute where it was asked to
     ├── ParameterError          a request parameter is outside its range
     ├── UnknownModelError       no loaded bundle has the requested name
     └── ImageError              the bytes of an image cannot be used
@@ -32,6 +33,15 @@ class BundleError(VitrineError):
 
     def __init__(self, file: object, field: str, *, expected: object, found: object) -> None:
         super().__init__(f"{file}: {field}: expected {expected}, found {found}")
+
+
+class ProviderError(VitrineError):
+    """ONNX Runtime has no such execution provider here, or it does not start."""
+
+    code = "provider_unavailable"
+
+    def __init__(self, name: str, *, expected: Iterable[str], found: str) -> None:
+        super().__init__(f"provider {name}: expected one of {', '.join(expected)}, found {found}")
 
 
 class ParameterError(VitrineError):

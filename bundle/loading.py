@@ -6,6 +6,7 @@ up). Any failure is a `BundleError`; there is no fallback.
 
 import hashlib
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +15,27 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from bundle.errors import BundleError
-from bundle.manifest import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, Task
+from bundle.manifest import (
+    EXPLAIN_FILE,
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    METADATA_KEY,
+    Identity,
+    Manifest,
+    Precision,
+    Task,
+    TensorSpec,
+)
 from bundle.predictors import Predictor, make_predictor
-from bundle.runtime import OnnxNetwork
-
-# Largest difference to the golden outputs, which were made by ONNX Runtime on the exporting machine: other vector
-# units and thread counts sum in another order. Probabilities, scores and boxes are all in 0..1.
-GOLDEN_TOLERANCE = 1e-3
-CONFIDENT_SCORE = 0.05  # classes of detections are compared from this score on
+from bundle.runtime import CPU, OnnxNetwork
+from bundle.tolerances import CONFIDENT_SCORE, GOLDEN
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that has passed all checks."""
+    """A network that has passed all checks."""
 
-    manifest: Manifest
+    manifest: Identity  # a `Manifest`, unless an ONNX file was loaded alone
     predictor: Predictor
     path: Path
 
@@ -67,25 +74,76 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def load_bundle(path: Path, *, threads: int = 1) -> Bundle:
+def load_bundle(
+    path: Path, *, variant: Precision | None = None, threads: int = 1, providers: Sequence[str] = CPU
+) -> Bundle:
     """Load a bundle and prove it against its own golden sample.
 
     Args:
         path: folder `<name>/<version>`.
+        variant: which of its graphs; by default the one that the manifest names.
         threads: cores that one prediction uses.
+        providers: where to compute, see `OnnxNetwork`.
 
     Raises:
         BundleError: anything differs from the manifest.
+        ProviderError: a provider is not there or did not start.
     """
     manifest = read_manifest(path)
+    precision = manifest.default_variant if variant is None else variant
+    if precision not in manifest.variants:
+        listed = ", ".join(manifest.variants)
+        raise BundleError(path / MANIFEST_FILE, "variants", expected=f"one of {listed}", found=precision.value)
     _check_files(path, manifest)
-    network = OnnxNetwork(path / MODEL_FILE, threads=threads)
-    if network.inputs != manifest.inputs:
-        raise BundleError(path / MODEL_FILE, "inputs", expected=manifest.inputs, found=network.inputs)
-    if network.outputs != manifest.outputs:
-        raise BundleError(path / MODEL_FILE, "outputs", expected=manifest.outputs, found=network.outputs)
-    _check_golden(path, manifest, network)
+    file = path / precision.file
+    network = OnnxNetwork(file, threads=threads, providers=providers)
+    _check_tensors(file, manifest, network, manifest.outputs)
+    _check_golden(path, manifest, network, precision)
     return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path)
+
+
+def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[str] = CPU) -> OnnxNetwork | None:
+    """The graph that shows where a bundle's network looks, proved by its scores; None where the bundle has none.
+
+    Raises:
+        BundleError: anything differs from the manifest.
+        ProviderError: a provider is not there or did not start.
+    """
+    manifest = read_manifest(path)
+    if EXPLAIN_FILE not in manifest.files or manifest.explanation is None:
+        return None
+    _check_files(path, manifest)
+    network = OnnxNetwork(path / EXPLAIN_FILE, threads=threads, providers=providers)
+    _check_tensors(path / EXPLAIN_FILE, manifest, network, manifest.explanation.outputs)
+    _check_golden(path, manifest, network, Precision.FP32, EXPLAIN_FILE)
+    return network
+
+
+def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU) -> Bundle:
+    """Load one ONNX file of a bundle alone, by what it says about itself. Nothing proves its answers.
+
+    Raises:
+        BundleError: it is no file of a bundle, or its graph is not as it says.
+        ProviderError: a provider is not there or did not start.
+    """
+    network = OnnxNetwork(file, threads=threads, providers=providers)
+    try:
+        identity = Identity.model_validate_json(network.metadata.get(METADATA_KEY, ""))
+    except ValidationError as error:
+        raise BundleError(
+            file, f"metadata {METADATA_KEY}", expected="that of a bundle's file", found=error.errors()[0]["msg"]
+        ) from error
+    _check_tensors(file, identity, network, identity.outputs)
+    if identity.task is Task.CLASSIFICATION and identity.outputs[0].shape[-1] != len(identity.labels):
+        raise BundleError(
+            file, "labels", expected=f"{identity.outputs[0].shape[-1]} labels", found=len(identity.labels)
+        )
+    return Bundle(identity, make_predictor(network, identity.preprocessing, identity.labels), file)
+
+
+def golden_name(output: str, precision: Precision) -> str:
+    """The name of an output's array in the golden sample."""
+    return output if precision is Precision.FP32 else f"{precision.value}.{output}"
 
 
 def hash_file(file: Path) -> str:
@@ -105,21 +163,30 @@ def _check_files(path: Path, manifest: Manifest) -> None:
             raise BundleError(file, "sha256", expected=listed.sha256, found=sha256)
 
 
-def _check_golden(path: Path, manifest: Manifest, network: OnnxNetwork) -> None:
+def _check_tensors(file: Path, identity: Identity, network: OnnxNetwork, outputs: tuple[TensorSpec, ...]) -> None:
+    if network.inputs != identity.inputs:
+        raise BundleError(file, "inputs", expected=identity.inputs, found=network.inputs)
+    if network.outputs != outputs:
+        raise BundleError(file, "outputs", expected=outputs, found=network.outputs)
+
+
+def _check_golden(
+    path: Path, manifest: Manifest, network: OnnxNetwork, precision: Precision, name: str | None = None
+) -> None:
+    file = path / (name or precision.file)
     golden = read_golden(path, manifest)
     found = network(**{spec.name: golden[spec.name] for spec in manifest.inputs})
-    for spec, output in zip(manifest.outputs, found, strict=True):
-        expected = golden[spec.name]
+    for spec, output in zip(manifest.outputs, found, strict=False):  # an explain graph answers more behind them
+        expected = golden[golden_name(spec.name, precision)]
         if spec.name == "class_ids" and output.shape == expected.shape:
-            # Where no class is likely, rounding may choose another one.
-            confident = np.greater_equal(golden["scores"], CONFIDENT_SCORE)
+            confident = np.greater_equal(golden[golden_name("scores", precision)], CONFIDENT_SCORE)
             output, expected = output[confident], expected[confident]
         if output.shape != expected.shape:
             raise BundleError(path / GOLDEN_FILE, spec.name, expected=expected.shape, found=output.shape)
         difference = float(np.abs(output.astype(np.float64) - expected.astype(np.float64)).max(initial=0))
-        if not difference <= GOLDEN_TOLERANCE:
-            wanted = f"the golden answer to within {GOLDEN_TOLERANCE}"
-            raise BundleError(path / MODEL_FILE, spec.name, expected=wanted, found=f"a difference of {difference:.3g}")
+        if not difference <= GOLDEN[precision]:
+            wanted = f"the golden answer to within {GOLDEN[precision]}"
+            raise BundleError(file, spec.name, expected=wanted, found=f"a difference of {difference:.3g}")
     # The graph does not say how many classes it knows if it is a detector; the golden answers come close.
     classes = found[0].shape[-1] if manifest.task is Task.CLASSIFICATION else int(golden["class_ids"].max()) + 1
     if classes > len(manifest.labels) or (manifest.task is Task.CLASSIFICATION and classes < len(manifest.labels)):
@@ -127,13 +194,14 @@ def _check_golden(path: Path, manifest: Manifest, network: OnnxNetwork) -> None:
 
 
 def read_golden(path: Path, manifest: Manifest) -> dict[str, NDArray[np.generic]]:
-    """The golden sample: an array for each input and output of the graph.
+    """The golden sample: an array for each input of the graph, and for each output of every variant.
 
     Raises:
         BundleError: the archive cannot be read or an array is missing.
     """
     file = path / GOLDEN_FILE
-    names = [spec.name for spec in (*manifest.inputs, *manifest.outputs)]
+    names = [spec.name for spec in manifest.inputs]
+    names += [golden_name(spec.name, precision) for precision in manifest.variants for spec in manifest.outputs]
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in names}

@@ -15,6 +15,8 @@ EXPLAIN_FILE = "explain.onnx"
 GOLDEN_FILE = "golden.npz"
 CARD_FILE = "README.md"
 
+METADATA_KEY = "vitrine"  # of an ONNX file's metadata: `Identity` as JSON
+
 NOT_STATED = "not stated"
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -248,8 +250,11 @@ class File(_Strict):
     size: Annotated[int, Field(ge=0)]  # bytes
 
 
-class Manifest(_Strict):
-    """`manifest.json` of one bundle version."""
+class Identity(_Strict):
+    """What a network is and how it is asked: all that serving it needs.
+
+    Every ONNX file of a bundle carries it under `METADATA_KEY`, so that the file alone can be served.
+    """
 
     schema_version: Literal[2]
     name: Name
@@ -261,17 +266,9 @@ class Manifest(_Strict):
     outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing
     labels: Annotated[tuple[str, ...], Field(min_length=1)]
-    metrics: Metrics | None = None  # None where the exporter had no labelled data
-    parity: Parity
-    calibration: Calibration | None = None  # None where the softmax is that of training
-    variants: dict[Precision, Variant]
-    default_variant: Precision = Precision.FP32
-    default_reason: str
-    latency: Latency | None = None  # None where it was not measured
-    explanation: Explanation | None = None
     licences: Licences
     provenance: Provenance
-    files: dict[str, File]
+    metrics: Metrics | None = None  # None where the exporter had no labelled data, and in the ONNX files
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -281,6 +278,23 @@ class Manifest(_Strict):
             raise ValueError(f"metrics: {MAIN_METRIC[self.task]} is not among {', '.join(self.metrics.values)}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels are not unique")
+        return self
+
+
+class Manifest(Identity):
+    """`manifest.json` of one bundle version."""
+
+    parity: Parity
+    calibration: Calibration | None = None  # None where the softmax is that of training
+    variants: dict[Precision, Variant]
+    default_variant: Precision = Precision.FP32
+    default_reason: str
+    latency: Latency | None = None  # None where it was not measured
+    explanation: Explanation | None = None
+    files: dict[str, File]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
         for known in {Precision.FP32, self.default_variant} - set(self.variants):
             raise ValueError(f"variants: {known.value} is not listed")
         required_files = [GOLDEN_FILE, *(variant.file for variant in self.variants)]

@@ -12,9 +12,10 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime sends usage data by de
 
 import onnxruntime
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, ProviderError
 from bundle.manifest import TensorSpec
 
+CPU = ("CPUExecutionProvider",)
 _DATATYPES = {"tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(float)": "FP32"}
 
 
@@ -33,27 +34,53 @@ def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return max(1, cores)
 
 
+def parse_providers(text: str) -> tuple[str, ...]:
+    """ONNX Runtime's execution providers by their short names, in order of preference: "cuda,cpu".
+
+    Raises:
+        ProviderError: a name is unknown to ONNX Runtime, or its provider is not part of this installation.
+    """
+    known = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_all_providers()}
+    available = onnxruntime.get_available_providers()
+    chosen: list[str] = []
+    for name in (part.strip().lower() for part in text.split(",")):
+        provider = known.get(name.removesuffix("executionprovider"))
+        if provider is None or provider not in available:
+            here = [short for short, provider in known.items() if provider in available]
+            found = "no provider of that name" if provider is None else "none in this installation of ONNX Runtime"
+            raise ProviderError(name, expected=here, found=found)
+        chosen.append(provider)
+    return tuple(chosen)
+
+
 class OnnxNetwork:
     """An ONNX Runtime session; safe to call from several threads at once."""
 
-    def __init__(self, file: Path, *, threads: int = 1) -> None:
-        """Load a graph on the CPU.
+    def __init__(self, file: Path, *, threads: int = 1, providers: Sequence[str] = CPU) -> None:
+        """Load a graph.
 
         Args:
+            providers: ONNX Runtime's names of where to compute, in order of preference; all of them must work.
             threads: cores that one call uses. Several calls with one thread each, side by side, have the higher
                 throughput; one call with all cores the lower latency.
 
         Raises:
             BundleError: the file is no ONNX graph that this runtime can run.
+            ProviderError: a provider is not there or did not start. (ONNX Runtime itself would go on with the CPU.)
         """
+        self._file = file
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors only
         try:
-            self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
         except Exception as error:  # the runtime's own exception types share no base but Exception
             raise BundleError(file, "graph", expected="an ONNX graph", found=str(error).splitlines()[0]) from error
+        started = self._session.get_providers()
+        for provider in providers:
+            if provider not in started:
+                raise ProviderError(provider, expected=started, found="one that did not start")
 
     def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
         outputs: Sequence[NDArray[np.generic]] = self._session.run(None, inputs)
@@ -62,13 +89,22 @@ class OnnxNetwork:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The graph's inputs as it declares them."""
-        return tuple(map(_spec, self._session.get_inputs()))
+        return tuple(map(self._spec, self._session.get_inputs()))
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """The graph's outputs as it declares them."""
-        return tuple(map(_spec, self._session.get_outputs()))
+        return tuple(map(self._spec, self._session.get_outputs()))
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the file says about itself."""
+        metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return metadata
 
-def _spec(argument: onnxruntime.NodeArg) -> TensorSpec:
-    return TensorSpec(name=argument.name, datatype=_DATATYPES[argument.type], shape=tuple(argument.shape))
+    def _spec(self, argument: onnxruntime.NodeArg) -> TensorSpec:
+        if argument.type not in _DATATYPES:
+            expected = f"one of {', '.join(_DATATYPES)}"
+            raise BundleError(self._file, f"tensor {argument.name}", expected=expected, found=argument.type)
+        shape = ("?" if edge is None else edge for edge in argument.shape)
+        return TensorSpec(name=argument.name, datatype=_DATATYPES[argument.type], shape=tuple(shape))

@@ -1,30 +1,41 @@
 """From a served torch module to an ONNX file with the bundle contract's inputs, outputs and dynamic axes."""
 
+import ast
 import copy
 import logging
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import onnx
 import torch
+from torch import nn
 from torch.export import Dim
 
 from models.resnetv2 import fold_weight_standardisation
 from models.serving import ServedClassifier, ServedDetector
 
 OPSET = 20  # has Gelu and LayerNormalization as single nodes
+_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules that it was traced in, outermost first
+_NAMED = nn.Linear, nn.LayerNorm, nn.GroupNorm  # beside the project's own modules
 
 
-def export_graph(module: ServedClassifier | ServedDetector, input_size: tuple[int, int], file: Path) -> None:
+def export_graph(
+    module: ServedClassifier | ServedDetector, input_size: tuple[int, int], file: Path, *, optimised: bool = True
+) -> None:
     """Trace the module and write a checked ONNX file whose batch axis (for detection also height and width) is dynamic.
 
-    The file holds standardised filters; the module is left as it is.
+    Nodes are named after the torch modules that they come from, and the values that modules answer after these
+    modules, so that both networks can be compared part by part. The module is left as it is.
 
     Args:
         input_size: height and width to trace with; classifiers keep it.
+        optimised: standardise filters once, fold constants and batch norm, and remove what does nothing
+            (`docs/decisions/0009-optimisation.md`); else the graph is as it was traced.
     """
     module = copy.deepcopy(module).eval()
-    fold_weight_standardisation(module)
+    if optimised:
+        fold_weight_standardisation(module)
     height, width = input_size
     # Two images: torch.export would take a batch of one for a constant.
     pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8)
@@ -50,11 +61,13 @@ def export_graph(module: ServedClassifier | ServedDetector, input_size: tuple[in
             input_names=list(dynamic_shapes),
             output_names=list(module.output_names),
             dynamic_shapes=dynamic_shapes,
+            optimize=optimised,
             verbose=False,
         )
     assert program is not None
     model = program.model_proto
-    _name_output_axes(model)
+    _name_after_modules(model, module)
+    _name_output_axes(model, module)
     del model.metadata_props[:]
     for node in model.graph.node:  # torch writes the exporting machine's source paths here
         del node.metadata_props[:]
@@ -64,9 +77,65 @@ def export_graph(module: ServedClassifier | ServedDetector, input_size: tuple[in
     onnx.save(model, file)
 
 
-def _name_output_axes(model: onnx.ModelProto) -> None:
-    """The first axis of each output is the batch; the others are known numbers."""
+def write_metadata(file: Path, metadata: dict[str, str]) -> None:
+    """Replace the ONNX file's own metadata."""
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, file)
+
+
+def _name_after_modules(model: onnx.ModelProto, module: nn.Module) -> None:
+    modules = dict(module.named_modules())
+    named = {
+        name
+        for name, part in modules.items()
+        if name and (type(part).__module__.startswith("models.") or isinstance(part, _NAMED))
+    }
+    answers: dict[str, str] = {}  # by module, the value that its last node gives
+    counts: Counter[str] = Counter()
+    for node in model.graph.node:
+        scopes = [scope for scope in _scopes(node) if scope in modules]
+        node.name = f"{(scopes[-1] if scopes else '') or 'served'}/{node.op_type}"
+        counts[node.name] += 1
+        if counts[node.name] > 1:
+            node.name += f"_{counts[node.name]}"
+        for scope in named.intersection(scopes):
+            answers[scope] = node.output[0]
+    outputs = {output.name for output in model.graph.output}
+    # Of modules that answer the same value, the outermost gives its name: it is set last.
+    names = {value: scope for scope, value in sorted(answers.items(), key=lambda item: -item[0].count("."))}
+    names = {value: scope for value, scope in names.items() if value not in outputs}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            values[:] = [names.get(value, value) for value in values]
+    for value in model.graph.value_info:
+        value.name = names.get(value.name, value.name)
+
+
+def _scopes(node: onnx.NodeProto) -> list[str]:
+    listed = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
+    return ast.literal_eval(listed[0])[:-1] if listed else []
+
+
+def _name_output_axes(model: onnx.ModelProto, module: ServedClassifier | ServedDetector) -> None:
+    """The first axis of each output is the batch; the others are known numbers, or the module says their names."""
     for output in model.graph.output:
-        dimensions = output.type.tensor_type.shape.dim
-        dimensions[0].ClearField("dim_value")
-        dimensions[0].dim_param = "batch"
+        first, *others = output.type.tensor_type.shape.dim
+        first.ClearField("dim_value")
+        first.dim_param = "batch"
+        names = module.output_axes.get(output.name, ("",) * len(others))
+        for dimension, name in zip(others, names, strict=True):
+            if name:
+                dimension.dim_param = name
+
+
+def fuse_transformer(file: Path, out: Path) -> None:
+    """Write the graph with ONNX Runtime's own transformer fusions (attention, layer norm, GELU and bias).
+
+    They are measured for the model card and not shipped (`docs/decisions/0009-optimisation.md`): their operators are
+    ONNX Runtime's alone, and on the CPU they are slower.
+    """
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
+    optimize_model(str(file), model_type="vit", num_heads=0, hidden_size=0, opt_level=0).save_model_to_file(str(out))

@@ -1,22 +1,25 @@
 """Do torch and ONNX Runtime answer the same? Measured on odd batches and on odd sizes, on real images if there are."""
 
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
-from bundle.loading import CONFIDENT_SCORE
 from bundle.manifest import ClassificationPreprocessing, Parity, Preprocessing
-from bundle.predictors import Network
+from bundle.runtime import CPU, OnnxNetwork
+from bundle.tolerances import CONFIDENT_SCORE, DIVERGENCE, MIN_AGREEMENT, PARITY, SMALLEST_RELATIVE
 from export.errors import ParityError
+from models.serving import ServedClassifier, ServedDetector
+from models.training.network import TorchNetwork
 
-# Probabilities, scores and box corners all lie in 0..1. Float32 sums taken in another order move them by some 1e-7;
-# a wrong constant, layout or mask moves them by more than 1e-2.
-TOLERANCE = 1e-4
-SMALLEST_RELATIVE = 0.01  # relative differences of smaller values say nothing
-MIN_AGREEMENT = 0.999  # of the chosen classes: a tie between two may fall either way
 _BATCHES = (1, 3, 8)
 _MOST_PIXELS = 8 * 480 * 640  # of a batch: a dilated DETR's attention on eight large pictures takes 16 GB
 
@@ -51,38 +54,40 @@ def make_inputs(images: Sequence[Image.Image], preprocessing: Preprocessing) -> 
 
 
 def check_parity(
-    torch_network: Network,
-    onnx_network: Network,
-    output_names: Sequence[str],
+    module: ServedClassifier | ServedDetector,
+    file: Path,
     images: Sequence[Image.Image],
     preprocessing: Preprocessing,
     data: str,
+    providers: Sequence[str] = CPU,
 ) -> Parity:
     """Compare both runtimes on the images (of `data`) in batches of 1, 3 and 8, fewer of large ones.
 
     Every second image is cut to another shape.
 
     Raises:
-        ParityError: an output differs by more than `TOLERANCE`, or the classes do.
+        ParityError: an output differs by more than `bundle.tolerances.PARITY`, or the classes do.
     """
-    largest = dict.fromkeys((name for name in output_names if name != "class_ids"), 0.0)
+    in_torch, in_onnx = TorchNetwork(module, torch.device("cpu")), OnnxNetwork(file, providers=providers)
+    largest = dict.fromkeys((name for name in module.output_names if name != "class_ids"), 0.0)
     relative = dict(largest)
     same, compared = 0, 0
     for inputs in _batches(images, preprocessing):
-        expected = dict(zip(output_names, torch_network(**inputs), strict=True))
-        found = dict(zip(output_names, onnx_network(**inputs), strict=True))
+        expected = dict(zip(module.output_names, in_torch(**inputs), strict=True))
+        found = dict(zip(module.output_names, in_onnx(**inputs), strict=True))
         for name in largest:
             if expected[name].shape != found[name].shape:
                 shapes = {"expected": expected[name].shape, "found": found[name].shape}
                 raise ParityError(name, quantity="shape", **shapes)
             wanted = expected[name].astype(np.float64)
             differences = np.abs(wanted - found[name].astype(np.float64))
-            difference = differences.max()
-            largest[name] = max(largest[name], float(difference))
             counted = wanted >= SMALLEST_RELATIVE
+            largest[name] = max(largest[name], float(differences.max()))
             relative[name] = max(relative[name], float((differences[counted] / wanted[counted]).max(initial=0)))
-            if not difference <= TOLERANCE:
-                raise ParityError(name, quantity="largest difference", expected=f"<= {TOLERANCE}", found=difference)
+            if not differences.max() <= PARITY:
+                limits = {"expected": f"<= {PARITY}", "found": f"{differences.max():.3g}"}
+                begins = first_divergence(module, file, inputs)
+                raise ParityError(name, quantity="largest difference", **limits, begins=begins)
         if "class_ids" in expected:
             agree = (expected["class_ids"] == found["class_ids"])[np.greater_equal(expected["scores"], CONFIDENT_SCORE)]
         else:
@@ -91,9 +96,45 @@ def check_parity(
     agreement = same / compared if compared else 1.0
     if agreement < MIN_AGREEMENT:
         raise ParityError("classes", quantity="agreement", expected=f">= {MIN_AGREEMENT}", found=agreement)
-    return Parity(
-        data=data, images=len(images), max_abs_diff=largest, max_rel_diff=relative, top1_agreement=agreement
-    )
+    return Parity(data=data, images=len(images), max_abs_diff=largest, max_rel_diff=relative, top1_agreement=agreement)
+
+
+def first_divergence(module: ServedClassifier | ServedDetector, file: Path, inputs: Inputs) -> str:
+    """Where in the network the difference begins, as half a sentence.
+
+    The values of the graph that bear the name of a torch module (`export.graph`) are compared with what that module
+    answers, in the order of the graph.
+    """
+    model = onnx.load(file)
+    parts = dict(module.named_modules())
+    names = [name for node in model.graph.node for name in node.output if name in parts]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / file.name)
+        session = onnxruntime.InferenceSession(Path(folder) / file.name, providers=list(CPU))
+        found = dict(zip(names, session.run(names, inputs), strict=True))
+    expected: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_: nn.Module, __: object, answer: object) -> None:
+            if isinstance(answer, torch.Tensor):
+                expected[name] = answer
+
+        return hook
+
+    hooks = [parts[name].register_forward_hook(keep(name)) for name in names]
+    TorchNetwork(module, torch.device("cpu"))(**inputs)
+    for hook in hooks:
+        hook.remove()
+    for name in (name for name in names if name in expected):
+        wanted = expected[name].numpy()
+        if wanted.shape != found[name].shape:
+            return f"it begins in {name}, which answers {wanted.shape} in torch and {found[name].shape} in ONNX"
+        difference = np.abs(wanted - found[name]).max() / max(np.abs(wanted).max(), 1e-6)
+        if not difference <= DIVERGENCE:
+            kind = type(parts[name]).__name__
+            return f"it begins in {name} ({kind}), which differs by {difference:.2%} of its largest value"
+    return f"all of {len(names)} inner values agree to {DIVERGENCE:.1%}: it begins behind them"
 
 
 def _batches(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Iterator[Inputs]:

@@ -7,6 +7,7 @@ Shapes: B batch, H heads, N queries, M keys, D embedding, d = D / H per head.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None = None) ->
     Returns:
         [B, H, N, M]; each row is not negative and sums to one.
     """
-    logits = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])
+    logits = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
     return torch.softmax(logits if bias is None else logits + bias, dim=-1)
 
 
@@ -42,11 +43,30 @@ def scaled_dot_product_attention(
     Returns:
         [B, H, N, d].
     """
-    if record is None:
+    if record is None and not torch.compiler.is_exporting():  # ONNX has no fused kernel at `export.graph.OPSET`
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     weights = attention_weights(query, key, bias)
-    record.append(weights)
+    if record is not None:
+        record.append(weights)
     return weights @ value
+
+
+def attention_rollout(layers: Sequence[Tensor]) -> Tensor:
+    """How much each token of the last layer is made of each token of the input.
+
+    Attention is averaged over the heads, half of it counts for the residual connection, and the layers are multiplied
+    (Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", sec. 3).
+
+    Args:
+        layers: attention weights [B, H, N, N] of each block, first to last.
+
+    Returns:
+        [B, N, N]; each row is not negative and sums to one.
+    """
+    rollout = torch.eye(layers[0].shape[-1], device=layers[0].device)[None]
+    for weights in layers:
+        rollout = (weights.mean(dim=1) @ rollout + rollout) / 2
+    return rollout
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

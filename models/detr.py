@@ -89,6 +89,7 @@ class SetPrediction(TypedDict):
 class DetrOutput(SetPrediction):
     """The last layer's answer, and those of the layers before it (empty outside training)."""
 
+    grid: tuple[int, int]  # h and w of the memory's cells
     aux_outputs: list[SetPrediction]
     denoising: list[SetPrediction]  # of all layers, [B, G n, ...] for `Denoising`'s G groups (empty without)
 
@@ -216,6 +217,7 @@ class Detr(nn.Module):
             layers = self._decode(memory, learned, reference, groups, record=record)
         return {
             **layers[-1],
+            "grid": (grid[0], grid[1]),
             "aux_outputs": layers[:-1] if self.training else [],
             "denoising": [] if denoising is None else self._denoise(memory, denoising),
         }

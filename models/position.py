@@ -104,7 +104,7 @@ def valid_cells(sizes: Tensor, grid: Sequence[int], stride: int = 1) -> Tensor:
     Returns:
         bool [B, h, w], True in the top-left rectangle that is no padding.
     """
-    cells = (sizes + stride - 1) // stride  # [B, 2]
+    cells = torch.div(sizes + stride - 1, stride, rounding_mode="trunc")  # [B, 2]; in ONNX one node, // is seven
     rows = torch.arange(grid[0], device=sizes.device) < cells[:, :1]  # [B, h]
     columns = torch.arange(grid[1], device=sizes.device) < cells[:, 1:]  # [B, w]
     return rows[:, :, None] & columns[:, None, :]

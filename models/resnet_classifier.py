@@ -44,6 +44,10 @@ class ResNetClassifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images float [B, 3, H, W] -> logits [B, K]."""
-        features = self.backbone(x).mean(dim=(2, 3))  # [B, C]
-        logits: Tensor = self.head(self.dropout(features))
+        logits: Tensor = self.head(self.dropout(self.features(x).mean(dim=(2, 3))))
         return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> what the head sees the average of, [B, C, h, w]."""
+        features: Tensor = self.backbone(x)
+        return features

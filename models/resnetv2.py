@@ -125,12 +125,16 @@ class ResNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images float [B, 3, H, W] -> logits [B, K]."""
+        logits: Tensor = self.head(self.features(x).mean(dim=(2, 3)))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> what the head sees the average of, [B, C, h, w]."""
         x = self.pool(self.stem(x))
         for stage in self.stages:
             x = stage(x)
-        x = self.relu(self.norm(x)).mean(dim=(2, 3))  # [B, C]
-        logits: Tensor = self.head(x)
-        return logits
+        x = self.relu(self.norm(x))
+        return x
 
 
 def fold_weight_standardisation(network: nn.Module) -> None:

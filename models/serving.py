@@ -7,12 +7,13 @@ Shapes: B batch, H x W pixels, K classes, N queries.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from models.boxes import cxcywh_to_xyxy
-from models.detr import Detr
+from models.detr import Detr, DetrOutput
 from models.position import valid_cells
 
 Channels = tuple[float, float, float]
@@ -39,7 +40,8 @@ class ServedClassifier(nn.Module):
     The logits are divided by `temperature`, which makes the probabilities honest (`models/training/calibration.py`).
     """
 
-    output_names = ("probabilities",)
+    output_names: tuple[str, ...] = ("probabilities",)
+    output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes behind the batch, "" where they are numbers
 
     def __init__(self, network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0) -> None:
         super().__init__()
@@ -49,14 +51,18 @@ class ServedClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> probabilities float [B, K]."""
-        logits = self.network(self.normalise(pixels))
+        return self.probabilities(self.network(self.normalise(pixels)))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """[B, K] -> [B, K]."""
         return torch.softmax(logits if self.temperature == 1 else logits / self.temperature, dim=-1)
 
 
 class ServedDetector(nn.Module):
     """A DETR between pixels and boxes: the best class of each query, never "no object" or an unused class."""
 
-    output_names = ("scores", "class_ids", "boxes")
+    output_names: tuple[str, ...] = ("scores", "class_ids", "boxes")
+    output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes behind the batch, "" where they are numbers
 
     def __init__(self, network: Detr, mean: Channels, std: Channels) -> None:
         super().__init__()
@@ -74,8 +80,14 @@ class ServedDetector(nn.Module):
             scores float [B, N] in 0..1, class_ids int64 [B, N], boxes float [B, N, 4] as xyxy in 0..1 of the
             valid region.
         """
-        valid = valid_cells(sizes, pixels.shape[1:3])[:, None]  # [B, 1, H, W]
-        output = self.network(self.normalise(pixels) * valid, sizes)
+        return self.answer(self.network(self.normalised(pixels, sizes), sizes))
+
+    def normalised(self, pixels: Tensor, sizes: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float [B, 3, H, W], zero outside the valid regions."""
+        return self.normalise(pixels) * valid_cells(sizes, pixels.shape[1:3])[:, None]
+
+    def answer(self, output: DetrOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network says as scores, class ids and boxes, see `forward`."""
         probabilities = torch.softmax(output["pred_logits"], dim=-1)
         scores, class_ids = probabilities[..., : self.network.config.num_classes].max(dim=-1)  # [B, N] each
         return scores, class_ids, cxcywh_to_xyxy(output["pred_boxes"]).clamp(0, 1)

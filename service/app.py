@@ -20,6 +20,7 @@ from bundle.images import decode
 from bundle.manifest import Task
 from bundle.predictors import Classifier, Detector
 from bundle.repository import Repository
+from bundle.runtime import parse_providers
 from service.errors import on_bug, on_disconnect, on_http_exception, on_timeout, on_vitrine_error
 from service.openapi import DOCS_PAGE, openapi_document
 from service.requests import read_image_request
@@ -41,7 +42,8 @@ class Serving:
 @asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     settings = read_settings()
-    repository = await asyncio.to_thread(Repository, settings.bundles)
+    providers = parse_providers(settings.providers)
+    repository = await asyncio.to_thread(Repository, settings.bundles, providers=providers)
     with ThreadPoolExecutor(settings.threads, "image") as pool:
         app.state.serving = Serving(settings, repository, pool)
         _log.info("ready: %s", ", ".join(repository.bundles))

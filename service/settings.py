@@ -22,7 +22,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="VITRINE_", frozen=True)
 
-    bundles: Path = Path("bundles")  # folder of <name>/<version>
+    bundles: Path = Path("bundles")  # folder of <name>/<version>, or one ONNX file of a bundle
+    providers: str = "cpu"  # where ONNX Runtime computes, in order of preference: "cuda,cpu"
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024  # of one request
     max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = MAX_PIXELS  # of one image
     timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 30.0  # from a request's headers to its answer

@@ -93,10 +93,19 @@ class Checkpoint:
         return self.read_preprocessing().task
 
     def build(self) -> nn.Module:
-        """The network with these weights, in evaluation mode."""
+        """The network with these weights, in evaluation mode.
+
+        Raises:
+            CheckpointError: the weights are not those of the architecture, or its head is not for these labels.
+        """
         with torch.device("meta"):  # no time and memory for random weights
             network = build_model(self.architecture, self.settings, len(self.labels))
-        network.load_state_dict(self.weights, assign=True)
+        try:
+            network.load_state_dict(self.weights, assign=True)
+        except RuntimeError as error:  # its first line says the class, the others what does not fit
+            _, *misfits = (line.strip() for line in str(error).splitlines())
+            wanted = f"weights: expected those of {self.architecture} with {len(self.labels)} labels"
+            raise CheckpointError(f"{wanted}, found otherwise: {misfits[0]}") from error
         return network.eval()
 
 

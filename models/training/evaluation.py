@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,14 +172,18 @@ def measure(predictions: Predictions, data: Data) -> dict[str, float]:
             "NLL": negative_log_likelihood(predictions.probabilities, class_ids),
         }
     if isinstance(predictions, DetectionPredictions) and isinstance(data, DetectionData):
-        measured = average_precision(predictions, data)
-        metrics = dict(measured.summary)
-        for class_id, label in enumerate(data.labels):
-            own = f"AP_{label}" if f"AP_{label}" not in _AREAS else f"AP_label_{label}"
-            metrics[own] = float(measured.by_class[class_id])
-            metrics[f"AP50_{label}"] = float(measured.by_class_50[class_id])
-        return {name: value for name, value in metrics.items() if value >= 0}
+        return precision_metrics(average_precision(predictions, data), data.labels)
     raise DataError(f"{data.name}: expected data for {type(predictions).__name__}, found {type(data).__name__}")
+
+
+def precision_metrics(measured: AveragePrecision, labels: Sequence[str]) -> dict[str, float]:
+    """What `measure` gives of a detector."""
+    metrics = dict(measured.summary)
+    for class_id, label in enumerate(labels):
+        own = f"AP_{label}" if f"AP_{label}" not in _AREAS else f"AP_label_{label}"
+        metrics[own] = float(measured.by_class[class_id])
+        metrics[f"AP50_{label}"] = float(measured.by_class_50[class_id])
+    return {name: value for name, value in metrics.items() if value >= 0}
 
 
 def is_metric(name: str) -> bool:
@@ -231,6 +235,25 @@ def average_precision(predictions: DetectionPredictions, data: DetectionData) ->
     Raises:
         DataError: the images have no boxes.
     """
+    return accumulate(matched_detections(predictions, data))
+
+
+def accumulate(evaluator: Any) -> AveragePrecision:
+    """The measures of a `COCOeval` that has matched detections with objects."""
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on standard output
+        evaluator.accumulate()
+        evaluator.summarize()
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [10 thresholds, 101 recalls, K], -1 where undefined
+    summary = dict(zip(("AP", "AP50", "AP75", *_AREAS), map(float, evaluator.stats), strict=False))
+    return AveragePrecision(summary, precision.mean(axis=(0, 1)), precision[0].mean(axis=0), precision[0])
+
+
+def matched_detections(predictions: DetectionPredictions, data: DetectionData) -> Any:
+    """A `COCOeval` in which the detections of each image are matched with its objects.
+
+    Raises:
+        DataError: the images have no boxes.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -266,11 +289,7 @@ def average_precision(predictions: DetectionPredictions, data: DetectionData) ->
         results = coco.loadRes(found) if len(found) else COCO()
         evaluator = COCOeval(coco, results, "bbox")
         evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [10 thresholds, 101 recalls, K], -1 where undefined
-    summary = dict(zip(("AP", "AP50", "AP75", *_AREAS), map(float, evaluator.stats), strict=False))
-    return AveragePrecision(summary, precision.mean(axis=(0, 1)), precision[0].mean(axis=0), precision[0])
+    return evaluator
 
 
 def _ranks(probabilities: NDArray[np.float32], class_ids: NDArray[np.int64]) -> NDArray[np.int64]:

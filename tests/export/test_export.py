@@ -9,28 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-import torch
 
 from bundle.errors import BundleError
 from bundle.images import decode
 from bundle.loading import load_bundle, read_golden, read_manifest
-from bundle.manifest import ClassificationPreprocessing
 from bundle.predictors import Classifier
-from bundle.runtime import OnnxNetwork
-from export.errors import ExportError, ParityError
+from export.errors import ExportError
 from export.export import export_run
-from export.graph import export_graph
-from export.parity import check_parity, make_inputs
-from models.build import build_model
-from models.serving import served
+from export.parity import make_inputs
 from models.training import checkpoint as checkpoints
 from models.training.calibration import with_temperature
 from models.training.checkpoint import Origin
 from models.training.evaluation import ClassificationPredictions, evaluate, measure, predict
 from models.training.layouts import load_split
-from models.training.network import TorchNetwork, load_run_predictor
+from models.training.network import load_run_predictor
 from models.training.recipe import load_recipe
 
 Run = Callable[..., str]
@@ -47,41 +40,8 @@ def test_the_bundle_holds_what_the_contract_lists(tiny_bundles: Path) -> None:
     assert {entry.name for entry in tiny_bundles.iterdir()} == {"colours", "squares"}  # nothing partial is left
 
 
-def test_the_graph_has_the_contracts_inputs_outputs_and_axes(tiny_bundles: Path) -> None:
-    classifier = read_manifest(tiny_bundles / "colours" / "1")
-    assert [(spec.name, spec.datatype, spec.shape) for spec in (*classifier.inputs, *classifier.outputs)] == [
-        ("pixels", "UINT8", ("batch", 16, 16, 3)),
-        ("probabilities", "FP32", ("batch", 3)),
-    ]
-    detector = read_manifest(tiny_bundles / "squares" / "1")
-    assert [(spec.name, spec.datatype, spec.shape) for spec in (*detector.inputs, *detector.outputs)] == [
-        ("pixels", "UINT8", ("batch", "height", "width", 3)),
-        ("sizes", "INT64", ("batch", 2)),
-        ("scores", "FP32", ("batch", 8)),
-        ("class_ids", "INT64", ("batch", 8)),
-        ("boxes", "FP32", ("batch", 8, 4)),
-    ]
-
-
 def test_the_trained_network_has_learned(tiny_bundles: Path, colours: Path) -> None:
     assert read_manifest(tiny_bundles / "colours" / "1").metrics.values["top1"] > 0.8
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5])
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (57, 83), (120, 45)])
-def test_detection_answers_as_torch_does_on_any_size(
-    batch: int, height: int, width: int, detector_run: Path, tiny_bundles: Path
-) -> None:
-    checkpoint = checkpoints.load(detector_run)
-    preprocessing = checkpoint.read_preprocessing()
-    module = served(checkpoint.build(), preprocessing.mean, preprocessing.std).eval()
-    random = np.random.default_rng(batch)
-    pixels = random.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
-    sizes = np.stack((random.integers(20, height + 1, batch), random.integers(20, width + 1, batch)), axis=1)
-    expected = TorchNetwork(module, torch.device("cpu"))(pixels=pixels, sizes=sizes)
-    found = OnnxNetwork(tiny_bundles / "squares" / "1" / "model.onnx")(pixels=pixels, sizes=sizes)
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_metrics_are_those_of_the_served_file(tiny_bundles: Path, colours: Path, run_vitrine: Run) -> None:
@@ -134,23 +94,6 @@ def test_the_card_says_what_the_manifest_says(tiny_bundles: Path, classifier_run
     command = next(line for line in card.splitlines() if line.startswith("vitrine train"))
     _, _, recipe, _, _, _, _, *settings = shlex.split(command)
     assert load_recipe(recipe, settings) == checkpoints.load(classifier_run).progress.read_recipe()
-
-
-def test_the_file_names_no_path_of_the_machine_that_exported_it(tiny_bundles: Path, root: Path) -> None:
-    for name in ("colours", "squares"):
-        content = (tiny_bundles / name / "1" / "model.onnx").read_bytes()
-        assert str(root).encode() not in content
-        assert b"site-packages" not in content
-
-
-def test_ten_lines_of_plain_onnxruntime_answer_the_golden_sample(tiny_bundles: Path) -> None:
-    path = tiny_bundles / "squares" / "1"
-    golden = np.load(path / "golden.npz")
-    session = onnxruntime.InferenceSession(path / "model.onnx")
-    scores, class_ids, boxes = session.run(None, {"pixels": golden["pixels"], "sizes": golden["sizes"]})
-    np.testing.assert_allclose(scores, golden["scores"], atol=1e-4)
-    np.testing.assert_array_equal(class_ids, golden["class_ids"])
-    np.testing.assert_allclose(boxes, golden["boxes"], atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -212,21 +155,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, run_vitrine: Run) ->
     assert "expected a run with checkpoint.pt, found none" in printed
 
 
-def test_a_graph_that_answers_otherwise_is_a_parity_error(
-    classifier_run: Path, tiny_bundles: Path, colours: Path
-) -> None:
-    checkpoint = checkpoints.load(classifier_run)
-    preprocessing = checkpoint.read_preprocessing()
-    assert isinstance(preprocessing, ClassificationPreprocessing)
-    wrong_mean = served(checkpoint.build(), (0.0, 0.0, 0.0), preprocessing.std).eval()
-    images = [decode(data) for data in load_split(colours, checkpoint.task, "test").encoded[:8]]
-    network = OnnxNetwork(tiny_bundles / "colours" / "1" / "model.onnx")
-    with pytest.raises(ParityError, match=r"probabilities: largest difference .* expected <= 0.0001, found 0\."):
-        check_parity(
-            TorchNetwork(wrong_mean, torch.device("cpu")), network, ("probabilities",), images, preprocessing, ""
-        )
-
-
 def test_verify_accepts_the_bundle_and_refuses_changed_weights(
     tiny_bundles: Path, tmp_path: Path, run_vitrine: Run
 ) -> None:
@@ -261,80 +189,3 @@ def test_the_golden_sample_is_real_images(tiny_bundles: Path, colours: Path) -> 
     predictor = load_bundle(tiny_bundles / "colours" / "1").predictor
     assert isinstance(predictor, Classifier)
     np.testing.assert_allclose(golden["probabilities"], predictor.probabilities(images), atol=1e-5)
-
-
-TINY_DETR = {
-    "embed_dim": 16,
-    "num_heads": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "feedforward_dim": 16,
-    "num_queries": 7,
-    "backbone_width": 8,
-}
-TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-TINY_MIXER = {"patch_size": 8, "embed_dim": 32, "depth": 2, "tokens_mlp_dim": 8, "channels_mlp_dim": 16}
-NETWORKS: dict[str, tuple[str, dict[str, object], tuple[int, int]]] = {
-    "BiT": ("resnetv2", {"image_size": 64, "layers": (1, 1), "width_factor": 0.5}, (64, 64)),
-    "BiT for small images": ("resnetv2", {"image_size": 32, "layers": (1, 1), "stem": "small"}, (32, 32)),
-    "post-norm ViT, not square": (
-        "vit",
-        {**TINY_VIT, "image_size": (32, 64), "norm": "post", "representation_size": 16, "gelu": "tanh"},
-        (32, 64),
-    ),
-    "ResNet": ("resnet", {"image_size": 32, "layers": (1, 1), "width": 8}, (32, 32)),
-    "DETR with denoising": (
-        "detr",
-        {**TINY_DETR, "backbone_layers": (1, 1), "queries": "boxes", "denoising": 2, "query_groups": 2},
-        (64, 96),
-    ),
-    "Mixer": ("mlp_mixer", {**TINY_MIXER, "image_size": 32, "gelu": "tanh"}, (32, 32)),
-    "DETR with bottlenecks, DC5": (
-        "detr",
-        {
-            **TINY_DETR,
-            "backbone_layers": (1, 1, 1, 1),
-            "backbone_block": "bottleneck",
-            "backbone_norm": "frozen",
-            "dilation": True,
-            "unused_classes": 2,
-        },
-        (64, 96),
-    ),
-    "DETR with query boxes": ("detr", {**TINY_DETR, "backbone_layers": (1, 1), "queries": "boxes"}, (64, 96)),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_architecture_answers_in_onnx_as_in_torch(name: str, tmp_path: Path) -> None:
-    architecture, settings, (height, width) = NETWORKS[name]
-    torch.manual_seed(0)
-    network = build_model(architecture, settings, 4).eval()
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-    module = served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).eval()
-    export_graph(module, (height, width), tmp_path / "model.onnx")
-    inputs = {}
-    if architecture == "detr":
-        height, width = 57, 83
-        inputs["sizes"] = np.array([[57, 83], [40, 83], [57, 31]])
-    inputs["pixels"] = np.random.default_rng(0).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
-    expected = TorchNetwork(module, torch.device("cpu"))(**inputs)
-    found = OnnxNetwork(tmp_path / "model.onnx")(**inputs)
-    assert np.ptp(expected[0]) > 0.01
-    for a, b in zip(expected, found, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-
-
-def test_the_graph_holds_standardised_filters(tmp_path: Path) -> None:
-    architecture, settings, size = NETWORKS["BiT"]
-    network = build_model(architecture, settings, 4).eval()
-    export_graph(served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), size, tmp_path / "model.onnx")
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
-    filters = [values[node.input[1]] for node in graph.node if node.op_type == "Conv"]
-    assert len(filters) == 1 + 2 * 4
-    for weight in filters:
-        assert np.abs(weight.mean(axis=(1, 2, 3))).max() < 1e-5
-        assert np.abs(weight.var(axis=(1, 2, 3)) - 1).max() < 1e-3

@@ -1,0 +1,78 @@
+"""What it costs that a padded batch answers what its images answer alone (`docs/decisions/0005-...`).
+
+    python benchmarks/padding.py [VARIANT ...]
+
+For each DETR (random weights; by default `detr_small` and `detr_resnet50`): the serving graph, which zeroes the padded
+area before every spatial convolution, and the same graph without it; then four images of different sizes as one padded
+batch, and one after the other in the graph that need not mask. One thread, ONNX Runtime, medians of calls in turns.
+"""
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from bundle.images import pad_and_stack
+from export.graph import export_graph
+from export.latency import in_turns
+from models.build import VARIANTS, build_model
+from models.serving import ServedDetector
+
+SIZE = 480, 640
+SIZES = (480, 640), (480, 600), (450, 640), (400, 560)
+
+
+class Unmasked(ServedDetector):
+    """A detector that takes every pixel for image."""
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = self.network(self.normalise(pixels), None)
+        scores, class_ids = torch.softmax(output["pred_logits"], dim=-1)[..., :-1].max(dim=-1)
+        # The contract's second input must stay one.
+        return scores + 0 * sizes.sum(), class_ids, output["pred_boxes"]
+
+
+def main() -> None:
+    """Print a table."""
+    logging.disable(logging.WARNING)
+    for name in sys.argv[1:] or ("detr_small", "detr_resnet50"):
+        torch.manual_seed(0)
+        architecture, settings = VARIANTS[name]
+        network = build_model(architecture, settings, 91).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            sessions = {}
+            for kind, module in (("masked", ServedDetector), ("unmasked", Unmasked)):
+                file = Path(folder) / f"{kind}.onnx"
+                export_graph(module(network, (0.5,) * 3, (0.5,) * 3), SIZE, file)
+                options = onnxruntime.SessionOptions()
+                options.intra_op_num_threads = 1
+                sessions[kind] = onnxruntime.InferenceSession(file, options)
+        random = np.random.default_rng(0)
+        images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+
+        def feed(chosen: list[np.ndarray]) -> dict[str, np.ndarray]:
+            return dict(zip(("pixels", "sizes"), pad_and_stack(chosen), strict=True))
+
+        one, batch, singles = feed(images[:1]), feed(images), [feed([image]) for image in images]
+        taken = in_turns(
+            {
+                "one image, masked": lambda: sessions["masked"].run(None, one),
+                "one image, unmasked": lambda: sessions["unmasked"].run(None, one),
+                "four sizes, padded and masked": lambda: sessions["masked"].run(None, batch),
+                "four sizes, one after the other, unmasked": lambda: [
+                    sessions["unmasked"].run(None, i) for i in singles
+                ],
+            },
+            seconds=8.0,
+        )
+        for label, milliseconds in taken.items():
+            print(f"{name:<16}{label:<44}{milliseconds:9.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The served networks with what they looked at as further outputs, behind those of `models.serving`.
+
+ViT and DETR show their attention. A convolutional network with one linear layer behind a global average has its answer
+cell by cell (Zhou et al. 2016, "Learning Deep Features for Discriminative Localization", eq. 2). MLP-Mixer has neither:
+`bundle.explaining` hides one patch after the other from it.
+
+Shapes: B batch, H x W pixels, K classes, L layers, N tokens, h x w patches or cells, Q queries, M = h w.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import attention_rollout
+from models.detr import Detr
+from models.resnet_classifier import ResNetClassifier
+from models.resnetv2 import ResNetV2
+from models.serving import Channels, ServedClassifier, ServedDetector
+from models.vit import ViT
+
+
+class ExplainedViT(ServedClassifier):
+    """A ViT with its attention."""
+
+    output_names = ("probabilities", "attention", "rollout")
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Classify images and show what was seen.
+
+        Returns:
+            probabilities [B, K]; attention [B, L, heads, h, w], what the class token sees of each patch in each layer
+            (without one, what the patches see on average); rollout [B, h, w], of how much of each patch the state that
+            is classified is made: not negative, sums to one.
+        """
+        network = cast(ViT, self.network)
+        record: list[Tensor] = []
+        logits = network(self.normalise(pixels), record)
+        weights = torch.stack(record, dim=1)  # [B, L, heads, N, N]
+        rollout = attention_rollout(record)  # [B, N, N]
+        if network.cls_token is not None:
+            weights, rollout = weights[..., 0, 1:], rollout[:, 0, 1:]
+        else:
+            weights, rollout = weights.mean(dim=-2), rollout.mean(dim=-2)
+        rollout = rollout / rollout.sum(dim=-1, keepdim=True)
+        grid = network.config.grid
+        return self.probabilities(logits), weights.unflatten(-1, grid), rollout.unflatten(-1, grid)
+
+
+class ExplainedConvNet(ServedClassifier):
+    """A ResNet or BiT with its class activation maps."""
+
+    output_names = ("probabilities", "activation")
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Classify images and show where.
+
+        Returns:
+            probabilities [B, K]; activation [B, K, h, w]: the sum over the cells and the head's bias are the logit.
+        """
+        network = cast(ResNetV2 | ResNetClassifier, self.network)
+        features = network.features(self.normalise(pixels))  # [B, C, h, w]
+        logits = network.head(features.mean(dim=(2, 3)))
+        height, width = features.shape[-2:]
+        cells = F.linear(features.flatten(2).transpose(1, 2), network.head.weight)  # [B, M, K]
+        activation = cells.transpose(1, 2).unflatten(-1, (height, width)) / (height * width)
+        return self.probabilities(logits), activation
+
+
+class ExplainedDetector(ServedDetector):
+    """A DETR with its attention."""
+
+    output_names = ("scores", "class_ids", "boxes", "cross_attention", "encoder_attention")
+    output_axes = {
+        "cross_attention": ("", "rows", "columns"),
+        "encoder_attention": ("rows", "columns", "rows", "columns"),
+    }
+
+    def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Detect objects and show where the queries looked, on the cells of the feature map.
+
+        Returns:
+            What `ServedDetector.forward` returns, then cross_attention [B, Q, h, w], each query's in the last decoder
+            layer, and encoder_attention [B, h, w, h, w], each cell's in the last encoder layer; both are means over
+            the heads, zero at padding, and sum to one.
+        """
+        record: list[Tensor] = []
+        output = self.network(self.normalised(pixels, sizes), sizes, record)
+        grid = output["grid"]
+        cross = record[-1].mean(dim=1).unflatten(-1, grid)  # [B, Q, h, w]
+        between = record[self.network.config.encoder_layers - 1].mean(dim=1)  # [B, M, M]
+        return *self.answer(output), cross, between.unflatten(-1, grid).unflatten(1, grid)
+
+
+def explained(
+    network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0
+) -> ServedClassifier | ServedDetector | None:
+    """Wrap a network as `models.serving.served` does, with what it looks at; None if nothing in it shows that."""
+    if isinstance(network, ViT):
+        return ExplainedViT(network, mean, std, temperature)
+    if isinstance(network, ResNetV2 | ResNetClassifier):
+        return ExplainedConvNet(network, mean, std, temperature)
+    if isinstance(network, Detr) and network.config.encoder_layers > 0:
+        return ExplainedDetector(network, mean, std)
+    return None

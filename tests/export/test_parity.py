@@ -1,0 +1,84 @@
+"""Parity: what differs is an error that says where the difference begins."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bundle.manifest import DetectionPreprocessing, Preprocessing
+from bundle.tolerances import PARITY
+from export.errors import ParityError
+from export.parity import check_parity, generated_images, make_inputs
+from models.serving import ServedClassifier, ServedDetector, served
+from models.training import checkpoint as checkpoints
+from models.training.layouts import load_split
+
+Case = tuple[ServedClassifier | ServedDetector, Path, list[Image.Image], Preprocessing]
+
+
+@pytest.fixture(params=["colours", "squares"])
+def case(
+    request: pytest.FixtureRequest,
+    classifier_run: Path,
+    detector_run: Path,
+    tiny_bundles: Path,
+    colours: Path,
+    squares: Path,
+) -> Case:
+    """A run's torch network, the graph that was exported of it, and images."""
+    run, data = {"colours": (classifier_run, colours), "squares": (detector_run, squares)}[request.param]
+    checkpoint = checkpoints.load(run)
+    preprocessing = checkpoint.read_preprocessing()
+    module = served(checkpoint.build(), preprocessing.mean, preprocessing.std, checkpoint.temperature).eval()
+    images = load_split(data, checkpoint.task, "test")
+    file = tiny_bundles / request.param / "1" / "model.onnx"
+    return module, file, [images.image(i) for i in range(8)], preprocessing
+
+
+def test_both_runtimes_answer_the_same(case: Case) -> None:
+    module, file, images, preprocessing = case
+    parity = check_parity(module, file, images, preprocessing, "toys")
+    assert (parity.data, parity.images, parity.top1_agreement) == ("toys", 8, 1.0)
+    names = {name for name in module.output_names if name != "class_ids"}
+    assert parity.max_abs_diff.keys() == parity.max_rel_diff.keys() == names
+    assert all(0 <= value <= PARITY for value in parity.max_abs_diff.values())
+    assert any(value > 0 for value in parity.max_rel_diff.values())
+
+
+def test_a_wrong_constant_is_found_where_it_is(case: Case) -> None:
+    module, file, images, preprocessing = case
+    module.normalise.shift += 0.5
+    with pytest.raises(
+        ParityError, match=rf"expected <= {PARITY}, found \d.*; it begins in normalise \(Normalise\), which differs by"
+    ):
+        check_parity(module, file, images, preprocessing, "toys")
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ("blocks.1.mlp.fc1", r"network\.blocks\.1\.mlp\.fc1 \(Linear\)"),
+        ("decoder.1.linear2", r"network\.decoder\.1\.linear2 \(Linear\)"),
+        ("backbone.stages.1.0.conv2", r"network\.backbone\.stages\.1\.0 \(BasicBlock\)"),
+    ],
+)
+def test_the_first_diverging_part_is_named(part: str, found: str, case: Case) -> None:
+    module, file, images, preprocessing = case
+    parts = dict(module.network.named_modules())
+    if part not in parts:
+        pytest.skip("a part of the other network")
+    with torch.no_grad():
+        parts[part].weight.mul_(3)
+    with pytest.raises(ParityError, match=f"it begins in {found}"):
+        check_parity(module, file, images, preprocessing, "toys")
+
+
+def test_generated_images_are_the_same_ones_each_time_and_of_the_right_size(case: Case) -> None:
+    *_, preprocessing = case
+    first, again = (generated_images(3, preprocessing) for _ in range(2))
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
+    assert len({image.tobytes() for image in first}) == 3
+    inputs = make_inputs(first, preprocessing)
+    assert inputs["pixels"].shape[0] == 3
+    assert ("sizes" in inputs) == isinstance(preprocessing, DetectionPreprocessing)
