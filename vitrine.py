@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from bundle.errors import VitrineError, unknown
+from bundle.images import decode
 from bundle.loading import find_bundles, load_bundle, load_explain_network, load_file, read_manifest
 from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
 from bundle.repository import Repository
@@ -271,6 +272,28 @@ def verify(
         parity = verify_run(run, bundle, data_path=data, providers=chosen)
         differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())
         typer.echo(f"as torch answers: largest difference {differences} on {parity.images} images of {parity.data}")
+
+
+@app.command()
+def explain(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: the image beside its heat map.")],
+) -> None:
+    """Draw where a bundle's network looks in an image."""
+    from bundle.explaining import make_explainer, picture
+
+    loaded = load_bundle(bundle, variant=Precision.FP32, threads=available_cores())
+    explanation = read_manifest(bundle).explanation
+    if explanation is None:
+        raise VitrineError(f"{bundle}: expected a network that shows where it looks, found none of that kind")
+    network = load_explain_network(bundle, threads=available_cores())
+    try:
+        drawn, words = picture(make_explainer(loaded.predictor, explanation, network), decode(image.read_bytes()))
+        drawn.save(out)
+    except (OSError, ValueError) as error:  # the image is not there, or the picture has no known ending
+        raise VitrineError(f"{error}") from error
+    typer.echo("\n".join([f"explained: {out}", *(f"  {line}" for line in words)]))
 
 
 @app.command()

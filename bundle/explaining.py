@@ -104,9 +104,7 @@ class DetectionExplainer:
         """Explain what `detector` finds; `network` is the explain graph."""
         self._detector, self._explanation, self._network = detector, explanation, network
 
-    def explain(
-        self, image: Image.Image, *, threshold: float = 0.5, max_detections: int = 100
-    ) -> list[DetectionHeat]:
+    def explain(self, image: Image.Image, *, threshold: float = 0.5, max_detections: int = 100) -> list[DetectionHeat]:
         """Each object that `Detector.detect` finds in an RGB image, with the cells that its query attended to."""
         prepared = self._detector.prepare(image)
         pixels, sizes = pad_and_stack([prepared.pixels])
@@ -170,12 +168,13 @@ def picture(explainer: Explainer, image: Image.Image, *, least_edge: int = 448) 
     else:
         found = explainer.explain(image)
         seen, boxes = image, [entry.detection.box for entry in found]
-        heat = np.max([entry.heat / entry.heat.max() for entry in found], axis=0) if found else np.zeros((1, 1))
+        maps = [entry.heat / entry.heat.max() for entry in found] or [np.zeros((1, 1), np.float32)]
+        heat = np.max(maps, axis=0).astype(np.float32)
         words = [f"{entry.detection.label} {entry.detection.score:.1%}" for entry in found]
     scale = max(1.0, least_edge / min(seen.size))
     size = round(seen.width * scale), round(seen.height * scale)
     large = seen.resize(size, Image.Resampling.BICUBIC)
-    hot = overlay(large, heat.astype(np.float32))
+    hot = overlay(large, heat)
     draw = ImageDraw.Draw(hot)
     for box in boxes:
         corners = [edge * scale for edge in (box.x_min, box.y_min, box.x_max, box.y_max)]

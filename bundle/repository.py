@@ -32,9 +32,7 @@ class Repository:
         newest = {path.parent.name: path for path in find_bundles(root)}  # ascending versions: the last one stays
         if not newest:
             raise BundleError(root, "bundles", expected="at least one <name>/<version>/manifest.json", found="none")
-        self.bundles = {
-            name: load_bundle(path, threads=threads, providers=providers) for name, path in newest.items()
-        }
+        self.bundles = {name: load_bundle(path, threads=threads, providers=providers) for name, path in newest.items()}
 
     def get(self, task: Task, name: str | None = None) -> Bundle:
         """The bundle of that name, or the first (by name) for the task.

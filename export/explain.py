@@ -1,4 +1,4 @@
-"""The explain graph: the served network with what it looks at as outputs, on the weights of the serving graph's file."""
+"""The explain graph: the served network with what it looks at, on the weights in the serving graph's file."""
 
 from pathlib import Path
 

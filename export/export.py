@@ -38,6 +38,7 @@ from bundle.manifest import (
     Parity,
     Precision,
     Preprocessing,
+    Task,
     Variant,
     Version,
 )
@@ -54,6 +55,8 @@ from export.parity import Inputs, check_parity, generated_images, make_inputs
 from export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
 from export.provenance import describe, provenance
 from export.variants import make_variant
+from models.explaining import explained
+from models.mlp_mixer import MlpMixer
 from models.serving import ServedClassifier, ServedDetector, served
 from models.training import checkpoint as checkpoints
 from models.training.calibration import calibration_error, with_temperature
@@ -161,7 +164,7 @@ def export_run(
             if variant.drop is not None and variant.drop > max_drop:
                 metric = GATE_METRIC[identity.task]
                 raise AccuracyError(precision, metric=metric, limit=max_drop, found=variant.drop)
-        explanation = _explain(module, input_size, bundle, providers)
+        explanation = _explain(checkpoint, input_size, bundle, providers)
         latency = _timed(module, bundle, precisions, input_size, timing, providers)
         manifest = Manifest(
             **dict(identity) | {"metrics": metrics},
@@ -339,7 +342,7 @@ def _variant(
     if data is None or precision is Precision.FP32:
         return Variant()
     reference = predictions[Precision.FP32]
-    name = GATE_METRIC[data.task]
+    name = GATE_METRIC[Task.CLASSIFICATION if isinstance(data, ClassificationData) else Task.DETECTION]
     values = measure(predictions[precision], data)
     return Variant(
         metrics=values,
@@ -365,8 +368,19 @@ def _calibration(
 
 
 def _explain(
-    module: ServedClassifier | ServedDetector, input_size: tuple[int, int], bundle: Path, providers: Sequence[str]
-) -> Explanation | None: ...
+    checkpoint: Checkpoint, input_size: tuple[int, int], bundle: Path, providers: Sequence[str]
+) -> Explanation | None:
+    preprocessing = checkpoint.read_preprocessing()
+    network = checkpoint.build()
+    module = explained(network, preprocessing.mean, preprocessing.std, checkpoint.temperature)
+    if isinstance(network, MlpMixer):
+        return Explanation(method="occlusion", patch_size=network.config.patch_size)
+    if module is None:
+        return None
+    file = bundle / EXPLAIN_FILE
+    export_explain_graph(module.eval(), input_size, file, bundle / MODEL_FILE)
+    method = "class-activation" if "activation" in module.output_names else "attention"
+    return Explanation(method=method, outputs=OnnxNetwork(file, providers=providers).outputs)
 
 
 def _write_pictures(bundle: Path, network: OnnxNetwork, identity: Identity, data: Data, metrics: Metrics) -> None:
@@ -425,4 +439,4 @@ def _as_json(manifest: Manifest) -> str:
     """Indented, with lists of plain values on one line."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
     plain = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
-    return plain.sub(lambda found: f"[{re.sub(',\n *', ', ', found[1])}]", text) + "\n"
+    return plain.sub(lambda found: "[" + re.sub(r",\n *", ", ", found[1]) + "]", text) + "\n"

@@ -1,10 +1,13 @@
 """The model card (README.md) of a bundle, written from its manifest alone so that the two cannot disagree."""
 
 import shlex
+from collections.abc import Sequence
 
-from bundle.manifest import GENERATED, NOT_STATED, Manifest, Task
+from bundle.manifest import GATE_METRIC, GENERATED, NOT_STATED, ClassificationPreprocessing, Manifest, Precision, Task
+from export.pictures import RELIABILITY_FILE, SAMPLES_FILE
 
 _MOST_LABELS = 100  # that a card lists
+_MOST_COLUMNS = 12  # of a confusion matrix that a card shows
 
 _METRIC_NAMES = {
     "top1": "top-1 accuracy",
@@ -39,7 +42,16 @@ def model_card(manifest: Manifest) -> str:
         "## Measured",
         "",
         *_measured(manifest),
+        *_samples(manifest),
+        *_confusion(manifest),
+        *_calibrated(manifest),
+        "## ONNX against torch",
         "",
+        _parity(manifest),
+        "",
+        *_variants(manifest),
+        *_speed(manifest),
+        *_explained(manifest),
         "## Limits",
         "",
         _limits(manifest),
@@ -54,6 +66,12 @@ def model_card(manifest: Manifest) -> str:
         f"curl -F image=@photo.jpg -F model={manifest.name} http://localhost:3000/{route}",
         "```",
         "",
+        "Or with ONNX Runtime, NumPy and Pillow alone, `model.onnx` and nothing else of this folder:",
+        "",
+        "```python",
+        *_snippet(manifest),
+        "```",
+        "",
     ]
     return "\n".join(sections)
 
@@ -65,33 +83,67 @@ def _labels(manifest: Manifest) -> str:
 
 
 def _measured(manifest: Manifest) -> list[str]:
-    metrics, parity = manifest.metrics, manifest.parity
-    images = f"{parity.images} {'generated images' if parity.data == GENERATED else f'images of `{parity.data}`'}"
-    differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())
-    agreement = (
-        f"ONNX Runtime against torch on {images}: largest difference {differences}; "
-        f"same class in {parity.top1_agreement:.2%}."
-    )
-    calibrated = _calibrated(manifest)
+    metrics = manifest.metrics
     if metrics is None:
-        return ["Its accuracy was not measured here: the exporter had no labelled data.", "", *calibrated, agreement]
+        return ["Its accuracy was not measured here: the exporter had no labelled data.", ""]
+    rows = []
+    for name, value in metrics.values.items():
+        interval = ""
+        if name in metrics.intervals:
+            interval = " to ".join(_metric_value(name, bound) for bound in metrics.intervals[name])
+        rows.append((_metric_name(name), _metric_value(name, value), interval))
     return [
-        f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with this ONNX file through "
+        f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with `model.onnx` through "
         f"the predictor that serves it. {metrics.notes}".strip(),
         "",
-        "| metric | value |",
-        "|---|---|",
-        *(f"| {_metric_name(name)} | {_metric_value(name, value)} |" for name, value in metrics.values.items()),
+        *_table(("metric", "value", "95 % interval"), rows),
+        "The intervals say how far a figure would move with other images of the same kind (bootstrap over the images), "
+        "not with another training.",
         "",
-        *calibrated,
-        agreement,
+    ]
+
+
+def _samples(manifest: Manifest) -> list[str]:
+    if SAMPLES_FILE not in manifest.files:
+        return []
+    shown = "Images spread evenly over that split, not chosen by their answers"
+    if manifest.task is Task.CLASSIFICATION:
+        return [f"{shown}; wrong answers in red:", "", f"![answers]({SAMPLES_FILE})", ""]
+    return [f"{shown}, with what is found at a score of at least 50 %:", "", f"![answers]({SAMPLES_FILE})", ""]
+
+
+def _confusion(manifest: Manifest) -> list[str]:
+    confusion = None if manifest.metrics is None else manifest.metrics.confusion
+    if confusion is None:
+        return []
+    pairs = sorted(
+        (
+            (-count, f"{count} of {manifest.labels[true]} are taken for {manifest.labels[answered]}")
+            for true, row in enumerate(confusion)
+            for answered, count in enumerate(row)
+            if true != answered and count
+        )
+    )
+    said = f"Most frequent confusions: {'; '.join(text for _, text in pairs[:3])}." if pairs else "Nothing is confused."
+    if len(manifest.labels) > _MOST_COLUMNS:
+        return [said, ""]
+    rows = [(label, *map(str, row)) for label, row in zip(manifest.labels, confusion, strict=True)]
+    return [
+        "Images by what they show (rows) and what was answered (columns):",
+        "",
+        *_table(("", *manifest.labels), rows),
+        said,
+        "",
     ]
 
 
 def _calibrated(manifest: Manifest) -> list[str]:
-    calibration = manifest.calibration
+    calibration, lines = manifest.calibration, []
+    if RELIABILITY_FILE in manifest.files:
+        lines += ["How often an answer is right, by its probability (orange: too sure, green: not sure enough):", ""]
+        lines += [f"![reliability]({RELIABILITY_FILE})", ""]
     if calibration is None:
-        return []
+        return lines
     said = (
         f"The graph divides its logits by the temperature {calibration.temperature:.3g}, fitted on held-out images: "
         "the same answers, with more honest probabilities."
@@ -101,7 +153,132 @@ def _calibrated(manifest: Manifest) -> list[str]:
             f" The expected calibration error is {calibration.ece_after:.2%}, without the temperature "
             f"{calibration.ece_before:.2%}."
         )
-    return [said, ""]
+    return [*lines, said, ""]
+
+
+def _parity(manifest: Manifest) -> str:
+    parity = manifest.parity
+    images = f"{parity.images} {'generated images' if parity.data == GENERATED else f'images of `{parity.data}`'}"
+    differences = ", ".join(
+        f"{name} {value:.1e} (relative {parity.max_rel_diff[name]:.1e})" for name, value in parity.max_abs_diff.items()
+    )
+    said = (
+        f"`model.onnx` in ONNX Runtime against the torch network, on {images} in batches of 1, 3 and 8: largest "
+        f"difference {differences}; same class in {parity.top1_agreement:.2%}."
+    )
+    if parity.torch_metrics is None or manifest.metrics is None:
+        return said
+    name = GATE_METRIC[manifest.task]
+    in_torch, in_onnx = (
+        _metric_value(name, values[name]) for values in (parity.torch_metrics, manifest.metrics.values)
+    )
+    return f"{said} On all {manifest.metrics.images:,} images, {_metric_name(name)} is {in_onnx}, in torch {in_torch}."
+
+
+def _variants(manifest: Manifest) -> list[str]:
+    if len(manifest.variants) == 1:
+        return []
+    name = GATE_METRIC[manifest.task]
+    rows = []
+    for precision, variant in manifest.variants.items():
+        values = variant.metrics or ({} if manifest.metrics is None else manifest.metrics.values)
+        rows.append(
+            (
+                f"`{precision.value}`",
+                f"`{precision.file}`",
+                _size(manifest.files[precision.file].size),
+                _metric_value(name, values[name]) if name in values else "",
+                "" if variant.drop is None else f"{-variant.drop:+.2f}",
+                "" if variant.agreement is None else f"{variant.agreement:.2%}",
+                ", ".join(f"`{layer}`" for layer in variant.float_layers)
+                or ("none" if precision in (Precision.INT8_DYNAMIC, Precision.INT8_STATIC) else ""),
+            )
+        )
+    head = ("variant", "file", "size", _metric_name(name), "points", "same answers as fp32", "layers left in float32")
+    said = f"Served unless another is asked for: `{manifest.default_variant.value}`. {manifest.default_reason}"
+    return ["## Variants", "", *_table(head, rows), said, ""]
+
+
+def _speed(manifest: Manifest) -> list[str]:
+    latency = manifest.latency
+    if latency is None:
+        return []
+    settings = [f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}" for batch, threads in latency.settings]
+    rows = [
+        (row.name, "" if row.size is None else _size(row.size), *(f"{value:.3g}" for value in row.milliseconds))
+        for row in latency.rows
+    ]
+    height, width = latency.input_size
+    return [
+        "## Speed",
+        "",
+        f"Milliseconds of a call on {height} x {width} pixels, medians of calls in turns, on {latency.machine}:",
+        "",
+        *_table(("", "file", *settings), rows),
+    ]
+
+
+def _explained(manifest: Manifest) -> list[str]:
+    explanation = manifest.explanation
+    if explanation is None:
+        return []
+    told = {
+        ("attention", Task.CLASSIFICATION): "`explain.onnx` gives the attention of each layer and its rollout over the "
+        "patches.",
+        ("attention", Task.DETECTION): "`explain.onnx` gives, for each query, the cross-attention of the last decoder "
+        "layer, and the self-attention of the encoder.",
+        ("class-activation", Task.CLASSIFICATION): "`explain.onnx` gives the class activation map of each label: its "
+        "sum and the head's bias are the logit.",
+    }.get((explanation.method, manifest.task))
+    if told is None:
+        told = f"Patches of {explanation.patch_size} pixels are hidden in turn, to see what the answer rests on."
+    else:
+        told += " It reads its weights from `model.onnx`."
+    command = f"vitrine explain bundles/{manifest.name}/{manifest.version} photo.jpg --out seen.png"
+    return ["## Where it looks", "", told, "", "```sh", command, "```", ""]
+
+
+def _snippet(manifest: Manifest) -> list[str]:
+    preprocessing = manifest.preprocessing
+    resampling = f"Image.Resampling.{preprocessing.interpolation.upper()}"
+    start = [
+        "import json, numpy as np, onnxruntime",
+        "from PIL import Image, ImageOps",
+        'session = onnxruntime.InferenceSession("model.onnx")',
+        'about = json.loads(session.get_modelmeta().custom_metadata_map["vitrine"])',
+        'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
+    ]
+    if isinstance(preprocessing, ClassificationPreprocessing):
+        height, width = preprocessing.input_size
+        if preprocessing.crop_mode == "squash":
+            resized = f"image.resize(({width}, {height}), {resampling})"
+        else:
+            bleed = f", bleed={(1 - preprocessing.crop_pct) / 2:.6g}" if preprocessing.crop_pct < 1 else ""
+            resized = f"ImageOps.fit(image, ({width}, {height}), {resampling}{bleed})"
+        return [
+            *start,
+            f'(probabilities,) = session.run(None, {{"pixels": np.asarray({resized})[None]}})',
+            "for i in (-probabilities[0]).argsort()[:5]:",
+            '    print(about["labels"][i], probabilities[0, i])',
+        ]
+    edges = f"{preprocessing.shortest_edge} / min(image.size), {preprocessing.longest_edge} / max(image.size)"
+    return [
+        *start,
+        f"size = [round(edge * min({edges})) for edge in image.size]",
+        f"pixels = np.asarray(image.resize(size, {resampling}))[None]",
+        'scores, class_ids, boxes = session.run(None, {"pixels": pixels, "sizes": np.array([pixels.shape[1:3]])})',
+        "for i in np.flatnonzero(scores[0] >= 0.5):",
+        '    print(about["labels"][class_ids[0, i]], scores[0, i], boxes[0, i] * (image.size * 2))',
+    ]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [*(f"| {' | '.join(cell.replace('|', r'\|') for cell in line)} |" for line in lines), ""]
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"
 
 
 def _limits(manifest: Manifest) -> str:
@@ -158,9 +335,11 @@ def _stated(manifest: Manifest) -> str:
         "--data-licence": (manifest.licences.data, NOT_STATED),
         "--data-notes": ("" if manifest.metrics is None else manifest.metrics.notes, ""),
     }
-    return "".join(
-        f" \\\n    {option} {shlex.quote(value)}" for option, (value, default) in options.items() if value != default
-    )
+    stated = [(option, value) for option, (value, default) in options.items() if value != default]
+    stated += [("--variant", variant.value) for variant in manifest.variants if variant is not Precision.FP32]
+    if manifest.default_variant is not Precision.FP32:
+        stated.append(("--default", manifest.default_variant.value))
+    return "".join(f" \\\n    {option} {shlex.quote(value)}" for option, value in stated)
 
 
 def _metric_name(name: str) -> str:

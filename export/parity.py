@@ -77,8 +77,7 @@ def check_parity(
         found = dict(zip(module.output_names, in_onnx(**inputs), strict=True))
         for name in largest:
             if expected[name].shape != found[name].shape:
-                shapes = {"expected": expected[name].shape, "found": found[name].shape}
-                raise ParityError(name, quantity="shape", **shapes)
+                raise ParityError(name, quantity="shape", expected=expected[name].shape, found=found[name].shape)
             wanted = expected[name].astype(np.float64)
             differences = np.abs(wanted - found[name].astype(np.float64))
             counted = wanted >= SMALLEST_RELATIVE

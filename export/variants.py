@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,16 +39,16 @@ _OPTIONS = {"MatMulConstBOnly": True}
 _DYNAMIC = "MatMul", "Gemm"  # ONNX Runtime's integer convolution is slower on a CPU than its float32 one
 _STATIC = "MatMul", "Gemm", "Conv"
 
-Outputs = list[NDArray[np.generic]]
+Outputs = list[NDArray[Any]]
 Quantise = Callable[[Sequence[str]], onnx.ModelProto]  # nodes that stay in float32 to the quantised graph
 
 
 @dataclass(frozen=True)
 class VariantGraph:
-    """A variant's graph, and the layers that it leaves in float32 because the answers suffer most from rounding them."""
+    """A variant's graph."""
 
     model: onnx.ModelProto
-    float_layers: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()  # left in float32, because the answers suffer most from rounding them
 
 
 def make_variant(model: onnx.ModelProto, precision: Precision, calibration: Sequence[Inputs]) -> VariantGraph:

@@ -7,6 +7,7 @@ cell by cell (Zhou et al. 2016, "Learning Deep Features for Discriminative Local
 Shapes: B batch, H x W pixels, K classes, L layers, N tokens, h x w patches or cells, Q queries, M = h w.
 """
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -72,7 +73,7 @@ class ExplainedDetector(ServedDetector):
     """A DETR with its attention."""
 
     output_names = ("scores", "class_ids", "boxes", "cross_attention", "encoder_attention")
-    output_axes = {
+    output_axes: Mapping[str, tuple[str, ...]] = {
         "cross_attention": ("", "rows", "columns"),
         "encoder_attention": ("rows", "columns", "rows", "columns"),
     }

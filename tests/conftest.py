@@ -103,6 +103,9 @@ TINY_DETR = (
 )
 
 
+TINY_EXPORT = ("--latency", "none", "--variant", "fp16-weights", "--variant", "int8-dynamic", "--max-drop", "20")
+
+
 @pytest.fixture(scope="session")
 def tiny_vit() -> tuple[str, ...]:
     """The settings that `classifier_run` was trained with."""
@@ -129,8 +132,8 @@ def detector_run(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def tiny_bundles(classifier_run: Path, detector_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`bundles/` with colours/1 and squares/1, exported by `vitrine export`."""
     bundles = tmp_path_factory.mktemp("tiny") / "bundles"
-    vitrine("export", classifier_run, "--out", bundles / "colours" / "1")
-    vitrine("export", detector_run, "--out", bundles / "squares" / "1")
+    vitrine("export", classifier_run, "--out", bundles / "colours" / "1", *TINY_EXPORT)
+    vitrine("export", detector_run, "--out", bundles / "squares" / "1", *TINY_EXPORT)
     return bundles
 
 

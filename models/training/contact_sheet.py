@@ -6,15 +6,23 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-_EDGE, _BOX_EDGE = 96, 320  # of a picture, in pixels
-_COLUMNS = 4  # of pictures with boxes
+_EDGE, _ANSWER_EDGE, _BOX_EDGE = 96, 112, 320  # of a picture, in pixels
+_ANSWER_COLUMNS, _COLUMNS = 8, 4  # of pictures with answers, with boxes
 _GAP = 6
 _TEXT = 13  # height of letters
 _MOST_LETTERS = 22  # of a label
-_PAPER, _INK, _GREY = (250, 250, 250), (30, 30, 30), (150, 150, 150)
+_PAPER, _INK, _GREY, _RED = (250, 250, 250), (30, 30, 30), (150, 150, 150), (190, 30, 30)
 _GOLDEN_RATIO = 0.618033988749895  # its multiples are spread evenly over the circle of hues, however many they are
 
 Colour = tuple[int, int, int]
+
+
+class Answer(NamedTuple):
+    """What was said of a picture; `true` is what it shows."""
+
+    label: str
+    probability: float
+    true: str
 
 
 class DrawnBox(NamedTuple):
@@ -37,6 +45,23 @@ def sheet_of_classes(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image
         draw.text((_GAP, top + (_EDGE - _TEXT) // 2), name, _INK, font)
         for column, picture in enumerate(pictures):
             sheet.paste(_fitted(picture, _EDGE), (left + column * (_EDGE + _GAP), top))
+    return sheet
+
+
+def sheet_of_answers(pictures: Sequence[tuple[Image.Image, Answer]]) -> Image.Image:
+    """A grid of pictures with the answers under them; wrong ones are red and say what would have been right."""
+    font = ImageFont.load_default(_TEXT - 2)
+    column, row = _ANSWER_EDGE + _GAP, _ANSWER_EDGE + 2 * _TEXT + 2 * _GAP
+    rows = -(-len(pictures) // _ANSWER_COLUMNS)
+    sheet, draw = _paper(_GAP + min(len(pictures), _ANSWER_COLUMNS) * column, _GAP + rows * row)
+    for i, (picture, answer) in enumerate(pictures):
+        left, top = _GAP + i % _ANSWER_COLUMNS * column, _GAP + i // _ANSWER_COLUMNS * row
+        sheet.paste(_fitted(picture, _ANSWER_EDGE), (left, top))
+        right = answer.label == answer.true
+        below = top + _ANSWER_EDGE + 1
+        draw.text((left, below), f"{_short(answer.label)} {answer.probability:.0%}", _INK if right else _RED, font)
+        if not right:
+            draw.text((left, below + _TEXT), f"is {_short(answer.true)}", _RED, font)
     return sheet
 
 
