@@ -274,7 +274,8 @@ def _snippet(manifest: Manifest) -> list[str]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
-    return [*(f"| {' | '.join(cell.replace('|', r'\|') for cell in line)} |" for line in lines), ""]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return [*(f"| {' | '.join(line)} |" for line in cells), ""]
 
 
 def _size(size: int) -> str:
