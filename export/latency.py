@@ -3,6 +3,7 @@
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def measure_latency(
         others: also torch.compile, and OpenVINO on the first of the files; compiling takes minutes.
 
     Raises:
-        ExportError: others are wanted and OpenVINO is not installed.
+        ExportError: others are wanted, and OpenVINO is not installed or torch.compile fails.
     """
     threads = sorted({1, available_cores()})
     settings = tuple((batch, count) for count in threads for batch in _BATCHES)
@@ -63,7 +64,7 @@ def measure_latency(
         with _torch_threads(count):
             calls = {"torch": _torch(module, inputs)}
             if others:
-                calls["torch, compiled"] = _torch(torch.compile(module), inputs)
+                calls["torch, compiled"] = _compiled(module, inputs)
                 calls["OpenVINO"] = _openvino(next(iter(files.values())), inputs, count)
             calls |= {name: _onnx(file, inputs, count, providers) for name, file in files.items()}
             columns.append(in_turns(calls, seconds))
@@ -111,6 +112,16 @@ def _torch(module: Any, inputs: Inputs) -> Call:
     return call
 
 
+def _compiled(module: Any, inputs: Inputs) -> Call:
+    call = _torch(torch.compile(module), inputs)
+    try:
+        call()
+    except Exception as error:  # the compiler's own, or one of its C++ compiler's
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"latency: expected torch.compile to compile the network, found {first}") from error
+    return call
+
+
 def _onnx(file: Path, inputs: Inputs, threads: int, providers: Sequence[str]) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -121,11 +132,13 @@ def _onnx(file: Path, inputs: Inputs, threads: int, providers: Sequence[str]) ->
 
 
 def _openvino(file: Path, inputs: Inputs, threads: int) -> Call:
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # without it, nothing is reported
     try:
         import openvino
     except ModuleNotFoundError as error:
         raise ExportError("latency: expected OpenVINO, found none: pip install -r requirements/parity.txt") from error
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    # In float32 like the others: by itself, it computes in bfloat16 where the processor can.
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(file, "CPU", settings)
     return lambda: compiled(inputs)
 

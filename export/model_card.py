@@ -1,13 +1,28 @@
 """The model card (README.md) of a bundle, written from its manifest alone so that the two cannot disagree."""
 
+import math
 import shlex
 from collections.abc import Sequence
 
-from bundle.manifest import GATE_METRIC, GENERATED, NOT_STATED, ClassificationPreprocessing, Manifest, Precision, Task
+import numpy as np
+
+from bundle.manifest import (
+    GATE_METRIC,
+    GENERATED,
+    NOT_STATED,
+    ClassificationPreprocessing,
+    Manifest,
+    Metrics,
+    Precision,
+    Task,
+)
 from export.pictures import RELIABILITY_FILE, SAMPLES_FILE
+from models.training.evaluation import label_metric, most_confused
 
 _MOST_LABELS = 100  # that a card lists
 _MOST_COLUMNS = 12  # of a confusion matrix that a card shows
+_PAIRS, _PAIRS_ALONE = 3, 10  # of confused labels that are named, beside the matrix and without it
+_MAX_DROP = 0.5  # of `vitrine export`, unless told otherwise
 
 _METRIC_NAMES = {
     "top1": "top-1 accuracy",
@@ -86,21 +101,42 @@ def _measured(manifest: Manifest) -> list[str]:
     metrics = manifest.metrics
     if metrics is None:
         return ["Its accuracy was not measured here: the exporter had no labelled data.", ""]
-    rows = []
-    for name, value in metrics.values.items():
-        interval = ""
-        if name in metrics.intervals:
-            interval = " to ".join(_metric_value(name, bound) for bound in metrics.intervals[name])
-        rows.append((_metric_name(name), _metric_value(name, value), interval))
-    return [
+    by_label = _by_label(manifest.labels, metrics)
+    apart = {name for names in by_label.values() for name in names}
+    rows = [
+        (_METRIC_NAMES.get(name, name), *_with_interval(name, metrics)) for name in metrics.values if name not in apart
+    ]
+    lines = [
         f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with `model.onnx` through "
         f"the predictor that serves it. {metrics.notes}".strip(),
         "",
         *_table(("metric", "value", "95 % interval"), rows),
-        "The intervals say how far a figure would move with other images of the same kind (bootstrap over the images), "
-        "not with another training.",
-        "",
     ]
+    if by_label and len(by_label) <= _MOST_LABELS:
+        head = "label", "AP", "95 % interval", "AP50", "95 % interval"
+        labels = [
+            (label, *(cell for name in names for cell in _with_interval(name, metrics)))
+            for label, names in by_label.items()
+        ]
+        lines += _table(head, labels)
+    if metrics.intervals:
+        lines += [
+            "The intervals say how far a figure would move with other images of the same kind (bootstrap over the "
+            "images), not with another training.",
+            "",
+        ]
+    return lines
+
+
+def _by_label(labels: Sequence[str], metrics: Metrics) -> dict[str, tuple[str, str]]:
+    """The names of AP and AP50 of each label that has them."""
+    names = {label: (label_metric(label), f"AP50_{label}") for label in labels}
+    return {label: own for label, own in names.items() if own[1] in metrics.values}
+
+
+def _with_interval(name: str, metrics: Metrics) -> tuple[str, str]:
+    interval = metrics.intervals.get(name, ())
+    return _metric_value(name, metrics.values[name]), " to ".join(_metric_value(name, bound) for bound in interval)
 
 
 def _samples(manifest: Manifest) -> list[str]:
@@ -116,16 +152,13 @@ def _confusion(manifest: Manifest) -> list[str]:
     confusion = None if manifest.metrics is None else manifest.metrics.confusion
     if confusion is None:
         return []
-    pairs = sorted(
-        (
-            (-count, f"{count} of {manifest.labels[true]} are taken for {manifest.labels[answered]}")
-            for true, row in enumerate(confusion)
-            for answered, count in enumerate(row)
-            if true != answered and count
-        )
-    )
-    said = f"Most frequent confusions: {'; '.join(text for _, text in pairs[:3])}." if pairs else "Nothing is confused."
-    if len(manifest.labels) > _MOST_COLUMNS:
+    shown = len(manifest.labels) <= _MOST_COLUMNS
+    pairs = most_confused(np.array(confusion), manifest.labels, _PAIRS if shown else _PAIRS_ALONE)
+    said = "No image is taken for another label."
+    if pairs:
+        listed = (f"{pair.true} for {pair.answered} ({pair.count:,}, {pair.share:.1%} of them)" for pair in pairs)
+        said = f"Most often taken for another: {'; '.join(listed)}."
+    if not shown:
         return [said, ""]
     rows = [(label, *map(str, row)) for label, row in zip(manifest.labels, confusion, strict=True)]
     return [
@@ -172,7 +205,7 @@ def _parity(manifest: Manifest) -> str:
     in_torch, in_onnx = (
         _metric_value(name, values[name]) for values in (parity.torch_metrics, manifest.metrics.values)
     )
-    return f"{said} On all {manifest.metrics.images:,} images, {_metric_name(name)} is {in_onnx}, in torch {in_torch}."
+    return f"{said} On all {manifest.metrics.images:,} images, {_METRIC_NAMES[name]} is {in_onnx}, in torch {in_torch}."
 
 
 def _variants(manifest: Manifest) -> list[str]:
@@ -188,13 +221,13 @@ def _variants(manifest: Manifest) -> list[str]:
                 f"`{precision.file}`",
                 _size(manifest.files[precision.file].size),
                 _metric_value(name, values[name]) if name in values else "",
-                "" if variant.drop is None else f"{-variant.drop:+.2f}",
+                "" if variant.drop is None else f"{0 - round(variant.drop, 2):+.2f}",
                 "" if variant.agreement is None else f"{variant.agreement:.2%}",
                 ", ".join(f"`{layer}`" for layer in variant.float_layers)
                 or ("none" if precision in (Precision.INT8_DYNAMIC, Precision.INT8_STATIC) else ""),
             )
         )
-    head = ("variant", "file", "size", _metric_name(name), "points", "same answers as fp32", "layers left in float32")
+    head = ("variant", "file", "size", _METRIC_NAMES[name], "points", "same answers as fp32", "layers left in float32")
     said = f"Served unless another is asked for: `{manifest.default_variant.value}`. {manifest.default_reason}"
     return ["## Variants", "", *_table(head, rows), said, ""]
 
@@ -205,7 +238,7 @@ def _speed(manifest: Manifest) -> list[str]:
         return []
     settings = [f"batch {batch}, {threads} thread{'s' if threads > 1 else ''}" for batch, threads in latency.settings]
     rows = [
-        (row.name, "" if row.size is None else _size(row.size), *(f"{value:.3g}" for value in row.milliseconds))
+        (row.name, "" if row.size is None else _size(row.size), *map(_milliseconds, row.milliseconds))
         for row in latency.rows
     ]
     height, width = latency.input_size
@@ -249,23 +282,23 @@ def _snippet(manifest: Manifest) -> list[str]:
         'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")',
     ]
     if isinstance(preprocessing, ClassificationPreprocessing):
-        height, width = preprocessing.input_size
-        if preprocessing.crop_mode == "squash":
-            resized = f"image.resize(({width}, {height}), {resampling})"
-        else:
+        resized = f"image.resize((width, height), {resampling})"
+        if preprocessing.crop_mode == "center":
             bleed = f", bleed={(1 - preprocessing.crop_pct) / 2:.6g}" if preprocessing.crop_pct < 1 else ""
-            resized = f"ImageOps.fit(image, ({width}, {height}), {resampling}{bleed})"
+            resized = f"ImageOps.fit(image, (width, height), {resampling}{bleed})"
         return [
             *start,
-            f'(probabilities,) = session.run(None, {{"pixels": np.asarray({resized})[None]}})',
+            'height, width = about["preprocessing"]["input_size"]',
+            f"pixels = np.asarray({resized})[None]",
+            '(probabilities,) = session.run(None, {"pixels": pixels})',
             "for i in (-probabilities[0]).argsort()[:5]:",
             '    print(about["labels"][i], probabilities[0, i])',
         ]
-    edges = f"{preprocessing.shortest_edge} / min(image.size), {preprocessing.longest_edge} / max(image.size)"
+    edges = '("shortest_edge", "longest_edge")'
     return [
         *start,
-        f"size = [round(edge * min({edges})) for edge in image.size]",
-        f"pixels = np.asarray(image.resize(size, {resampling}))[None]",
+        f'scale = min(about["preprocessing"][name] / edge for name, edge in zip({edges}, sorted(image.size)))',
+        f"pixels = np.asarray(image.resize([round(scale * edge) for edge in image.size], {resampling}))[None]",
         'scores, class_ids, boxes = session.run(None, {"pixels": pixels, "sizes": np.array([pixels.shape[1:3]])})',
         "for i in np.flatnonzero(scores[0] >= 0.5):",
         '    print(about["labels"][class_ids[0, i]], scores[0, i], boxes[0, i] * (image.size * 2))',
@@ -338,19 +371,16 @@ def _stated(manifest: Manifest) -> str:
     }
     stated = [(option, value) for option, (value, default) in options.items() if value != default]
     stated += [("--variant", variant.value) for variant in manifest.variants if variant is not Precision.FP32]
+    most = max((variant.drop or 0.0 for variant in manifest.variants.values()), default=0.0)
+    if most > _MAX_DROP:
+        stated.append(("--max-drop", str(math.ceil(most * 10) / 10)))
     if manifest.default_variant is not Precision.FP32:
         stated.append(("--default", manifest.default_variant.value))
     return "".join(f" \\\n    {option} {shlex.quote(value)}" for option, value in stated)
 
 
-def _metric_name(name: str) -> str:
-    if name in _METRIC_NAMES:
-        return _METRIC_NAMES[name]
-    if name.startswith("AP50_"):
-        return f"AP50, {name.removeprefix('AP50_')}"
-    if name.startswith("AP_"):
-        return f"AP, {name.removeprefix('AP_')}"
-    return name
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _metric_value(name: str, value: float) -> str:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-_EDGE, _ANSWER_EDGE, _BOX_EDGE = 96, 112, 320  # of a picture, in pixels
+_EDGE, _BOX_EDGE = 96, 320  # of a picture, in pixels
 _ANSWER_COLUMNS, _COLUMNS = 8, 4  # of pictures with answers, with boxes
 _GAP = 6
 _TEXT = 13  # height of letters
@@ -15,6 +15,7 @@ _PAPER, _INK, _GREY, _RED = (250, 250, 250), (30, 30, 30), (150, 150, 150), (190
 _GOLDEN_RATIO = 0.618033988749895  # its multiples are spread evenly over the circle of hues, however many they are
 
 Colour = tuple[int, int, int]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 class Answer(NamedTuple):
@@ -51,17 +52,18 @@ def sheet_of_classes(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image
 def sheet_of_answers(pictures: Sequence[tuple[Image.Image, Answer]]) -> Image.Image:
     """A grid of pictures with the answers under them; wrong ones are red and say what would have been right."""
     font = ImageFont.load_default(_TEXT - 2)
-    column, row = _ANSWER_EDGE + _GAP, _ANSWER_EDGE + 2 * _TEXT + 2 * _GAP
+    column, row = _EDGE + _GAP, _EDGE + 2 * _TEXT + 2 * _GAP
     rows = -(-len(pictures) // _ANSWER_COLUMNS)
     sheet, draw = _paper(_GAP + min(len(pictures), _ANSWER_COLUMNS) * column, _GAP + rows * row)
     for i, (picture, answer) in enumerate(pictures):
         left, top = _GAP + i % _ANSWER_COLUMNS * column, _GAP + i // _ANSWER_COLUMNS * row
-        sheet.paste(_fitted(picture, _ANSWER_EDGE), (left, top))
+        sheet.paste(_fitted(picture, _EDGE), (left, top))
         right = answer.label == answer.true
-        below = top + _ANSWER_EDGE + 1
-        draw.text((left, below), f"{_short(answer.label)} {answer.probability:.0%}", _INK if right else _RED, font)
+        below = top + _EDGE + 1
+        answered = _within(_EDGE, answer.label, f" {answer.probability:.0%}", font)
+        draw.text((left, below), answered, _INK if right else _RED, font)
         if not right:
-            draw.text((left, below + _TEXT), f"is {_short(answer.true)}", _RED, font)
+            draw.text((left, below + _TEXT), _within(_EDGE, f"is {answer.true}", "", font), _RED, font)
     return sheet
 
 
@@ -70,7 +72,7 @@ def sheet_of_boxes(pictures: Sequence[tuple[Image.Image, Sequence[DrawnBox]]]) -
     drawn = [_with_boxes(picture, boxes) for picture, boxes in pictures]
     rows = [drawn[i : i + _COLUMNS] for i in range(0, len(drawn), _COLUMNS)]
     heights = [max(picture.height for picture in row) + _GAP for row in rows]
-    sheet, _ = _paper(_GAP + _COLUMNS * (_BOX_EDGE + _GAP), _GAP + sum(heights))
+    sheet, _ = _paper(_GAP + min(len(drawn), _COLUMNS) * (_BOX_EDGE + _GAP), _GAP + sum(heights))
     for i, row in enumerate(rows):
         for column, picture in enumerate(row):
             sheet.paste(picture, (_GAP + column * (_BOX_EDGE + _GAP), _GAP + sum(heights[:i])))
@@ -112,3 +114,13 @@ def _paper(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 def _short(label: str) -> str:
     return label if len(label) <= _MOST_LETTERS else f"{label[: _MOST_LETTERS - 3]}..."
+
+
+def _within(width: int, label: str, ending: str, font: Font) -> str:
+    """The label, cut where it and its ending are wider than `width` pixels."""
+    if font.getlength(label + ending) <= width:
+        return label + ending
+    kept = label
+    while kept and font.getlength(f"{kept}...{ending}") > width:
+        kept = kept[:-1]
+    return f"{kept}...{ending}"

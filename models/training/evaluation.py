@@ -164,7 +164,7 @@ def measure(predictions: Predictions, data: Data) -> dict[str, float]:
         raise DataError(f"{data.name}: {data.split} has no images to measure with")
     if isinstance(predictions, ClassificationPredictions) and isinstance(data, ClassificationData):
         class_ids = data.class_ids[predictions.indices]
-        rank = _ranks(predictions.probabilities, class_ids)
+        rank = ranks(predictions.probabilities, class_ids)
         return {
             "top1": float((rank < 1).mean()),
             "top5": float((rank < 5).mean()),
@@ -180,15 +180,27 @@ def precision_metrics(measured: AveragePrecision, labels: Sequence[str]) -> dict
     """What `measure` gives of a detector."""
     metrics = dict(measured.summary)
     for class_id, label in enumerate(labels):
-        own = f"AP_{label}" if f"AP_{label}" not in _AREAS else f"AP_label_{label}"
-        metrics[own] = float(measured.by_class[class_id])
+        metrics[label_metric(label)] = float(measured.by_class[class_id])
         metrics[f"AP50_{label}"] = float(measured.by_class_50[class_id])
     return {name: value for name, value in metrics.items() if value >= 0}
+
+
+def label_metric(label: str) -> str:
+    """The name under which `measure` gives the AP of a label: "AP_<label>", unless a range of areas is called so."""
+    return f"AP_{label}" if f"AP_{label}" not in _AREAS else f"AP_label_{label}"
 
 
 def is_metric(name: str) -> bool:
     """Whether `measure` gives a value of that name: in the lines of metrics.jsonl, the others are of training."""
     return name in _METRICS or name.startswith(("AP_", "AP50_"))
+
+
+def ranks(probabilities: NDArray[np.float32], class_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of the true class among all, 0 for the first; equals are ordered as `Classifier.classify` does."""
+    own = probabilities[np.arange(len(class_ids)), class_ids][:, None]
+    before = np.arange(probabilities.shape[1]) < class_ids[:, None]
+    places: NDArray[np.int64] = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
+    return places
 
 
 def confusion_matrix(predictions: ClassificationPredictions, data: ClassificationData) -> NDArray[np.int64]:
@@ -235,17 +247,27 @@ def average_precision(predictions: DetectionPredictions, data: DetectionData) ->
     Raises:
         DataError: the images have no boxes.
     """
-    return accumulate(matched_detections(predictions, data))
-
-
-def accumulate(evaluator: Any) -> AveragePrecision:
-    """The measures of a `COCOeval` that has matched detections with objects."""
+    evaluator = matched_detections(predictions, data)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on standard output
         evaluator.accumulate()
-        evaluator.summarize()
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [10 thresholds, 101 recalls, K], -1 where undefined
-    summary = dict(zip(("AP", "AP50", "AP75", *_AREAS), map(float, evaluator.stats), strict=False))
-    return AveragePrecision(summary, precision.mean(axis=(0, 1)), precision[0].mean(axis=0), precision[0])
+    return averaged(evaluator.eval["precision"][..., -1])
+
+
+def averaged(precision: NDArray[np.float64]) -> AveragePrecision:
+    """The measures of COCO's precision at each IoU threshold, recall, label and range of areas.
+
+    Args:
+        precision: [10, 101, K, 4], for all, small, medium and large objects; -1 where undefined.
+    """
+
+    def mean(values: NDArray[np.float64]) -> float:
+        defined = values[values >= 0]
+        return float(defined.mean()) if len(defined) else -1.0
+
+    of_all = precision[..., 0]
+    summary = {"AP": mean(of_all), "AP50": mean(of_all[0]), "AP75": mean(of_all[5])}
+    summary |= {name: mean(precision[..., area]) for area, name in enumerate(_AREAS, start=1)}
+    return AveragePrecision(summary, of_all.mean(axis=(0, 1)), of_all[0].mean(axis=0), of_all[0])
 
 
 def matched_detections(predictions: DetectionPredictions, data: DetectionData) -> Any:
@@ -290,14 +312,6 @@ def matched_detections(predictions: DetectionPredictions, data: DetectionData) -
         evaluator = COCOeval(coco, results, "bbox")
         evaluator.evaluate()
     return evaluator
-
-
-def _ranks(probabilities: NDArray[np.float32], class_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place of the true class among all, 0 for the first; equals are ordered as `Classifier.classify` does."""
-    own = probabilities[np.arange(len(class_ids)), class_ids][:, None]
-    before = np.arange(probabilities.shape[1]) < class_ids[:, None]
-    ranks: NDArray[np.int64] = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
-    return ranks
 
 
 def _probabilities(

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from bundle.errors import BundleError
-from bundle.loading import find_bundles, hash_file, load_bundle, read_manifest
+from bundle.loading import find_bundles, hash_file, load_bundle, load_explain_network, load_file, read_manifest
+from bundle.manifest import Precision
 
 
 @pytest.fixture(params=["colours", "squares"])
@@ -102,3 +104,62 @@ def test_a_golden_sample_that_cannot_be_read(content: bytes, bundle: Path) -> No
     rehash(bundle, "golden.npz")
     with pytest.raises(BundleError, match=r"golden\.npz: arrays: expected pixels"):
         load_bundle(bundle)
+
+
+def test_every_variant_loads_and_one_that_is_not_there_is_refused(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    assert set(manifest.variants) == {Precision.FP32, Precision.FP16_WEIGHTS, Precision.INT8_DYNAMIC}
+    for variant in manifest.variants:
+        assert load_bundle(bundle, variant=variant).manifest == manifest
+    with pytest.raises(
+        BundleError, match=r"variants: expected one of fp32, fp16-weights, int8-dynamic, found int8-static"
+    ):
+        load_bundle(bundle, variant=Precision.INT8_STATIC)
+
+
+def test_a_variant_with_other_answers_is_refused(bundle: Path) -> None:
+    for file, other in (("model.int8-dynamic.onnx", "model.fp16-weights.onnx"), ("explain.onnx", "model.onnx")):
+        shutil.copy(bundle / other, bundle / file)
+        with pytest.raises(BundleError, match=f"{file}: (size|sha256)"):
+            load_bundle(bundle)
+        rehash(bundle, file)
+    with pytest.raises(BundleError, match=r"explain\.onnx: outputs"):
+        load_explain_network(bundle)
+    golden = dict(np.load(bundle / "golden.npz"))
+    name = next(name for name in golden if name.startswith("int8-dynamic."))
+    np.savez(bundle / "golden.npz", **{**golden, name: golden[name] + 0.2})
+    rehash(bundle, "golden.npz")
+    with pytest.raises(
+        BundleError, match=r"model\.int8-dynamic\.onnx: \w+: expected the golden answer to within 0\.05"
+    ):
+        load_bundle(bundle, variant=Precision.INT8_DYNAMIC)
+
+
+def test_one_file_alone_answers_what_its_bundle_answers(bundle: Path, tmp_path: Path) -> None:
+    for variant in read_manifest(bundle).variants:
+        file = tmp_path / "alone.onnx"
+        shutil.copy(bundle / variant.file, file)
+        alone, whole = load_file(file), load_bundle(bundle, variant=variant)
+        assert alone.manifest.labels == whole.manifest.labels
+        assert alone.manifest.provenance == whole.manifest.provenance
+        assert alone.manifest.metrics is None
+        golden = np.load(bundle / "golden.npz")
+        inputs = {spec.name: golden[spec.name] for spec in whole.manifest.inputs}
+        for a, b in zip(alone.predictor.network(**inputs), whole.predictor.network(**inputs), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_file_that_says_nothing_or_something_else_is_refused(bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "alone.onnx"
+    model = onnx.load(bundle / "model.onnx")
+    identity = json.loads(model.metadata_props[0].value)
+    outputs = [{**spec, "shape": ["batch", *spec["shape"][1:-1], 77]} for spec in identity["outputs"]]
+    for metadata, message in (
+        ({}, "metadata vitrine: expected that of a bundle's file, found Invalid JSON"),
+        ({"vitrine": "{}"}, "metadata vitrine: expected that of a bundle's file, found Field required"),
+        ({"vitrine": json.dumps({**identity, "outputs": outputs})}, "outputs: expected"),
+    ):
+        onnx.helper.set_model_props(model, metadata)
+        onnx.save(model, file)
+        with pytest.raises(BundleError, match=message):
+            load_file(file)

@@ -51,3 +51,11 @@ def test_one_broken_bundle_is_refused(root: Path) -> None:
     (root / "other" / "1" / "model.onnx").unlink()
     with pytest.raises(BundleError, match=r"other/1/model\.onnx"):
         Repository(root)
+
+
+def test_one_file_alone(root: Path) -> None:
+    repository = Repository(root / "squares" / "1" / "model.onnx")
+    assert list(repository.bundles) == ["squares"]
+    assert repository.get(Task.DETECTION).manifest.metrics is None
+    with pytest.raises(BundleError, match=r"golden\.npz: graph: expected an ONNX graph"):
+        Repository(root / "squares" / "1" / "golden.npz")

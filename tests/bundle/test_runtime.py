@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bundle.errors import BundleError
+from bundle.errors import BundleError, ProviderError
 from bundle.manifest import TensorSpec
-from bundle.runtime import OnnxNetwork, available_cores
+from bundle.runtime import CPU, OnnxNetwork, available_cores, parse_providers
 
 
 @pytest.fixture
@@ -118,3 +118,37 @@ def test_available_cores_respect_the_cgroup(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     assert available_cores(tmp_path) == cores
+
+
+def test_providers_by_their_short_names() -> None:
+    assert parse_providers("cpu") == parse_providers(" CPU ") == parse_providers("CPUExecutionProvider") == CPU
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cuda,cpu", r"provider cuda: expected one of .*cpu.*, found none in this installation of ONNX Runtime"),
+        ("gpu", r"provider gpu: expected one of .*cpu.*, found no provider of that name"),
+        ("", r"provider : expected one of .*cpu.*, found no provider of that name"),
+    ],
+)
+def test_a_provider_that_is_not_there_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ProviderError, match=message):
+        parse_providers(text)
+
+
+def test_there_is_no_silent_step_back_to_the_cpu(adder: Path) -> None:
+    with pytest.raises(
+        ProviderError, match=r"provider CUDAExecutionProvider: expected .*, found one that did not start"
+    ):
+        OnnxNetwork(adder, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
+
+
+def test_tensors_of_other_types_are_refused(adder: Path) -> None:
+    model = onnx.load(adder)
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT8
+    onnx.save(model, adder)
+    with pytest.raises(
+        BundleError, match=r"model\.onnx: tensor pixels: expected one of .*tensor\(uint8\).*, found tensor\(int8\)"
+    ):
+        _ = OnnxNetwork(adder).inputs

@@ -1,8 +1,12 @@
 """`vitrine export`, `verify` and `evaluate` on real tiny runs: the bundle is right, or there is none."""
 
 import json
+import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +17,10 @@ import pytest
 
 from bundle.errors import BundleError
 from bundle.images import decode
-from bundle.loading import load_bundle, read_golden, read_manifest
+from bundle.loading import find_bundles, load_bundle, read_golden, read_manifest
+from bundle.manifest import Precision, Variant
 from bundle.predictors import Classifier
-from export.errors import ExportError
+from export.errors import AccuracyError, ExportError
 from export.export import export_run
 from export.parity import make_inputs
 from models.training import checkpoint as checkpoints
@@ -27,17 +32,155 @@ from models.training.network import load_run_predictor
 from models.training.recipe import load_recipe
 
 Run = Callable[..., str]
+ORIGIN = Origin("published.safetensors", "0" * 64, "timm", [], [])
 
 
 def test_the_bundle_holds_what_the_contract_lists(tiny_bundles: Path) -> None:
-    for name in ("colours", "squares"):
-        assert {file.name for file in (tiny_bundles / name / "1").iterdir()} == {
+    for name, others in (("colours", {"reliability.svg"}), ("squares", set())):
+        path = tiny_bundles / name / "1"
+        expected = {
             "README.md",
+            "explain.onnx",
             "golden.npz",
             "manifest.json",
             "model.onnx",
+            "model.fp16-weights.onnx",
+            "model.int8-dynamic.onnx",
+            "samples.jpg",
         }
+        assert {file.name for file in path.iterdir()} == expected | others
+        assert read_manifest(path).files.keys() == (expected | others) - {"README.md", "manifest.json"}
     assert {entry.name for entry in tiny_bundles.iterdir()} == {"colours", "squares"}  # nothing partial is left
+
+
+def test_the_manifest_is_readable_in_a_diff(tiny_bundles: Path) -> None:
+    text = (tiny_bundles / "squares" / "1" / "manifest.json").read_text()
+    assert '"shape": ["batch", "height", "width", 3]' in text
+    assert '"labels": ["blue", "green", "red"]' in text
+    assert max(map(len, text.splitlines())) < 200
+
+
+def test_variants_are_measured(tiny_bundles: Path, colours: Path, squares: Path) -> None:
+    for name, data, metric in (("colours", colours, "top1"), ("squares", squares, "AP")):
+        path = tiny_bundles / name / "1"
+        manifest = read_manifest(path)
+        assert manifest.metrics is not None
+        assert (manifest.default_variant, manifest.default_reason) == (Precision.FP32, "It answers what torch answers.")
+        for precision, variant in manifest.variants.items():
+            if precision is Precision.FP32:
+                assert variant == Variant()
+                continue
+            split = load_split(data, manifest.task, "test")
+            values = measure(predict(load_bundle(path, variant=precision).predictor, split), split)
+            assert variant.metrics == values
+            assert variant.drop == pytest.approx(100 * (manifest.metrics.values[metric] - values[metric]), abs=1e-3)
+            assert 0.5 < variant.agreement <= 1
+            assert manifest.files[precision.file].size < manifest.files["model.onnx"].size
+
+
+def test_torch_and_onnx_are_equally_accurate(tiny_bundles: Path) -> None:
+    for name, metric in (("colours", "top1"), ("squares", "AP")):
+        manifest = read_manifest(tiny_bundles / name / "1")
+        assert manifest.parity.torch_metrics[metric] == pytest.approx(manifest.metrics.values[metric], abs=5e-3)
+
+
+def test_a_variant_that_loses_too_much_fails_the_export(classifier_run: Path, tmp_path: Path, run_vitrine: Run) -> None:
+    """No graph is less than 101 points better than another."""
+    with pytest.raises(AccuracyError, match=r"fp16-weights: top1: expected at most -101 points below fp32, found -?\d"):
+        export_run(classifier_run, tmp_path / "colours" / "1", variants=[Precision.FP16_WEIGHTS], max_drop=-101)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_default_is_said_and_served(classifier_run: Path, tmp_path: Path, run_vitrine: Run) -> None:
+    out = tmp_path / "colours" / "1"
+    options = ("--variant", "int8-dynamic", "--default", "int8-dynamic", "--max-drop", "20", "--latency", "own")
+    run_vitrine("export", classifier_run, "--out", out, *options)
+    manifest = read_manifest(out)
+    assert manifest.default_reason.startswith("It was chosen at export; it loses ")
+    golden = np.load(out / "golden.npz")
+    (served_by_default,) = load_bundle(out).predictor.network(pixels=golden["pixels"])
+    np.testing.assert_allclose(served_by_default, golden["int8-dynamic.probabilities"], atol=1e-3)
+    assert [row.name for row in manifest.latency.rows][:3] == ["torch", "model.onnx", "model.int8-dynamic.onnx"]
+    card = (out / "README.md").read_text()
+    assert "--default int8-dynamic" in card
+    assert "| model.int8-dynamic.onnx |" in card
+    printed = run_vitrine("export", classifier_run, "--out", tmp_path / "b" / "1", "--default", "int8-static", status=1)
+    assert "default variant: expected one of fp32, found int8-static" in printed
+
+
+def test_labels_that_do_not_fit_the_head_are_refused(classifier_run: Path, tmp_path: Path, run_vitrine: Run) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint = checkpoints.load(classifier_run)
+    checkpoints.save(replace(checkpoint, labels=[*checkpoint.labels, "violet"], progress=None, origin=ORIGIN), run)
+    printed = run_vitrine("export", run, "--out", tmp_path / "bundles" / "a" / "1", status=1)
+    assert "weights: expected those of vit with 4 labels, found otherwise: size mismatch for head.weight" in printed
+    assert not (tmp_path / "bundles").exists()
+
+
+def test_variants_of_an_imported_run_need_data(classifier_run: Path, colours: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoints.save(replace(checkpoints.load(classifier_run), progress=None, origin=ORIGIN), run)
+    variants = [Precision.INT8_DYNAMIC]
+    with pytest.raises(ExportError, match="int8-dynamic: expected --data, on which to measure what the variants lose"):
+        export_run(run, tmp_path / "bundles" / "a" / "1", variants=variants)
+    manifest = export_run(run, tmp_path / "bundles" / "a" / "1", variants=variants, max_drop=20, data_path=colours)
+    assert manifest.variants[Precision.INT8_DYNAMIC].metrics is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_export_leaves_no_half_bundle(
+    number: signal.Signals, detector_run: Path, tmp_path: Path
+) -> None:
+    bundles = tmp_path / "bundles"
+    command = [sys.executable, "-m", "vitrine", "export", str(detector_run), "--out", str(bundles / "squares" / "1")]
+    process = subprocess.Popen(command)
+    while not list(bundles.glob(".export-*/squares/1/model.onnx")):
+        with pytest.raises(subprocess.TimeoutExpired):  # it is still at work
+            process.wait(timeout=0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == (128 + number if number is signal.SIGTERM else -number)
+    assert find_bundles(bundles) == []
+    assert not (bundles / "squares").exists()
+    assert bool(list(bundles.iterdir())) == (number is signal.SIGKILL)
+
+
+def test_verify_against_the_run_again(
+    tiny_bundles: Path, classifier_run: Path, detector_run: Path, tmp_path: Path, run_vitrine: Run
+) -> None:
+    path = tiny_bundles / "colours" / "1"
+    printed = run_vitrine("verify", path, "--run", classifier_run)
+    assert "(fp32, fp16-weights, int8-dynamic, explain)" in printed
+    assert "as torch answers: largest difference probabilities " in printed
+    printed = run_vitrine("verify", path, "--run", detector_run, status=1)
+    assert f"architecture: expected that of {detector_run}, detr, found vit" in printed
+    other = tmp_path / "other"
+    other.mkdir()
+    checkpoint = checkpoints.load(classifier_run)
+    weights = {**checkpoint.weights, "blocks.1.attn.qkv.weight": 2 * checkpoint.weights["blocks.1.attn.qkv.weight"]}
+    checkpoints.save(replace(checkpoint, weights=weights), other)
+    printed = run_vitrine("verify", path, "--run", other, status=1)
+    assert "it begins in network.blocks.1.attn.qkv (Linear)" in printed
+
+
+def test_a_provider_that_is_not_there(
+    tiny_bundles: Path, classifier_run: Path, tmp_path: Path, run_vitrine: Run
+) -> None:
+    for command in (
+        ("verify", tiny_bundles / "colours" / "1"),
+        ("export", classifier_run, "--out", tmp_path / "a" / "1"),
+    ):
+        assert "provider cuda: expected one of" in run_vitrine(*command, "--providers", "cuda,cpu", status=1)
+
+
+def test_where_a_bundle_looks(tiny_bundles: Path, colours: Path, tmp_path: Path, run_vitrine: Run) -> None:
+    bundle, image = tiny_bundles / "colours" / "1", colours / "test" / "red" / "0.png"
+    printed = run_vitrine("explain", bundle, image, "--out", tmp_path / "seen.png")
+    assert re.search(r"explained: .*seen\.png\n  \w+ \d+\.\d%", printed)
+    assert decode((tmp_path / "seen.png").read_bytes()).size == (896, 448)
+    assert "No such file" in run_vitrine("explain", bundle, tmp_path / "no.png", "--out", tmp_path / "a.png", status=1)
+    assert "unknown file extension" in run_vitrine("explain", bundle, image, "--out", tmp_path / "a.xyz", status=1)
 
 
 def test_the_trained_network_has_learned(tiny_bundles: Path, colours: Path) -> None:
@@ -78,7 +221,7 @@ def test_what_evaluate_prints_for_programs(tiny_bundles: Path, colours: Path, sq
 def test_evaluate_warns_of_random_weights(
     classifier_run: Path, colours: Path, tmp_path: Path, run_vitrine: Run
 ) -> None:
-    origin = Origin("published.safetensors", "0" * 64, "timm", [], ["head.weight", "head.bias"])
+    origin = replace(ORIGIN, untrained=["head.weight", "head.bias"])
     run = tmp_path / "imported"
     run.mkdir()
     checkpoints.save(replace(checkpoints.load(classifier_run), progress=None, origin=origin), run)
@@ -132,10 +275,13 @@ def test_probabilities_are_served_with_the_runs_temperature(
     assert f"is {found.ece_after:.2%}, without the temperature {found.ece_before:.2%}." in card
 
 
-def test_exporting_twice_gives_the_same_graph(classifier_run: Path, tiny_bundles: Path, tmp_path: Path) -> None:
-    export_run(classifier_run, tmp_path / "colours" / "1")
-    again = (tmp_path / "colours" / "1" / "model.onnx").read_bytes()
-    assert again == (tiny_bundles / "colours" / "1" / "model.onnx").read_bytes()
+def test_exporting_twice_gives_the_same_graphs(classifier_run: Path, tiny_bundles: Path, tmp_path: Path) -> None:
+    """In another process, with other hashes of strings than the fixture's."""
+    variants = [Precision.FP16_WEIGHTS, Precision.INT8_DYNAMIC]
+    export_run(classifier_run, tmp_path / "colours" / "1", variants=variants, max_drop=20)
+    for file in (tmp_path / "colours" / "1").iterdir():
+        if file.name not in ("manifest.json", "README.md"):
+            assert file.read_bytes() == (tiny_bundles / "colours" / "1" / file.name).read_bytes(), file.name
 
 
 def test_an_existing_version_is_never_changed(classifier_run: Path, tiny_bundles: Path, run_vitrine: Run) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from models.attention import (
     MultiHeadAttention,
     SelfAttention,
+    attention_rollout,
     attention_weights,
     merge_heads,
     scaled_dot_product_attention,
@@ -197,3 +198,19 @@ def test_heads_must_divide_the_embedding(attention: type[SelfAttention | MultiHe
 def test_at_least_one_head_is_needed(attention: type[SelfAttention | MultiHeadAttention]) -> None:
     with pytest.raises(ValueError, match="num_heads: expected at least 1, found 0"):
         attention(10, 0)
+
+
+def test_rollout_of_two_layers_by_hand() -> None:
+    # Two heads each, whose means are [[1, 0], [0.5, 0.5]] and [[0, 1], [0, 1]].
+    first = torch.tensor([[[[1.0, 0.0], [0.2, 0.8]], [[1.0, 0.0], [0.8, 0.2]]]])
+    second = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]]])
+    # With half the residual: [[1, 0], [0.25, 0.75]], then [[0.5, 0.5], [0, 1]] times it.
+    torch.testing.assert_close(attention_rollout([first]), torch.tensor([[[1.0, 0.0], [0.25, 0.75]]]))
+    torch.testing.assert_close(attention_rollout([first, second]), torch.tensor([[[0.625, 0.375], [0.25, 0.75]]]))
+
+
+def test_rollout_is_a_distribution_over_the_input() -> None:
+    layers = [attention_weights(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)) for _ in range(4)]
+    rollout = attention_rollout(layers)
+    assert (rollout >= 0).all()
+    torch.testing.assert_close(rollout.sum(dim=-1), torch.ones(2, 5))

@@ -1,7 +1,14 @@
 import numpy as np
 from PIL import Image
 
-from models.training.contact_sheet import DrawnBox, colour, sheet_of_boxes, sheet_of_classes
+from models.training.contact_sheet import (
+    Answer,
+    DrawnBox,
+    colour,
+    sheet_of_answers,
+    sheet_of_boxes,
+    sheet_of_classes,
+)
 
 
 def test_a_row_for_each_class() -> None:
@@ -14,6 +21,21 @@ def test_a_row_for_each_class() -> None:
     assert blue.sum() == 3 * 96 * 96
     assert red.sum() == 96 * 32
     assert blue.nonzero()[0].max() < red.nonzero()[0].min()
+
+
+def test_wrong_answers_are_red_and_say_what_is_right() -> None:
+    picture = Image.new("RGB", (32, 32), "blue")
+    answers = [Answer("cat", 0.9, "cat"), Answer("dog", 0.8, "cat"), Answer("a name wider than its picture", 1.0, "")]
+    reds = [red_pixels(sheet_of_answers([(picture, answer)])) for answer in answers]
+    assert reds[0] == 0 < reds[1] < reds[2]
+    sheet = sheet_of_answers([(picture, answer) for answer in answers * 4])
+    assert sheet.size == (6 + 8 * 102, 6 + 2 * 134)
+    assert red_pixels(sheet) == 4 * sum(reds)  # no name runs into its neighbour's
+
+
+def red_pixels(sheet: Image.Image) -> int:
+    red, green, blue = np.moveaxis(np.asarray(sheet).astype(int), -1, 0)
+    return int(((red > 150) & (green < 100) & (blue < 100)).sum())
 
 
 def test_boxes_lie_where_they_are_in_the_picture() -> None:
@@ -36,6 +58,7 @@ def test_boxes_outside_and_inside_out_are_drawn_too() -> None:
 def test_an_empty_sheet() -> None:
     assert sheet_of_classes([]).width > 0
     assert sheet_of_boxes([]).height > 0
+    assert sheet_of_answers([]).height > 0
 
 
 def test_each_class_has_its_colour() -> None:

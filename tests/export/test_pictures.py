@@ -1,0 +1,34 @@
+"""Pictures of the card: the served answers, drawn the same way each time."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from bundle.loading import load_bundle, read_manifest
+from bundle.manifest import ReliabilityBin
+from export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
+from models.training.layouts import load_split
+
+
+@pytest.mark.parametrize("name", ["colours", "squares"])
+def test_the_sheet_holds_the_served_answers(name: str, tiny_bundles: Path, colours: Path, squares: Path) -> None:
+    path = tiny_bundles / name / "1"
+    bundle = load_bundle(path)
+    data = load_split({"colours": colours, "squares": squares}[name], bundle.manifest.task, "test")
+    first, again = sample_sheet(bundle.predictor, data), sample_sheet(bundle.predictor, data)
+    assert first.tobytes() == again.tobytes()
+    assert first.getextrema() != ((250, 250), (250, 250), (250, 250))
+    assert (path / SAMPLES_FILE).stat().st_size < 150_000
+    files = read_manifest(path).files
+    assert SAMPLES_FILE in files
+    assert (RELIABILITY_FILE in files) == (name == "colours")
+
+
+def test_reliability_is_a_picture_of_its_own() -> None:
+    bins = [ReliabilityBin(answers=n, confidence=(i + 0.5) / 4, accuracy=i / 4) for i, n in enumerate((0, 5, 10, 20))]
+    root = ElementTree.fromstring(reliability_svg(bins))
+    kinds = [element.get("class") for element in root.iter() if element.tag.endswith("rect")]
+    assert kinds.count("right") == kinds.count("over") == 3  # nothing is drawn of the empty bin
+    titles = [element.text for element in root.iter() if element.tag.endswith("title")]
+    assert any(title is not None and title.startswith("20 answers: probability 87.5 %, right 75 %") for title in titles)
