@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from bundle.loading import find_bundles, load_bundle, load_explain_network, load
 from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
 from bundle.repository import Repository
 from bundle.runtime import available_cores, parse_providers
+from bundle.tolerances import MAX_DROP
 
 app = typer.Typer(
     help="Vision transformers from training to an HTTP answer.",
@@ -218,11 +219,11 @@ def export(
     ] = None,
     max_drop: Annotated[
         float, typer.Option(help="Points of top-1 or AP that a variant may lose, else the export fails.", min=0)
-    ] = 0.5,
+    ] = MAX_DROP,
     default: Annotated[Precision, typer.Option(help="The variant that is served.")] = Precision.FP32,
     latency: Annotated[
-        str,
-        typer.Option(help="Ways to time for the card: none, own (torch, the graphs), all (compiled torch, OpenVINO)."),
+        Literal["none", "own", "all"],
+        typer.Option(help="Ways to time for the card: torch and the graphs (own), compiled torch and OpenVINO (all)."),
     ] = "own",
     providers: Providers = "cpu",
 ) -> None:

@@ -44,7 +44,7 @@ from bundle.manifest import (
 )
 from bundle.predictors import make_predictor
 from bundle.runtime import CPU, OnnxNetwork
-from bundle.tolerances import METRIC
+from bundle.tolerances import MAX_DROP, METRIC
 from export.accuracy import agreement, measure_accuracy
 from export.errors import AccuracyError, ExportError, ParityError
 from export.explain import export_explain_graph
@@ -66,7 +66,6 @@ from models.training.evaluation import ClassificationPredictions, Predictions, m
 from models.training.layouts import has_split, load_split
 from models.training.network import torch_predictor
 
-MAX_DROP = 0.5  # points that a variant may lose unless told otherwise
 _LARGEST_FILE = 2**31 - 2**20  # bytes of weights: protobuf's limit, less the graph
 _PARITY_IMAGES = 48
 _GENERATED_IMAGES = 12
@@ -101,6 +100,7 @@ def export_run(
         variants: graphs to write beside the float32 one; they need data, int8 its training images.
         max_drop: points of top-1 accuracy or AP that a variant may lose.
         default: the variant that is served where no other is asked for.
+        timing: which ways to run the network are timed for the card.
         providers: ONNX Runtime's names of where to verify, measure and time.
 
     Raises:
@@ -121,8 +121,9 @@ def export_run(
         untrained = ", ".join(checkpoint.origin.untrained)
         raise ExportError(f"{run}: weights: expected a trained network, found random numbers in {untrained}")
     preprocessing = checkpoint.read_preprocessing()
+    data_path = _data_path(data_path, checkpoint)
     data = _evaluation_data(data_path, checkpoint)
-    calibration = _calibration_inputs(data_path, checkpoint, precisions)
+    calibration = _calibration_inputs(data_path, checkpoint, precisions[1:])
     module = _served(run, checkpoint)
     source = GENERATED if data is None else data.name
     images = _images(data, preprocessing)
@@ -204,7 +205,7 @@ def verify_run(run: Path, bundle: Path, *, data_path: Path | None = None, provid
     ):
         if expected != found:
             raise ExportError(f"{bundle}: {what}: expected that of {run}, {expected}, found {found}")
-    data = _evaluation_data(data_path, checkpoint)
+    data = _evaluation_data(_data_path(data_path, checkpoint), checkpoint)
     source = GENERATED if data is None else data.name
     images = _images(data, manifest.preprocessing)
     module = _served(run, checkpoint)
@@ -240,24 +241,28 @@ def _served(run: Path, checkpoint: Checkpoint) -> ServedClassifier | ServedDetec
     return served(network, preprocessing.mean, preprocessing.std, checkpoint.temperature).eval()
 
 
+def _data_path(path: Path | None, checkpoint: Checkpoint) -> Path | None:
+    """Where the data is: as asked for, or where it was when the run was trained; None of an imported run."""
+    if path is None and checkpoint.progress is not None:
+        return Path(checkpoint.progress.data_path)
+    return path
+
+
 def _evaluation_data(path: Path | None, checkpoint: Checkpoint) -> Data | None:
     if path is None:
-        if checkpoint.progress is None:
-            return None
-        path = Path(checkpoint.progress.data_path)
+        return None
     data = load_split(path, checkpoint.task, "test" if has_split(path, "test") else "val")
     check_labels(data, checkpoint.labels)
     return data
 
 
-def _calibration_inputs(path: Path | None, checkpoint: Checkpoint, precisions: Sequence[Precision]) -> list[Inputs]:
-    """Batches of training images, spread over the split; none where no variant is wanted."""
-    if len(precisions) == 1:
-        return []
-    if path is None and checkpoint.progress is None:
-        wanted = ", ".join(precisions[1:])
+def _calibration_inputs(path: Path | None, checkpoint: Checkpoint, variants: Sequence[Precision]) -> list[Inputs]:
+    """Batches of training images, spread over the split; none where no 8-bit variant is wanted."""
+    if path is None and variants:
+        wanted = ", ".join(variants)
         raise ExportError(f"{wanted}: expected --data, on which to measure what the variants lose, found none")
-    path = path or Path(checkpoint.progress.data_path if checkpoint.progress is not None else "")
+    if path is None or not {Precision.INT8_DYNAMIC, Precision.INT8_STATIC} & set(variants):
+        return []
     data = load_split(path, checkpoint.task, "train")
     chosen = np.linspace(0, len(data) - 1, min(_CALIBRATION_IMAGES, len(data))).astype(int).tolist()
     preprocessing = checkpoint.read_preprocessing()

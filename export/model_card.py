@@ -16,13 +16,13 @@ from bundle.manifest import (
     Precision,
     Task,
 )
+from bundle.tolerances import MAX_DROP
 from export.pictures import RELIABILITY_FILE, SAMPLES_FILE
 from models.training.evaluation import label_metric, most_confused
 
 _MOST_LABELS = 100  # that a card lists
 _MOST_COLUMNS = 12  # of a confusion matrix that a card shows
 _PAIRS, _PAIRS_ALONE = 3, 10  # of confused labels that are named, beside the matrix and without it
-_MAX_DROP = 0.5  # of `vitrine export`, unless told otherwise
 
 _METRIC_NAMES = {
     "top1": "top-1 accuracy",
@@ -372,7 +372,7 @@ def _stated(manifest: Manifest) -> str:
     stated = [(option, value) for option, (value, default) in options.items() if value != default]
     stated += [("--variant", variant.value) for variant in manifest.variants if variant is not Precision.FP32]
     most = max((variant.drop or 0.0 for variant in manifest.variants.values()), default=0.0)
-    if most > _MAX_DROP:
+    if most > MAX_DROP:
         stated.append(("--max-drop", str(math.ceil(most * 10) / 10)))
     if manifest.default_variant is not Precision.FP32:
         stated.append(("--default", manifest.default_variant.value))
