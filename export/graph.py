@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from models.resnet import thaw_frozen_norm
 from models.resnetv2 import fold_weight_standardisation
 from models.serving import ServedClassifier, ServedDetector
 
@@ -36,6 +37,7 @@ def export_graph(
     module = copy.deepcopy(module).eval()
     if optimised:
         fold_weight_standardisation(module)
+        thaw_frozen_norm(module)
     height, width = input_size
     # Two images: torch.export would take a batch of one for a constant.
     pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8)

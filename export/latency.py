@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -80,16 +81,22 @@ def measure_latency(
 
 
 def in_turns(calls: Mapping[str, Call], seconds: float) -> dict[str, float]:
-    """Median milliseconds of each call. They take turns, so that a busy moment of the machine meets all of them."""
+    """Median milliseconds of each call.
+
+    They take turns, so that a busy moment of the machine meets all of them, and each time in another order: the caches
+    and the waiting threads that one call leaves behind would otherwise always slow down the same one.
+    """
+    order, shuffled = list(calls), random.Random(0)
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.monotonic() + seconds * len(calls)
     rounds = 0
     while rounds < _LEAST or (time.monotonic() < end and rounds < _MOST):
-        for name, call in calls.items():
+        shuffled.shuffle(order)
+        for name in order:
             started = time.perf_counter()
-            call()
+            calls[name]()
             times[name].append(time.perf_counter() - started)
         rounds += 1
     return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}

@@ -34,13 +34,13 @@ _LARGEST_HALF = 65504.0
 # processors with AVX2 and without VNNI, at most 2 x 255 x 64 = 32640. With 8 bits these saturate, and the answers are
 # wrong on such machines alone.
 _WEIGHTS = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
-# The product of two activations, as in attention, has no weights whose range is known and even: it stays in float32.
-_OPTIONS = {"MatMulConstBOnly": True}
+# What a layer answers goes on in float32: rounding it for what is not quantised only loses.
+_OPTIONS = {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
 _DYNAMIC = "MatMul", "Gemm"  # ONNX Runtime's integer convolution is slower on a CPU than its float32 one
 _STATIC = "MatMul", "Gemm", "Conv"
 
 Outputs = list[NDArray[Any]]
-Quantise = Callable[[Sequence[str]], onnx.ModelProto]  # nodes that stay in float32 to the quantised graph
+Quantise = Callable[[Sequence[str]], onnx.ModelProto]  # nodes to quantise to the quantised graph
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ def compute_half(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def damage(reference: Sequence[Outputs], found: Sequence[Outputs]) -> float:
-    """How far answers are from those of float32, 0 to about 1.
+    """How far answers are from those of float32, 0 to 1.
 
     Of a classifier, the mean over the images of the total variation distance of the probabilities. Of a detector, the
-    mean over the queries with a score of at least 0.05 of the difference of the scores, the largest one of the corners,
-    and 1 where the class is another.
+    mean over the queries that have a score of at least 0.05 in either: the difference of the scores and the largest one
+    of the corners, at most 1, and 1 where the class is another.
     """
     parts = []
     for wanted, given in zip(reference, found, strict=True):
@@ -119,7 +119,7 @@ def damage(reference: Sequence[Outputs], found: Sequence[Outputs]) -> float:
             continue
         (scores, class_ids, boxes), (scores_, class_ids_, boxes_) = wanted, given
         apart = np.abs(scores - scores_) + np.abs(boxes - boxes_).max(axis=-1) + (class_ids != class_ids_)
-        parts.append(apart[scores >= CONFIDENT_SCORE])
+        parts.append(apart[np.maximum(scores, scores_) >= CONFIDENT_SCORE])
     values = np.concatenate(parts)
     return float(np.minimum(values, 1).mean()) if len(values) else 0.0
 
@@ -135,7 +135,7 @@ def _with_sensitive_layers_in_float(
     reference = _answers(model, calibration)
 
     def without(count: int) -> tuple[onnx.ModelProto, float]:
-        quantised = quantise(ranked[:count])
+        quantised = quantise([layer for layer in layers if layer not in ranked[:count]])
         return quantised, damage(reference, _answers(quantised, calibration))
 
     ranked: list[str] = []
@@ -143,10 +143,7 @@ def _with_sensitive_layers_in_float(
     if harm <= MOST_DAMAGE:
         return quantised, ()
     some = calibration[: max(1, len(calibration) // 4)]
-    alone = {
-        layer: damage(reference[: len(some)], _answers(quantise([other for other in layers if other != layer]), some))
-        for layer in layers
-    }
+    alone = {layer: damage(reference[: len(some)], _answers(quantise([layer]), some)) for layer in layers}
     ranked = sorted(layers, key=lambda layer: -alone[layer])
     too_few, count = 0, 1
     while (tried := without(min(count, len(layers) - 1)))[1] > MOST_DAMAGE:
@@ -166,15 +163,14 @@ def _with_sensitive_layers_in_float(
 
 
 def _dynamic(model: onnx.ModelProto, calibration: Sequence[Inputs], folder: Path) -> tuple[list[str], Quantise]:
-    def quantise(excluded: Sequence[str]) -> onnx.ModelProto:
+    def quantise(nodes: Sequence[str]) -> onnx.ModelProto:
         file = folder / "dynamic.onnx"
         with _quiet():
             quantize_dynamic(
                 model,
                 file,
                 op_types_to_quantize=list(_DYNAMIC),
-                nodes_to_exclude=list(excluded),
-                extra_options=dict(_OPTIONS),
+                nodes_to_quantize=list(nodes),
                 **_WEIGHTS,
             )
         return onnx.load(file)
@@ -186,7 +182,7 @@ def _static(model: onnx.ModelProto, calibration: Sequence[Inputs], folder: Path)
     source = folder / "model.onnx"
     onnx.save(model, source)
 
-    def quantise(excluded: Sequence[str]) -> onnx.ModelProto:
+    def quantise(nodes: Sequence[str]) -> onnx.ModelProto:
         file = folder / "static.onnx"
         with _quiet():
             quantize_static(
@@ -196,7 +192,7 @@ def _static(model: onnx.ModelProto, calibration: Sequence[Inputs], folder: Path)
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
                 op_types_to_quantize=list(_STATIC),
-                nodes_to_exclude=list(excluded),
+                nodes_to_quantize=list(nodes),
                 calibration_cache_path=folder / "ranges.json",
                 extra_options=dict(_OPTIONS),
                 **_WEIGHTS,
@@ -215,7 +211,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _layers(model: onnx.ModelProto, operators: Sequence[str]) -> list[str]:
-    """The nodes that multiply activations with weights."""
+    """The nodes that multiply activations with weights, not activations with each other as attention does."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [node.name for node in model.graph.node if node.op_type in operators and node.input[1] in weights]
 

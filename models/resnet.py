@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.position import valid_cells
@@ -35,8 +34,9 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
-        # One operator, which exporters know how to fold into the convolution before it.
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
 
 
 Norm = Literal["batch", "frozen"]
@@ -203,3 +203,16 @@ class ResNet(nn.Module):
 def _valid(sizes: Tensor | None, grid: Sequence[int], stride: int) -> Tensor | None:
     """bool [B, 1, h, w]: the cells of a level that hold image."""
     return None if sizes is None else valid_cells(sizes, grid, stride)[:, None]
+
+
+def thaw_frozen_norm(network: nn.Module) -> None:
+    """Replace every frozen batch norm by an ordinary one that computes the same in evaluation mode.
+
+    In place, for export: exporters know how to fold that one into the convolution before it.
+    """
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, FrozenBatchNorm):
+                plain = nn.BatchNorm2d(len(child.weight), eps=child.eps)
+                plain.load_state_dict(child.state_dict(), strict=False)  # it also counts batches
+                setattr(module, name, plain.eval())

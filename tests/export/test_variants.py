@@ -151,12 +151,12 @@ def test_a_sensitive_layer_is_found_and_left_in_float32(
 ) -> None:
     model, calibration = classifier
     before = answers(model, *calibration)
-    _widen(model, "network.blocks.0.norm2", "network.blocks.0.mlp.fc1/MatMul")
+    _widen(model, "network.blocks.0.norm1", "network.blocks.0.attn.qkv/MatMul")
     reference = answers(model, *calibration)
     assert damage(before, reference) < 1e-3  # the same network, in numbers that eight bits cannot hold
 
     careful = make_variant(model, precision, calibration)
-    assert careful.float_layers == ("network.blocks.0.mlp.fc1",)
+    assert careful.float_layers == ("network.blocks.0.attn.qkv",)
     assert damage(reference, answers(careful.model, *calibration)) <= MOST_DAMAGE
     monkeypatch.setattr(variants, "MOST_DAMAGE", 1.0)
     careless = make_variant(model, precision, calibration)

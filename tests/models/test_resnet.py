@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.resnet import VARIANTS, BasicBlock, Bottleneck, FrozenBatchNorm, ResNet, ResNetConfig
+from models.resnet import VARIANTS, BasicBlock, Bottleneck, FrozenBatchNorm, ResNet, ResNetConfig, thaw_frozen_norm
 
 # As torchvision counts them, without the classifier of 1000 classes.
 PARAMETERS = {
@@ -220,3 +220,16 @@ def test_every_parameter_learns(block: Any) -> None:
     network = make(block=block).train()
     network(*padded([torch.randn(3, 64, 64), torch.randn(3, 33, 47)])).square().sum().backward()
     assert [name for name, parameter in network.named_parameters() if not parameter.grad.abs().sum() > 0] == []
+
+
+def test_thawed_norm_answers_what_frozen_norm_answers() -> None:
+    network = ResNet(ResNetConfig((1, 1), 8, norm="frozen")).eval()
+    for module in network.modules():
+        if isinstance(module, FrozenBatchNorm):
+            for buffer in module.buffers():
+                buffer.uniform_(0.5, 2)
+    x = torch.randn(2, 3, 33, 47)
+    expected = network(x)
+    thaw_frozen_norm(network)
+    assert not any(isinstance(module, FrozenBatchNorm) for module in network.modules())
+    torch.testing.assert_close(network(x), expected, atol=1e-4, rtol=1e-4)

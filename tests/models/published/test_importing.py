@@ -442,8 +442,9 @@ def test_from_published_weights_to_a_bundle(
     assert "to be trained" not in output
 
     bundle = tmp_path / "bundles" / "x" / "1"
+    summary = "x 1  image-classification, 3 labels, accuracy not measured"
     status, output = command("export", out, "--out", bundle)
-    assert (status, output) == (0, f"exported: {bundle}  x 1  image-classification, 3 labels, accuracy not measured\n")
+    assert (status, output) == (0, f"exported: {bundle}  {summary}\n")
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["metrics"] is None
     assert manifest["parity"]["data"] == "generated"
@@ -452,9 +453,8 @@ def test_from_published_weights_to_a_bundle(
     assert manifest["provenance"]["imported"]["file"] == "vit.safetensors"
     assert manifest["provenance"]["imported"]["arguments"] == ["num_heads=2", "--labels", str(labels)]
 
-    summary = "x 1  image-classification, 3 labels, accuracy not measured\n"
-    assert command("verify", bundle) == (0, f"verified: {summary}")
-    assert command("bundles", tmp_path / "bundles") == (0, summary)
+    assert command("verify", bundle) == (0, f"verified: {summary} (fp32, explain)\n")
+    assert command("bundles", tmp_path / "bundles") == (0, f"{summary}\n")
     status, of_run = command("evaluate", out, "--data", colours)
     assert status == 0
     assert re.search(r"^top1\t0\.\d{4}$", of_run, flags=re.MULTILINE)
