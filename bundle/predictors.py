@@ -4,7 +4,8 @@ The network is any callable over NumPy arrays: an ONNX Runtime session when serv
 so that both are evaluated by the same code.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,22 +78,42 @@ class Classifier:
         """An RGB image to the network's pixels, uint8 [height, width, 3]."""
         return to_classification_pixels(image, self.preprocessing)
 
+    def inputs(self, pixels: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.generic]]:
+        """Prepared images as one batch of the network's inputs, by name."""
+        return {"pixels": np.stack(pixels)}
+
     def answer(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Prepared images to class probabilities, float32 [batch, classes]."""
-        (probabilities,) = self.network(pixels=np.stack(pixels))
+        (probabilities,) = self.network(**self.inputs(pixels))
         return probabilities.astype(np.float32, copy=False)
 
-    def classify(self, image: Image.Image, *, top_k: int = 5) -> list[Prediction]:
+    def classify(
+        self, image: Image.Image, *, top_k: int = 5, labels: Collection[str] | None = None
+    ) -> list[Prediction]:
         """The `top_k` most probable classes (all of them if there are fewer), most probable first.
 
+        Args:
+            labels: answer these classes only; their probabilities stay those among all classes.
+
         Raises:
-            ParameterError: `top_k` is below 1.
+            ParameterError: `top_k` is below 1, or there is no such label.
         """
+        self.check(top_k=top_k, labels=labels)
+        return self.best(self.probabilities([image])[0], top_k=top_k, labels=labels)
+
+    def check(self, *, top_k: int, labels: Collection[str] | None = None) -> None:
+        """Refuse what `classify` refuses, before an image is decoded for it."""
         if top_k < 1:
             raise ParameterError("top_k", expected="an integer of at least 1", found=top_k)
-        probabilities = self.probabilities([image])[0]
-        best = np.argsort(-probabilities, kind="stable")[:top_k]
-        return [Prediction(self.labels[i], int(i), float(probabilities[i])) for i in best]
+        _check_labels(labels, self.labels)
+
+    def best(
+        self, probabilities: NDArray[np.float32], *, top_k: int, labels: Collection[str] | None = None
+    ) -> list[Prediction]:
+        """The predictions in the probabilities of one image, float32 [classes], as `classify` gives them."""
+        order = (int(i) for i in np.argsort(-probabilities, kind="stable"))
+        wanted = [i for i in order if labels is None or self.labels[i] in labels]
+        return [Prediction(self.labels[i], i, float(probabilities[i])) for i in wanted[:top_k]]
 
 
 class Detector:
@@ -103,42 +124,76 @@ class Detector:
         self.preprocessing = preprocessing
         self.labels = tuple(labels)
 
-    def detect(self, image: Image.Image, *, threshold: float = 0.5, max_detections: int = 100) -> list[Detection]:
+    def detect(
+        self,
+        image: Image.Image,
+        *,
+        threshold: float = 0.5,
+        max_detections: int = 100,
+        labels: Collection[str] | None = None,
+    ) -> list[Detection]:
         """Objects that score at least `threshold`, best first, at most `max_detections`.
 
+        Args:
+            labels: answer objects of these classes only.
+
         Raises:
-            ParameterError: `threshold` is outside 0..1 or `max_detections` is below 1.
+            ParameterError: `threshold` is outside 0..1, `max_detections` is below 1, or there is no such label.
         """
+        self.check(threshold=threshold, max_detections=max_detections, labels=labels)
+        prepared = [self.prepare(image)]
+        return self.answer(prepared, threshold=threshold, max_detections=max_detections, labels=labels)[0]
+
+    def check(self, *, threshold: float, max_detections: int, labels: Collection[str] | None = None) -> None:
+        """Refuse what `detect` refuses, before an image is decoded for it."""
         if not 0 <= threshold <= 1:
             raise ParameterError("threshold", expected="a number from 0 to 1", found=threshold)
         if max_detections < 1:
             raise ParameterError("max_detections", expected="an integer of at least 1", found=max_detections)
-        return self.answer([self.prepare(image)], threshold=threshold, max_detections=max_detections)[0]
+        _check_labels(labels, self.labels)
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """An RGB image to the network's pixels."""
         return PreparedImage(to_detection_pixels(image, self.preprocessing), image.width, image.height)
 
+    def inputs(self, images: Sequence[PreparedImage]) -> dict[str, NDArray[np.generic]]:
+        """Prepared images as one padded batch of the network's inputs, by name."""
+        pixels, sizes = pad_and_stack([image.pixels for image in images])
+        return {"pixels": pixels, "sizes": sizes}
+
     def answer(
-        self, images: Sequence[PreparedImage], *, threshold: float, max_detections: int
+        self,
+        images: Sequence[PreparedImage],
+        *,
+        threshold: float,
+        max_detections: int,
+        labels: Collection[str] | None = None,
     ) -> list[list[Detection]]:
         """The objects in each of the prepared images, as `detect` gives them."""
-        pixels, sizes = pad_and_stack([image.pixels for image in images])
-        outputs = self.network(pixels=pixels, sizes=sizes)
+        outputs = self.network(**self.inputs(images))
         found = []
         for image, scores, class_ids, corners in zip(images, *outputs, strict=True):
             boxes = corners * np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
-            best = np.argsort(-scores, kind="stable")[:max_detections]
+            order = np.argsort(-scores, kind="stable")
+            wanted = [i for i in order if labels is None or self.labels[class_ids[i]] in labels]
             found.append(
                 [
                     Detection(
                         self.labels[class_ids[i]], int(class_ids[i]), float(scores[i]), Box(*map(float, boxes[i]))
                     )
-                    for i in best
+                    for i in wanted[:max_detections]
                     if scores[i] >= threshold
                 ]
             )
         return found
+
+
+def _check_labels(wanted: Collection[str] | None, known: Sequence[str]) -> None:
+    for label in wanted or ():
+        if label not in known:
+            near = difflib.get_close_matches(label[:100], known, n=1) or known[:1]
+            expected = f"some of the model's {len(known)} labels, such as {near[0]!r}"
+            raise ParameterError("labels", expected=expected, found=repr(label[:100]))
 
 
 Predictor = Classifier | Detector
