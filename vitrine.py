@@ -315,9 +315,9 @@ def serve(
     settings = read_settings()
     _check_address(host, port)
     # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
-    repository = Repository(settings.bundles, providers=parse_providers(settings.providers))
+    repository = Repository(*settings.bundles, providers=parse_providers(settings.providers))
     manifests = [bundle.manifest for bundle in repository.bundles.values()]
-    typer.echo(f"Vitrine serves {settings.bundles} on http://{host}:{port}")
+    typer.echo(f"Vitrine serves {', '.join(map(str, settings.bundles))} on http://{host}:{port}")
     for manifest in manifests:
         typer.echo(f"  {_summary(manifest)}")
     for task, line in _CURL.items():

@@ -54,12 +54,13 @@ class ParameterError(VitrineError):
 
 
 class UnknownModelError(VitrineError):
-    """No loaded bundle has the requested name and task."""
+    """No loaded bundle has the requested name, version and task."""
 
     code = "unknown_model"
 
-    def __init__(self, name: str | None, *, task: str, available: Iterable[str]) -> None:
-        wanted = f"no {task} model" if name is None else f"no {task} model named {name[:100]!r}"
+    def __init__(self, name: str | None, *, task: str | None = None, available: Iterable[str]) -> None:
+        kind = "model" if task is None else f"{task} model"
+        wanted = f"no {kind}" if name is None else f"no {kind} named {name[:100]!r}"
         super().__init__(f"{wanted} here; available: {', '.join(available) or 'none'}")
 
 

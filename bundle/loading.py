@@ -38,6 +38,7 @@ class Bundle:
     manifest: Identity  # a `Manifest`, unless an ONNX file was loaded alone
     predictor: Predictor
     path: Path
+    variant: Precision | None = None  # which of its graphs; None for an ONNX file alone
 
 
 def find_bundles(root: Path) -> list[Path]:
@@ -48,7 +49,8 @@ def find_bundles(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise BundleError(root, "bundles", expected="a folder of <name>/<version>", found="no such folder")
-    paths = [manifest.parent for manifest in root.glob(f"*/*/{MANIFEST_FILE}")]
+    found = (manifest.parent for manifest in root.glob(f"*/*/{MANIFEST_FILE}"))
+    paths = [path for path in found if not path.name.startswith(".")]  # an unfinished export is hidden
     return sorted(paths, key=lambda path: (path.parent.name, len(path.name), path.name))
 
 
@@ -99,7 +101,7 @@ def load_bundle(
     network = OnnxNetwork(file, threads=threads, providers=providers)
     _check_tensors(file, manifest, network, manifest.outputs)
     _check_golden(path, manifest, network, precision)
-    return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path)
+    return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path, precision)
 
 
 def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[str] = CPU) -> OnnxNetwork | None:

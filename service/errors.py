@@ -1,4 +1,4 @@
-"""Every error as one JSON object of one shape, whoever raised it."""
+"""Every error in one shape, whoever raised it: one JSON object, and under /v2 that of the Open Inference Protocol."""
 
 from http import HTTPStatus
 
@@ -8,60 +8,121 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bundle.errors import (
+    BundleError,
     ImageTooLargeError,
     ParameterError,
+    ProviderError,
     UndecodableImageError,
     UnknownModelError,
     UnsupportedImageError,
     VitrineError,
 )
-from service.schemas import Error, ErrorAnswer
+from service.schemas import Error, ErrorAnswer, ProtocolErrorAnswer
+
+
+class UnauthorizedError(VitrineError):
+    """The request carries no API key, or none that is known."""
+
+    code = "unauthorized"
+
+    def __init__(self, *, found: str) -> None:
+        super().__init__(f"API key: expected Authorization: Bearer KEY or X-API-Key: KEY, found {found}")
+
+
+class ForbiddenError(VitrineError):
+    """The operator has not allowed this."""
+
+    code = "forbidden"
+
+    def __init__(self, what: str, *, setting: str) -> None:
+        super().__init__(f"{what} is switched off here; {setting} switches it on")
+
+
+class NotAcceptableError(VitrineError):
+    """The answer exists in no form that the client accepts."""
+
+    code = "not_acceptable"
+
+    def __init__(self, *, offered: str, found: str) -> None:
+        super().__init__(f"Accept: expected one of {offered}, found {found[:200]!r}")
+
+
+class OverloadedError(VitrineError):
+    """More work waits than may wait."""
+
+    code = "overloaded"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{limit} images wait already; try again later")
+
 
 STATUS: dict[type[VitrineError], HTTPStatus] = {
     ParameterError: HTTPStatus.BAD_REQUEST,
+    UnauthorizedError: HTTPStatus.UNAUTHORIZED,
+    ForbiddenError: HTTPStatus.FORBIDDEN,
     UnknownModelError: HTTPStatus.NOT_FOUND,
+    NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
     ImageTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     UnsupportedImageError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     UndecodableImageError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    BundleError: HTTPStatus.SERVICE_UNAVAILABLE,
+    ProviderError: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+_HEADERS: dict[type[VitrineError], dict[str, str]] = {
+    UnauthorizedError: {"WWW-Authenticate": "Bearer"},
+    OverloadedError: {"Retry-After": "1"},
 }
 _STATUSES = set(HTTPStatus)
+TIMEOUT = "timeout"
 
 
-def error_response(status: int, code: str, message: str) -> Response:
-    """The one shape of an error."""
-    body = ErrorAnswer(error=Error(code=code, message=message)).model_dump_json()
-    return Response(body, status_code=status, media_type="application/json")
+def error_response(scope: Scope, status: int, code: str, message: str) -> Response:
+    """An error in the shape of the route that was asked."""
+    observation = scope.get("vitrine.observation")
+    if observation is not None:
+        observation.error = code
+    protocol = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
+    answer = ProtocolErrorAnswer(error=message) if protocol else ErrorAnswer(error=Error(code=code, message=message))
+    return Response(answer.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def vitrine_error_response(scope: Scope, error: VitrineError) -> Response:
+    """The answer to an error that the client, or the operator, can act on."""
+    response = error_response(scope, STATUS[type(error)], error.code, str(error))
+    response.headers.update(_HEADERS.get(type(error), {}))
+    return response
 
 
 async def on_vitrine_error(request: Request, error: Exception) -> Response:
-    """An error that the client can act on."""
+    """Starlette's handler of `VitrineError`."""
     assert isinstance(error, VitrineError)
-    return error_response(STATUS[type(error)], error.code, str(error))
+    return vitrine_error_response(request.scope, error)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
     """An error of the HTTP layer, such as a method that a route does not have."""
     assert isinstance(error, HTTPException)
-    response = _http_error(error.status_code, request.method, request.url.path)
+    response = _http_error(request.scope, error.status_code)
     response.headers.update(error.headers or {})
     return response
 
 
 async def on_timeout(request: Request, error: Exception) -> Response:
     """The answer took longer than `timeout_seconds`."""
-    return error_response(HTTPStatus.GATEWAY_TIMEOUT, "timeout", "the request was not answered in time")
+    return error_response(request.scope, HTTPStatus.GATEWAY_TIMEOUT, TIMEOUT, "the request was not answered in time")
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
     """The client went away before it had sent everything: nobody reads this, and it is no fault of ours."""
-    return error_response(HTTPStatus.BAD_REQUEST, "incomplete", "the request's body ended too early")
+    message = "the request's body ended too early"
+    return error_response(request.scope, HTTPStatus.BAD_REQUEST, "incomplete", message)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
     """Anything else: the client learns nothing of the inside; Starlette raises it on, so that the log gets it all."""
-    return error_response(
-        HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", "an unexpected error; see the server's log"
-    )
+    message = "an unexpected error; see the server's log"
+    return error_response(request.scope, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
 
 
 class ErrorShapeMiddleware:
@@ -82,7 +143,7 @@ class ErrorShapeMiddleware:
                 headers = dict(message["headers"])
                 replaced = headers.get(b"content-type") != b"application/json"
                 if replaced:
-                    response = _http_error(message["status"], scope["method"], scope["path"])
+                    response = _http_error(scope, message["status"])
                     kept = [(k, v) for k, v in message["headers"] if not k.startswith(b"content-")]  # "allow" and such
                     response.raw_headers.extend(kept)
                     await response(scope, receive, send)
@@ -93,7 +154,7 @@ class ErrorShapeMiddleware:
         await self.app(scope, receive, send_shaped)
 
 
-def _http_error(status: int, method: str, path: str) -> Response:
+def _http_error(scope: Scope, status: int) -> Response:
     phrase = HTTPStatus(status).phrase if status in _STATUSES else "error"
     code = phrase.lower().replace(" ", "_").replace("-", "_")
-    return error_response(status, code, f"{method} {path}: {phrase.lower()}")
+    return error_response(scope, status, code, f"{scope['method']} {scope['path']}: {phrase.lower()}")

@@ -1,7 +1,11 @@
-"""From an HTTP request to an image's bytes and the parameters beside it."""
+"""From an HTTP request to images' bytes and the parameters beside them."""
 
+import asyncio
+import base64
+import binascii
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from starlette.datastructures import UploadFile
@@ -10,18 +14,31 @@ from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from bundle.errors import ImageTooLargeError, ParameterError
+from service.settings import Settings
+
+IMAGE, IMAGES = "image", "images"
+_URL = re.compile(r"\s*(https?|ftp|file|s3|gs)://", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One encoded image and its parameters, still as text."""
+    """Encoded images and their parameters, as a client wrote them."""
 
-    image: bytes
-    parameters: Mapping[str, str]
+    images: tuple[object, ...]  # bytes, or what stood in a JSON field: `encoded` makes bytes of it
+    several: bool  # the answer is a list, even of one
+    parameters: Mapping[str, object]
 
     def text(self, name: str) -> str | None:
-        """A parameter, None if it was not sent."""
-        return self.parameters.get(name)
+        """A parameter, None if it was not sent.
+
+        Raises:
+            ParameterError: it is no text.
+        """
+        value = self.parameters.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ParameterError(name, expected="text", found=_shown(value))
+        return value
 
     def integer(self, name: str, default: int) -> int:
         """A parameter as an integer.
@@ -29,12 +46,12 @@ class ImageRequest:
         Raises:
             ParameterError: it is not one.
         """
-        value = self.parameters.get(name)
-        if value is None:
-            return default
-        if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
-            raise ParameterError(name, expected="an integer", found=repr(value[:100]))
-        return int(value)
+        value = self.parameters.get(name, default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+            return int(value)
+        raise ParameterError(name, expected="an integer", found=_shown(value))
 
     def number(self, name: str, default: float) -> float:
         """A parameter as a number.
@@ -42,59 +59,156 @@ class ImageRequest:
         Raises:
             ParameterError: it is not one.
         """
-        value = self.parameters.get(name)
-        if value is None:
-            return default
-        try:
+        value = self.parameters.get(name, default)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        except ValueError:
-            raise ParameterError(name, expected="a number", found=repr(value[:100])) from None
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        raise ParameterError(name, expected="a number", found=_shown(value))
+
+    def labels(self, known: Collection[str]) -> tuple[str, ...] | None:
+        """The parameter `labels`: one of those known, or several, separated by commas or as a list; None if not sent.
+
+        Raises:
+            ParameterError: it is neither text nor a list of texts.
+        """
+        value = self.parameters.get("labels")
+        if value is None:
+            return None
+        if isinstance(value, str):  # labels may hold commas themselves: "tench, Tinca tinca"
+            value = [value] if value in known else [part.strip() for part in value.split(",")]
+        if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+            raise ParameterError("labels", expected="labels as text", found=_shown(value))
+        return tuple(value)
 
 
-async def read_image_request(request: Request, known: tuple[str, ...], max_bytes: int) -> ImageRequest:
-    """Read the image (multipart field `image`, or the body itself) and the form and query fields in `known`.
+async def read_image_request(request: Request, known: tuple[str, ...], settings: Settings) -> ImageRequest:
+    """Read the images and the parameters named in `known`, in any of the forms that clients send.
 
-    What kind of image it is, is decided by its bytes, never by a name or a header.
+    The images are the multipart field `image` (or several of them), or base64 in the JSON fields `image` or `images`,
+    or the body itself is one. What kind of image it is, is decided by its bytes, never by a name or a header.
+    Parameters are query, form or JSON fields.
 
     Raises:
-        ImageTooLargeError: the body has more than `max_bytes` bytes; the rest is not read.
-        ParameterError: there is no image, or a field is unknown or sent with two values.
+        ImageTooLargeError: the body has more than `max_body_bytes` bytes; the rest is not read.
+        ParameterError: there is no image, or there are too many, or a field is unknown or sent with two values.
     """
-    limited = Request(request.scope, _limited(request, max_bytes))
-    fields: list[tuple[str, str | UploadFile]] = [*request.query_params.multi_items()]
-    if limited.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        try:
-            async with limited.form(max_files=1, max_fields=len(known) + 1) as form:
-                fields += form.multi_items()
-                image = await _image_field(fields)
-        except (HTTPException, UnicodeError) as error:
-            wanted = "one image and its fields as multipart/form-data"
-            found = error.detail if isinstance(error, HTTPException) else error
-            raise ParameterError("body", expected=wanted, found=found) from error
-        fields = [(name, value) for name, value in fields if name != "image"]
+    limited = Request(request.scope, _limited(request, settings.max_body_bytes))
+    content_type = limited.headers.get("content-type", "").partition(";")[0].strip().lower()
+    images: list[object]
+    several = False
+    if content_type == "multipart/form-data":
+        images, fields = await _read_form(limited, known, settings)
+        several = len(images) > 1
+    elif content_type == "application/json":
+        images, fields, several = await _read_json(limited)
     else:
-        image = await limited.body()
-    parameters: dict[str, str] = {}
+        images, fields = [await limited.body()], []
+    if len(images) > settings.max_images:
+        raise ParameterError("images", expected=f"at most {settings.max_images} images", found=len(images))
+    return ImageRequest(tuple(images), several, _merged([*request.query_params.multi_items(), *fields], known))
+
+
+async def _read_form(
+    request: Request, known: tuple[str, ...], settings: Settings
+) -> tuple[list[object], list[tuple[str, object]]]:
+    images: list[object] = []
+    fields: list[tuple[str, object]] = []
+    try:
+        async with request.form(max_files=settings.max_images + 1, max_fields=len(known) + 1000) as form:
+            for name, value in form.multi_items():
+                if name == IMAGE and isinstance(value, UploadFile):
+                    images.append(await value.read())
+                elif name == IMAGE:
+                    raise ParameterError(IMAGE, expected="a file", found="text; a URL or path is not fetched")
+                elif isinstance(value, UploadFile):
+                    raise ParameterError(name, expected=f"text, or the name {IMAGE} for an image", found="a file")
+                else:
+                    fields.append((name, _unquoted(value)))
+    except (HTTPException, UnicodeError) as error:
+        wanted = "images and their fields as multipart/form-data"
+        found = error.detail if isinstance(error, HTTPException) else error
+        raise ParameterError("body", expected=wanted, found=found) from error
+    if not images:
+        names = ", ".join(name for name, _ in fields)[:200] or "none"
+        raise ParameterError(IMAGE, expected=f"a multipart field {IMAGE!r}", found=f"the fields {names}")
+    return images, fields
+
+
+def _unquoted(value: str) -> object:
+    """BentoML's client sends form fields as JSON: "colours" with quotes, and lists."""
+    if value[:1] in ('"', "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
+async def _read_json(request: Request) -> tuple[list[object], list[tuple[str, object]], bool]:
+    body = await request.body()
+    try:
+        document = await asyncio.to_thread(json.loads, body)
+    except (ValueError, RecursionError) as error:
+        raise ParameterError("body", expected="JSON", found=f"none: {error}") from error
+    if not isinstance(document, dict) or len(document.keys() & {IMAGE, IMAGES}) != 1:
+        found = f"the fields {', '.join(document)[:200] or 'none'}" if isinstance(document, dict) else _shown(document)
+        raise ParameterError("body", expected=f"an object with {IMAGE!r} or {IMAGES!r}", found=found)
+    several = IMAGES in document
+    texts = document.pop(IMAGES) if several else [document.pop(IMAGE)]
+    if not isinstance(texts, list) or not texts:
+        raise ParameterError(IMAGES, expected="a list of images", found=_shown(texts))
+    return texts, list(document.items()), several
+
+
+def encoded(image: object) -> bytes:
+    """The bytes of an image: itself, or of its base64 or data URL.
+
+    Raises:
+        ParameterError: it is something else; a URL is never fetched.
+    """
+    if isinstance(image, bytes):
+        return image
+    text = image
+    if not isinstance(text, str):
+        raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=_shown(text))
+    if _URL.match(text):
+        raise ParameterError(IMAGE, expected="base64 or a data URL", found="another URL, which is not fetched")
+    prefix = _DATA_URL.match(text)
+    digits = "".join((text[prefix.end() :] if prefix else text).split())
+    try:
+        return base64.b64decode(digits, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ParameterError(IMAGE, expected="base64 or a data URL", found=f"{text[:40]!r}: {error}") from error
+
+
+def _merged(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[str, object]:
+    """One value for each name; of `labels` a list of all."""
+    merged: dict[str, object] = {}
     for name, value in fields:
         if name not in known:
-            raise ParameterError(name, expected=f"one of the parameters {', '.join(known)}", found="an unknown one")
-        if not isinstance(value, str):
-            raise ParameterError(name, expected="text", found="a file")
-        if parameters.get(name, value) != value:
-            raise ParameterError(name, expected="one value", found=f"{parameters[name]!r} and {value!r}")
-        parameters[name] = value
-    return ImageRequest(image, parameters)
+            expected = f"one of the parameters {', '.join(known)}"
+            raise ParameterError(name[:100], expected=expected, found="an unknown one")
+        if name == "labels" and name in merged:
+            before = merged[name]
+            merged[name] = [*_listed(before), *_listed(value)]
+            continue
+        if merged.get(name, value) != value:
+            raise ParameterError(name, expected="one value", found=f"{_shown(merged[name])} and {_shown(value)}")
+        if value is not None:
+            merged[name] = value
+    return merged
 
 
-async def _image_field(fields: list[tuple[str, str | UploadFile]]) -> bytes:
-    images = [value for name, value in fields if name == "image"]
-    if len(images) != 1:
-        names = ", ".join(name for name, _ in fields) or "none"
-        raise ParameterError("image", expected="one multipart field 'image'", found=f"the fields {names}")
-    image = images[0]
-    if not isinstance(image, UploadFile):
-        raise ParameterError("image", expected="a file", found="text; a URL or path is not fetched")
-    return await image.read()
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:100]
 
 
 def _limited(request: Request, max_bytes: int) -> Receive:

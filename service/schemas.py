@@ -1,11 +1,9 @@
 """The JSON bodies of HTTP answers."""
 
-from typing import Self
-
 from pydantic import BaseModel, ConfigDict, Field
 
 from bundle.loading import Bundle
-from bundle.manifest import Metrics, Task
+from bundle.manifest import Identity, Manifest, Metrics, Precision, Task
 from bundle.predictors import Detection, Prediction
 
 
@@ -14,10 +12,15 @@ class _Schema(BaseModel):
 
 
 class Model(_Schema):
-    """Which bundle answered."""
+    """Which bundle answered, and with which of its graphs."""
 
     name: str
     version: str
+    variant: Precision | None  # None: one ONNX file alone, which does not say
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "Model":
+        return cls(name=bundle.manifest.name, version=bundle.manifest.version, variant=bundle.variant)
 
 
 class Image(_Schema):
@@ -33,20 +36,6 @@ class ClassProbability(_Schema):
     label: str
     class_id: int
     probability: float = Field(ge=0, le=1)
-
-
-class Classification(_Schema):
-    """Answer of `POST /classify`: classes by falling probability."""
-
-    model: Model
-    image: Image
-    predictions: list[ClassProbability]
-
-    @classmethod
-    def of(cls, bundle: Bundle, size: tuple[int, int], predictions: list[Prediction]) -> Self:
-        return cls.model_validate(
-            {"model": _model(bundle), "image": _image(size), "predictions": predictions}, from_attributes=True
-        )
 
 
 class Box(_Schema):
@@ -67,38 +56,6 @@ class DetectedObject(_Schema):
     box: Box
 
 
-class Detections(_Schema):
-    """Answer of `POST /detect`: objects by falling score."""
-
-    model: Model
-    image: Image
-    detections: list[DetectedObject]
-
-    @classmethod
-    def of(cls, bundle: Bundle, size: tuple[int, int], detections: list[Detection]) -> Self:
-        return cls.model_validate(
-            {"model": _model(bundle), "image": _image(size), "detections": detections}, from_attributes=True
-        )
-
-
-class ModelDescription(_Schema):
-    """A served bundle."""
-
-    name: str
-    version: str
-    task: Task
-    architecture: str
-    description: str
-    labels: list[str]
-    metrics: Metrics | None  # None if its exporter had no labelled data
-
-
-class ModelList(_Schema):
-    """Answer of `GET /models`."""
-
-    models: list[ModelDescription]
-
-
 class Error(_Schema):
     """What went wrong."""
 
@@ -107,14 +64,112 @@ class Error(_Schema):
 
 
 class ErrorAnswer(_Schema):
-    """The body of every answer with a status of 400 or above."""
+    """The body of every answer with a status of 400 or above, outside /v2."""
 
     error: Error
 
 
-def _model(bundle: Bundle) -> Model:
-    return Model(name=bundle.manifest.name, version=bundle.manifest.version)
+class ProtocolErrorAnswer(_Schema):
+    """The body of every answer with a status of 400 or above under /v2."""
+
+    error: str
 
 
-def _image(size: tuple[int, int]) -> Image:
+class ImageClassification(_Schema):
+    """Of one of several images: its classes by falling probability."""
+
+    image: Image
+    predictions: list[ClassProbability]
+
+
+class Classification(_Schema):
+    """Answer of `POST /classify` for one image: classes by falling probability."""
+
+    model: Model
+    image: Image
+    predictions: list[ClassProbability]
+
+
+class Classifications(_Schema):
+    """Answer of `POST /classify` for several images, in their order; an image that is no good has an error."""
+
+    model: Model
+    results: list[ImageClassification | ErrorAnswer]
+
+
+class ImageDetections(_Schema):
+    """Of one of several images: its objects by falling score."""
+
+    image: Image
+    detections: list[DetectedObject]
+
+
+class Detections(_Schema):
+    """Answer of `POST /detect` for one image: objects by falling score."""
+
+    model: Model
+    image: Image
+    detections: list[DetectedObject]
+
+
+class DetectionsOfSeveral(_Schema):
+    """Answer of `POST /detect` for several images, in their order; an image that is no good has an error."""
+
+    model: Model
+    results: list[ImageDetections | ErrorAnswer]
+
+
+class ModelDescription(_Schema):
+    """A served model: its highest version."""
+
+    name: str
+    version: str
+    versions: list[str]  # all that are served, ascending
+    variants: list[Precision]
+    default_variant: Precision | None
+    task: Task
+    architecture: str
+    description: str
+    labels: list[str]
+    metrics: Metrics | None  # None if its exporter had no labelled data
+
+    @classmethod
+    def of(cls, versions: list[Bundle]) -> "ModelDescription":
+        """Of all served versions of a model, the highest last."""
+        manifest = versions[-1].manifest
+        return cls(
+            **{name: getattr(manifest, name) for name in ("name", "version", "task", "architecture", "description")},
+            versions=[bundle.manifest.version for bundle in versions],
+            variants=list(manifest.variants) if isinstance(manifest, Manifest) else [],
+            default_variant=manifest.default_variant if isinstance(manifest, Manifest) else None,
+            labels=list(manifest.labels),
+            metrics=manifest.metrics,
+        )
+
+
+class ModelList(_Schema):
+    """Answer of `GET /models`."""
+
+    models: list[ModelDescription]
+
+
+class ModelDetail(_Schema):
+    """Answer of `GET /models/{name}`: everything known of one version."""
+
+    versions: list[str]  # all that are served, ascending
+    manifest: Manifest | Identity  # an Identity where one ONNX file alone is served
+
+
+def image_size(size: tuple[int, int]) -> Image:
+    """Of Pillow's (width, height)."""
     return Image(width=size[0], height=size[1])
+
+
+def class_probabilities(predictions: list[Prediction]) -> list[ClassProbability]:
+    """Of what a classifier answers."""
+    return [ClassProbability.model_validate(prediction) for prediction in predictions]
+
+
+def detected_objects(detections: list[Detection]) -> list[DetectedObject]:
+    """Of what a detector answers."""
+    return [DetectedObject.model_validate(detection) for detection in detections]

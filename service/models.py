@@ -1,0 +1,23 @@
+"""`GET /models`: what is served."""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.answers import json_response
+from service.schemas import ModelDescription, ModelDetail, ModelList
+from service.serving import serving_of
+
+
+async def list_models(request: Request) -> Response:
+    """`GET /models`: every model, by name."""
+    repository = serving_of(request).repository
+    described = [ModelDescription.of(repository.versions(name)) for name in repository.bundles]
+    return json_response(ModelList(models=described))
+
+
+async def describe_model(request: Request) -> Response:
+    """`GET /models/{name}` or `/models/{name}@{version}`: its whole manifest."""
+    repository = serving_of(request).repository
+    bundle = repository.get(request.path_params["name"])
+    versions = [other.manifest.version for other in repository.versions(bundle.manifest.name)]
+    return json_response(ModelDetail(versions=versions, manifest=bundle.manifest))

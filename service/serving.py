@@ -1,0 +1,54 @@
+"""What the routes of both transports share while a process serves."""
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from bundle.loading import Bundle
+from bundle.manifest import Task
+from bundle.repository import Repository
+from service.observation import Observation
+from service.scheduler import Scheduler
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Settings, models, and the threads that compute."""
+
+    settings: Settings
+    repository: Repository
+    scheduler: Scheduler
+
+    async def find(
+        self, reference: str | None, observation: Observation, *, task: Task | None = None, variant: str | None = None
+    ) -> Bundle:
+        """The bundle that answers a request.
+
+        Args:
+            reference: `name` or `name@version`; None: the first for the task.
+            variant: one of its graphs; None: the one that its manifest names.
+
+        Raises:
+            UnknownModelError, ParameterError, BundleError: as `Repository.get` and `Repository.variant`.
+        """
+        bundle = self.repository.get(reference, task=task)
+        if variant is not None:
+            bundle = await asyncio.to_thread(self.repository.variant, bundle, variant)
+        observation.answered_by(bundle)
+        return bundle
+
+
+def serving_of(request: Request) -> Serving:
+    """The serving state of the application that got the request."""
+    serving = request.app.state.serving
+    assert isinstance(serving, Serving)
+    return serving
+
+
+def observation_of(request: Request) -> Observation:
+    """The observation of a request."""
+    observation = request.scope["vitrine.observation"]
+    assert isinstance(observation, Observation)
+    return observation
