@@ -27,8 +27,8 @@ image:  ## build the container image
 	@test -n "$(ENGINE)" || { echo "make image: needs docker, podman or buildah" >&2; exit 1; }
 	$(ENGINE) build -t $(IMAGE) .
 
-lock:  ## pin requirements/*.txt anew from pyproject.toml
-	$(PYTHON) requirements/lock.py
+lock:  ## pin requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: the newest of everything)
+	$(PYTHON) requirements/lock.py $(UPGRADE)
 
 clean:  ## remove all that was installed
 	rm -rf $(SERVE) $(DEV) $(NODE)/node_modules

@@ -1,5 +1,7 @@
 """Pin the dependencies of pyproject.toml: install each layer into a fresh environment and write down what came.
 
+What is pinned already stays at its version; with --upgrade everything is chosen anew.
+
 serve.txt   what serving needs
 train.txt   serve.txt and the extra `train`
 dev.txt     train.txt and the extra `dev`
@@ -27,13 +29,18 @@ def main() -> None:
         "parity": extras["parity"],
     }
     with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        kept = [] if "--upgrade" in sys.argv else [HERE / f"{layer}.txt" for layer in layers]
+        lines_kept = [line for file in kept for line in file.read_text().splitlines() if "==" in line]
+        constraints.write_text("\n".join(lines_kept))
         python = Path(folder) / "bin" / "python"
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
         pinned: set[str] = set()
         below = ""
         for layer, requirements in layers.items():
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+            install = [python, "-m", "pip", "install", "--quiet", "-c", constraints]
+            subprocess.run([*install, *requirements], check=True)
             freeze = [python, "-m", "pip", "freeze", "--all", "--exclude", "pip"]
             frozen = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
             lines = {re.sub(r"\+cpu$", "", line) for line in frozen.splitlines()}
