@@ -306,14 +306,21 @@ def bundles(root: Annotated[Path, typer.Argument(help="Folder of NAME/VERSION.")
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 3000,
+    host: Annotated[str | None, typer.Option(help="Address to listen on, in place of VITRINE_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, in place of VITRINE_PORT.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Of gRPC, in place of VITRINE_GRPC_PORT; 0: none.")] = None,
 ) -> None:
-    """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP."""
+    """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP and gRPC."""
     from service.settings import read_settings
 
+    for name, option in (("HOST", host), ("PORT", port), ("GRPC_PORT", grpc_port)):
+        if option is not None:
+            os.environ[f"VITRINE_{name}"] = str(option)
     settings = read_settings()
+    host, port = settings.host, settings.port
     _check_address(host, port)
+    if settings.grpc_port:
+        _check_address(host, settings.grpc_port)
     # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
     repository = Repository(*settings.bundles, providers=parse_providers(settings.providers))
     manifests = [bundle.manifest for bundle in repository.bundles.values()]

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from bundle.loading import Bundle
 from bundle.manifest import Task
 from bundle.repository import Repository
+from service.errors import ForbiddenError
 from service.observation import Observation
 from service.scheduler import Scheduler
 from service.settings import Settings
@@ -38,6 +39,30 @@ class Serving:
             bundle = await asyncio.to_thread(self.repository.variant, bundle, variant)
         observation.answered_by(bundle)
         return bundle
+
+    async def load(self, name: str) -> None:
+        """Load a model, or load it again, in every worker. See `Repository.load`.
+
+        Raises:
+            ForbiddenError: the operator has not allowed it.
+            UnknownModelError, BundleError: as `Repository.load`; nothing has changed then.
+        """
+        self._check_control()
+        await asyncio.to_thread(self.repository.load, name)
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more, in every worker. See `Repository.unload`.
+
+        Raises:
+            ForbiddenError: the operator has not allowed it.
+            UnknownModelError: it is not served.
+        """
+        self._check_control()
+        await asyncio.to_thread(self.repository.unload, name)
+
+    def _check_control(self) -> None:
+        if not self.settings.model_control:
+            raise ForbiddenError("loading and unloading models", setting="VITRINE_MODEL_CONTROL=true")
 
 
 def serving_of(request: Request) -> Serving:

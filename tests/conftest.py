@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -152,17 +153,28 @@ def run_vitrine() -> Callable[..., str]:
     return vitrine
 
 
+class Server(NamedTuple):
+    """A server process."""
+
+    url: str  # of HTTP
+    grpc: str  # host:port of gRPC
+    process: subprocess.Popen[str]
+    lines: list[str]  # what it has printed so far
+
+
 @contextmanager
-def serving(bundles: Path, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str], list[str]]]:
-    """`vitrine serve` as a process in the serving environment; yields base URL, process and the lines it prints."""
+def serving(bundles: Path, *options: str, **environment: str) -> Iterator[Server]:
+    """`vitrine serve` as a process in the serving environment, on free ports, once it has said that it is ready."""
     assert SERVING_PYTHON.exists(), f"{SERVING_PYTHON} is missing: run the tests by `make test`"
-    with socket.socket() as probe:
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        port, grpc_port = probe.getsockname()[1], other.getsockname()[1]
+    settings = {"VITRINE_BUNDLES": str(bundles), "VITRINE_PORT": str(port), "VITRINE_GRPC_PORT": str(grpc_port)}
     process = subprocess.Popen(
-        [str(SERVING_PYTHON), "-m", "vitrine", "serve", "--port", str(port)],
+        [str(SERVING_PYTHON), "-m", "vitrine", "serve", *options],
         cwd=ROOT,
-        env={**os.environ, "VITRINE_BUNDLES": str(bundles), "PYTHONUNBUFFERED": "1", **environment},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **settings, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -183,7 +195,7 @@ def serving(bundles: Path, **environment: str) -> Iterator[tuple[str, subprocess
     reader.start()
     try:
         assert ready.get(timeout=120), "".join(lines)
-        yield f"http://127.0.0.1:{port}", process, lines
+        yield Server(f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}", process, lines)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -201,10 +213,16 @@ def serve() -> Callable[..., object]:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_bundles: Path) -> Iterator[str]:
+def running(tiny_bundles: Path) -> Iterator[Server]:
+    """A server of the tiny bundles."""
+    with serving(tiny_bundles) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(running: Server) -> str:
     """Base URL of a server of the tiny bundles."""
-    with serving(tiny_bundles) as (url, _, _):
-        yield url
+    return running.url
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,12 @@ import pytest
 from bundle.loading import find_bundles, load_bundle, read_manifest
 from service.settings import Settings
 
-Serving = Callable[..., AbstractContextManager[tuple[str, Popen[str], list[str]]]]
+Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
 
 
 @pytest.fixture(scope="module")
 def shipped(serve: Serving, root: Path) -> Iterator[str]:
-    with serve(root / "bundles") as (url, _, _):
+    with serve(root / "bundles") as (url, _, _, _):
         yield url
 
 

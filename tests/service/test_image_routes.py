@@ -102,7 +102,7 @@ def test_the_raw_body_is_answered_like_the_multipart_field(
 
 def test_classify_answers_the_documented_shape(server: str, photograph: bytes) -> None:
     answer = httpx.post(f"{server}/classify", content=photograph).json()
-    assert answer["model"] == {"name": "colours", "version": "1"}
+    assert answer["model"] == {"name": "colours", "version": "1", "variant": "fp32"}
     assert len(answer["predictions"]) == 3  # fewer labels than the default top_k of 5
     assert sum(entry["probability"] for entry in answer["predictions"]) == pytest.approx(1, abs=1e-5)
     assert all(entry.keys() == {"label", "class_id", "probability"} for entry in answer["predictions"])

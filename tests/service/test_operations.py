@@ -15,7 +15,7 @@ import pytest
 from openapi_spec_validator import validate
 from PIL import Image
 
-Serving = Callable[..., AbstractContextManager[tuple[str, Popen[str], list[str]]]]
+Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
 
 
 @pytest.mark.parametrize("route", ["livez", "readyz"])
@@ -78,7 +78,7 @@ def test_errors_of_other_routes_have_the_same_shape(
 
 
 def test_serve_says_what_it_serves_and_stops_on_sigterm(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
-    with serve(tiny_bundles) as (url, process, lines):
+    with serve(tiny_bundles) as (url, _, process, lines):
         printed = "".join(lines)
         assert f"on {url}" in printed
         assert "colours 1  image-classification, 3 labels" in printed
@@ -96,7 +96,7 @@ def test_the_highest_version_is_served(serve: Serving, tiny_bundles: Path, tmp_p
         shutil.copytree(tiny_bundles / "colours" / "1", target)
         manifest = json.loads((target / "manifest.json").read_text())
         (target / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
-    with serve(tmp_path) as (url, _, _):
+    with serve(tmp_path) as (url, _, _, _):
         models = httpx.get(f"{url}/models").json()["models"]
         assert [(model["name"], model["version"]) for model in models] == [("colours", "10")]
         missing = httpx.post(f"{url}/detect", content=b"x")
@@ -105,7 +105,7 @@ def test_the_highest_version_is_served(serve: Serving, tiny_bundles: Path, tmp_p
 
 
 def test_a_request_that_takes_too_long_is_504(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
-    with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="1e-6") as (url, _, _):
+    with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="1e-6") as (url, _, _, _):
         answer = httpx.post(f"{url}/classify", content=photograph)
         assert answer.status_code == 504
         assert answer.json()["error"]["code"] == "timeout"
@@ -116,7 +116,7 @@ def test_work_that_takes_too_long_is_504_and_the_next_request_is_answered(
 ) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (7000, 7000)).save(buffer, "PNG")  # small to send, long to decode
-    with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="0.3") as (url, _, _):
+    with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="0.3") as (url, _, _, _):
         answer = httpx.post(f"{url}/classify", content=buffer.getvalue())
         assert answer.status_code == 504
         # the abandoned image may still hold a core for a moment
@@ -155,7 +155,7 @@ def test_a_port_in_use_is_refused_in_one_sentence(
 
 
 def test_a_client_that_leaves_early_harms_nobody(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
-    with serve(tiny_bundles) as (url, _, lines):
+    with serve(tiny_bundles) as (url, _, _, lines):
         host, port = url.removeprefix("http://").split(":")
         for content_type in ("image/jpeg", "multipart/form-data; boundary=x"):
             with socket.create_connection((host, int(port))) as connection:
@@ -167,7 +167,7 @@ def test_a_client_that_leaves_early_harms_nobody(serve: Serving, tiny_bundles: P
 
 
 def test_limits_come_from_the_environment(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
-    with serve(tiny_bundles, VITRINE_MAX_PIXELS="1000", VITRINE_MAX_BODY_BYTES="100000") as (url, _, _):
+    with serve(tiny_bundles, VITRINE_MAX_PIXELS="1000", VITRINE_MAX_BODY_BYTES="100000") as (url, _, _, _):
         answer = httpx.post(f"{url}/classify", content=photograph)
         assert answer.status_code == 413
         assert "at most 1000 pixels are accepted, found 640 x 480" in answer.json()["error"]["message"]
