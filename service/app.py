@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from bundle.errors import VitrineError
 from bundle.repository import Repository
 from bundle.runtime import parse_providers
+from service.control import Control
 from service.errors import on_bug, on_disconnect, on_http_exception, on_timeout, on_vitrine_error
 from service.images import classify, detect
 from service.models import describe_model, list_models
@@ -44,10 +46,10 @@ class _Route(Route):
         await super().handle(scope, receive, send)
 
 
-def create_app(settings: Settings) -> Starlette:
+def create_app(settings: Settings, shared: Path) -> Starlette:
     """The routes as an ASGI application that loads its bundles when it starts.
 
-    It needs `ObservationMiddleware` around it.
+    It needs `ObservationMiddleware` around it. `shared` is a folder of all workers of this server.
     """
 
     @asynccontextmanager
@@ -55,11 +57,15 @@ def create_app(settings: Settings) -> Starlette:
         providers = parse_providers(settings.providers)
         repository = await asyncio.to_thread(Repository, *settings.bundles, providers=providers)
         scheduler = Scheduler(settings.threads, settings.max_queue)
-        app.state.serving = Serving(settings, repository, scheduler)
+        control = await asyncio.to_thread(Control, repository, shared, poll_seconds=settings.poll_seconds)
+        app.state.serving = Serving(settings, repository, scheduler, control)
+        watching = asyncio.create_task(control.watch())
         _log.info("ready: %s", ", ".join(repository.bundles))
         try:
             yield
         finally:
+            watching.cancel()
+            control.close()
             scheduler.close()
 
     return Starlette(

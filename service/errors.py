@@ -56,6 +56,15 @@ class OverloadedError(VitrineError):
         super().__init__(f"{limit} images wait already; try again later")
 
 
+class WorkerError(VitrineError):
+    """A worker has not followed a change that another one has made."""
+
+    code = "worker_behind"
+
+    def __init__(self, pid: int, found: str) -> None:
+        super().__init__(f"worker {pid}: expected it to follow the change, found {found}; the others have changed")
+
+
 STATUS: dict[type[VitrineError], HTTPStatus] = {
     ParameterError: HTTPStatus.BAD_REQUEST,
     UnauthorizedError: HTTPStatus.UNAUTHORIZED,
@@ -67,6 +76,7 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     UndecodableImageError: HTTPStatus.UNPROCESSABLE_ENTITY,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
     BundleError: HTTPStatus.SERVICE_UNAVAILABLE,
+    WorkerError: HTTPStatus.SERVICE_UNAVAILABLE,
     ProviderError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 _HEADERS: dict[type[VitrineError], dict[str, str]] = {

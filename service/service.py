@@ -1,18 +1,36 @@
 """The BentoML service: BentoML runs the processes, health checks and tracing; `service.app` has the routes."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import bentoml
 
 from service.app import create_app
 from service.errors import ErrorShapeMiddleware
 from service.observation import ObservationMiddleware
+from service.serving import Serving
 from service.settings import read_settings
 
+# The arbiter imports this module before it starts the workers, which inherit its environment. Not a setting.
+_SHARED = "_VITRINE_SHARED"
+if _SHARED not in os.environ:
+    os.environ[_SHARED] = tempfile.mkdtemp(prefix="vitrine-")
+
 _settings = read_settings()
-_app = create_app(_settings)
+_app = create_app(_settings, Path(os.environ[_SHARED]))
 
 
 class Vitrine:
     """Image classification and object detection with vision transformers."""
+
+    async def __is_alive__(self) -> bool:
+        """`GET /livez`. (A worker answers nothing at all before everything is loaded, verified and warm.)"""
+        serving = _app.state.serving
+        assert isinstance(serving, Serving)
+        return serving.live()
+
+    __is_ready__ = __is_alive__
 
 
 # BentoML's own timeout cannot be switched off and answers in another shape: it only has to be the later one.

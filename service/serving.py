@@ -8,6 +8,7 @@ from starlette.requests import Request
 from bundle.loading import Bundle
 from bundle.manifest import Task
 from bundle.repository import Repository
+from service.control import Control
 from service.errors import ForbiddenError
 from service.observation import Observation
 from service.scheduler import Scheduler
@@ -21,6 +22,11 @@ class Serving:
     settings: Settings
     repository: Repository
     scheduler: Scheduler
+    control: Control
+
+    def live(self) -> bool:
+        """Whether every computing thread gets on: none is at one piece of work for longer than `stuck_seconds`."""
+        return self.scheduler.longest() < self.settings.stuck_seconds
 
     async def find(
         self, reference: str | None, observation: Observation, *, task: Task | None = None, variant: str | None = None
@@ -46,9 +52,10 @@ class Serving:
         Raises:
             ForbiddenError: the operator has not allowed it.
             UnknownModelError, BundleError: as `Repository.load`; nothing has changed then.
+            WorkerError: another worker could not follow.
         """
         self._check_control()
-        await asyncio.to_thread(self.repository.load, name)
+        await self.control.load(name)
 
     async def unload(self, name: str) -> None:
         """Serve a model no more, in every worker. See `Repository.unload`.
@@ -56,9 +63,10 @@ class Serving:
         Raises:
             ForbiddenError: the operator has not allowed it.
             UnknownModelError: it is not served.
+            WorkerError: another worker did not follow.
         """
         self._check_control()
-        await asyncio.to_thread(self.repository.unload, name)
+        await self.control.unload(name)
 
     def _check_control(self) -> None:
         if not self.settings.model_control:
