@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
 from bundle.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Interpolation
@@ -25,7 +25,8 @@ _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "BMP": (b"BM",),
     "TIFF": (b"II*\x00", b"MM\x00*"),
 }
-SUPPORTED_FORMATS = tuple(_SIGNATURES)
+_AVIF_BRANDS = (b"avif", b"avis")
+SUPPORTED_FORMATS = (*_SIGNATURES, *(("AVIF",) if features.check("avif") else ()))  # Pillow may be built without it
 
 # EXIF tag 0x0112: how the stored rows and columns lie in the upright image (Exif 2.32, table 6).
 _ORIENTATION_TAG = 0x0112
@@ -57,8 +58,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     if not data:
         raise UndecodableImageError("it is empty")
-    known = data.startswith(tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes))
-    if not known or (data.startswith(b"RIFF") and data[8:12] != b"WEBP"):  # RIFF also holds sound and video
+    if not _is_known(data):
         raise UnsupportedImageError(supported=SUPPORTED_FORMATS, found=f"bytes that begin with {data[:8]!r}")
     try:
         image = Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS)
@@ -74,6 +74,14 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise almost any type on broken data
         reason = str(error).split("<_io.BytesIO")[0].strip() or type(error).__name__
         raise UndecodableImageError(reason) from error
+
+
+def _is_known(data: bytes) -> bool:
+    if data[4:8] == b"ftyp":  # ISO media files, of which AVIF is one; its brand may stand among the compatible ones
+        return "AVIF" in SUPPORTED_FORMATS and any(brand in data[8:64] for brand in _AVIF_BRANDS)
+    if data.startswith(b"RIFF"):  # which also holds sound and video
+        return data[8:12] == b"WEBP"
+    return data.startswith(tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes))
 
 
 def _upright(image: Image.Image) -> Image.Image:
