@@ -28,6 +28,15 @@ from service.answers import (
 )
 from service.errors import NotAcceptableError
 from service.observation import Observation
+from service.parameters import (
+    CLASSIFY_PARAMETERS,
+    DETECT_PARAMETERS,
+    MAX_DETECTIONS,
+    MODEL,
+    THRESHOLD,
+    TOP_K,
+    VARIANT,
+)
 from service.requests import ImageRequest, encoded, read_image_request
 from service.schemas import (
     Classification,
@@ -45,8 +54,6 @@ from service.schemas import (
 )
 from service.serving import Serving, observation_of, serving_of
 
-CLASSIFY_PARAMETERS = ("model", "variant", "labels", "top_k")
-DETECT_PARAMETERS = ("model", "variant", "labels", "threshold", "max_detections")
 CLASSIFY_FORMS = (JSON, CSV)
 DETECT_FORMS = (JSON, CSV, PNG, JPEG)
 
@@ -59,10 +66,10 @@ async def classify(request: Request) -> Response:
     form = negotiate(request.headers.get("accept"), CLASSIFY_FORMS)
     async with asyncio.timeout(serving.settings.timeout_seconds):
         asked = await read_image_request(request, CLASSIFY_PARAMETERS, serving.settings)
-        reference, variant = asked.text("model"), asked.text("variant")
+        reference, variant = asked.text(MODEL), asked.text(VARIANT)
         bundle = await serving.find(reference, observation, task=Task.CLASSIFICATION, variant=variant)
         classifier = cast(Classifier, bundle.predictor)
-        top_k, labels = asked.integer("top_k", 5), asked.labels(classifier.labels)
+        top_k, labels = asked.integer(TOP_K), asked.labels(classifier.labels)
         classifier.check(top_k=top_k, labels=labels)
 
         def work(image: object) -> ImageClassification:
@@ -90,10 +97,10 @@ async def detect(request: Request) -> Response:
     form = negotiate(request.headers.get("accept"), DETECT_FORMS)
     async with asyncio.timeout(serving.settings.timeout_seconds):
         asked = await read_image_request(request, DETECT_PARAMETERS, serving.settings)
-        reference, variant = asked.text("model"), asked.text("variant")
+        reference, variant = asked.text(MODEL), asked.text(VARIANT)
         bundle = await serving.find(reference, observation, task=Task.DETECTION, variant=variant)
         detector = cast(Detector, bundle.predictor)
-        threshold, max_detections = asked.number("threshold", 0.5), asked.integer("max_detections", 100)
+        threshold, max_detections = asked.number(THRESHOLD), asked.integer(MAX_DETECTIONS)
         labels = asked.labels(detector.labels)
         detector.check(threshold=threshold, max_detections=max_detections, labels=labels)
         if asked.several and form in (PNG, JPEG):

@@ -5,7 +5,7 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import UploadFile
@@ -14,9 +14,11 @@ from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from bundle.errors import ImageTooLargeError, ParameterError
+from service.parameters import LABELS, Parameter
 from service.settings import Settings
 
 IMAGE, IMAGES = "image", "images"
+_MOST_FIELDS = 1000  # of a form: each label may be one
 _URL = re.compile(r"\s*(https?|ftp|file|s3|gs)://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
@@ -29,37 +31,37 @@ class ImageRequest:
     several: bool  # the answer is a list, even of one
     parameters: Mapping[str, object]
 
-    def text(self, name: str) -> str | None:
+    def text(self, parameter: Parameter) -> str | None:
         """A parameter, None if it was not sent.
 
         Raises:
             ParameterError: it is no text.
         """
-        value = self.parameters.get(name)
+        value = self.parameters.get(parameter.name)
         if value is not None and not isinstance(value, str):
-            raise ParameterError(name, expected="text", found=_shown(value))
+            raise ParameterError(parameter.name, expected="text", found=_shown(value))
         return value
 
-    def integer(self, name: str, default: int) -> int:
+    def integer(self, parameter: Parameter) -> int:
         """A parameter as an integer.
 
         Raises:
             ParameterError: it is not one.
         """
-        value = self.parameters.get(name, default)
+        value = self.parameters.get(parameter.name, parameter.default)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
             return int(value)
-        raise ParameterError(name, expected="an integer", found=_shown(value))
+        raise ParameterError(parameter.name, expected="an integer", found=_shown(value))
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, parameter: Parameter) -> float:
         """A parameter as a number.
 
         Raises:
             ParameterError: it is not one.
         """
-        value = self.parameters.get(name, default)
+        value = self.parameters.get(parameter.name, parameter.default)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if isinstance(value, str):
@@ -67,7 +69,7 @@ class ImageRequest:
                 return float(value)
             except ValueError:
                 pass
-        raise ParameterError(name, expected="a number", found=_shown(value))
+        raise ParameterError(parameter.name, expected="a number", found=_shown(value))
 
     def labels(self, known: Collection[str]) -> tuple[str, ...] | None:
         """The parameter `labels`: one of those known, or several, separated by commas or as a list; None if not sent.
@@ -75,18 +77,18 @@ class ImageRequest:
         Raises:
             ParameterError: it is neither text nor a list of texts.
         """
-        value = self.parameters.get("labels")
+        value = self.parameters.get(LABELS.name)
         if value is None:
             return None
         if isinstance(value, str):  # labels may hold commas themselves: "tench, Tinca tinca"
             value = [value] if value in known else [part.strip() for part in value.split(",")]
         if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-            raise ParameterError("labels", expected="labels as text", found=_shown(value))
+            raise ParameterError(LABELS.name, expected="labels as text", found=_shown(value))
         return tuple(value)
 
 
-async def read_image_request(request: Request, known: tuple[str, ...], settings: Settings) -> ImageRequest:
-    """Read the images and the parameters named in `known`, in any of the forms that clients send.
+async def read_image_request(request: Request, known: Sequence[Parameter], settings: Settings) -> ImageRequest:
+    """Read the images and the parameters in `known`, in any of the forms that clients send.
 
     The images are the multipart field `image` (or several of them), or base64 in the JSON fields `image` or `images`,
     or the body itself is one. What kind of image it is, is decided by its bytes, never by a name or a header.
@@ -96,12 +98,13 @@ async def read_image_request(request: Request, known: tuple[str, ...], settings:
         ImageTooLargeError: the body has more than `max_body_bytes` bytes; the rest is not read.
         ParameterError: there is no image, or there are too many, or a field is unknown or sent with two values.
     """
+    names = tuple(parameter.name for parameter in known)
     limited = Request(request.scope, _limited(request, settings.max_body_bytes))
     content_type = limited.headers.get("content-type", "").partition(";")[0].strip().lower()
     images: list[object]
     several = False
     if content_type == "multipart/form-data":
-        images, fields = await _read_form(limited, known, settings)
+        images, fields = await _read_form(limited, settings)
         several = len(images) > 1
     elif content_type == "application/json":
         images, fields, several = await _read_json(limited)
@@ -109,16 +112,14 @@ async def read_image_request(request: Request, known: tuple[str, ...], settings:
         images, fields = [await limited.body()], []
     if len(images) > settings.max_images:
         raise ParameterError("images", expected=f"at most {settings.max_images} images", found=len(images))
-    return ImageRequest(tuple(images), several, _merged([*request.query_params.multi_items(), *fields], known))
+    return ImageRequest(tuple(images), several, _merged([*request.query_params.multi_items(), *fields], names))
 
 
-async def _read_form(
-    request: Request, known: tuple[str, ...], settings: Settings
-) -> tuple[list[object], list[tuple[str, object]]]:
+async def _read_form(request: Request, settings: Settings) -> tuple[list[object], list[tuple[str, object]]]:
     images: list[object] = []
     fields: list[tuple[str, object]] = []
     try:
-        async with request.form(max_files=settings.max_images + 1, max_fields=len(known) + 1000) as form:
+        async with request.form(max_files=settings.max_images + 1, max_fields=_MOST_FIELDS) as form:
             for name, value in form.multi_items():
                 if name == IMAGE and isinstance(value, UploadFile):
                     images.append(await value.read())
@@ -192,7 +193,7 @@ def _merged(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[st
         if name not in known:
             expected = f"one of the parameters {', '.join(known)}"
             raise ParameterError(name[:100], expected=expected, found="an unknown one")
-        if name == "labels" and name in merged:
+        if name == LABELS.name and name in merged:
             before = merged[name]
             merged[name] = [*_listed(before), *_listed(value)]
             continue

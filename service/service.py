@@ -7,6 +7,7 @@ from pathlib import Path
 import bentoml
 
 from service.app import create_app
+from service.bentoml_client import ClientSchemaMiddleware
 from service.errors import ErrorShapeMiddleware
 from service.observation import ObservationMiddleware
 from service.serving import Serving
@@ -46,3 +47,4 @@ vitrine = bentoml.service(
 vitrine.mount_asgi_app(_app, path="/")
 vitrine.add_asgi_middleware(ObservationMiddleware)
 vitrine.add_asgi_middleware(ErrorShapeMiddleware)
+vitrine.add_asgi_middleware(ClientSchemaMiddleware)
