@@ -107,7 +107,7 @@ def test_a_tag_stays_inside_the_picture(box: tuple[float, float, float, float]) 
     for where in (box, (300, 200, 400, 300)):
         picture = draw_detections(Image.new("RGB", (640, 480), GREY), [detection(1, where)])
         letters.append(pixels_of(picture, text_colour(class_colour(1))).sum())
-    assert letters[0] == letters[1] > 90
+    assert letters[0] == letters[1] > 40
 
 
 def test_the_best_score_lies_on_top() -> None:
