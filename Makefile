@@ -5,7 +5,7 @@ NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
-.PHONY: help serve test check image lock clean
+.PHONY: help serve test check image lock clean browser
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -14,7 +14,7 @@ help:  ## list the targets
 serve: $(SERVE)/installed  ## serve the bundles on port 3000 (installs what serving needs, without torch)
 	@$(SERVE)/bin/vitrine serve
 
-test: $(SERVE)/installed $(DEV)/installed $(NODE)/node_modules/.package-lock.json  ## run every test
+test: $(SERVE)/installed $(DEV)/installed $(NODE)/node_modules/.package-lock.json browser  ## run every test
 	$(DEV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(DEV)/installed  ## lint, types, import rules
@@ -46,6 +46,13 @@ $(DEV)/installed: requirements/serve.txt requirements/train.txt requirements/dev
 	@$(DEV)/bin/pip install --quiet --disable-pip-version-check -r requirements/parity.txt
 	@$(DEV)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+# Tests look at the OpenAPI page in a browser.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+		echo "Installing Chromium ..."; \
+		apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; \
+	} || { echo "make test: needs Chromium, and cannot install it by apt-get: please install it" >&2; exit 1; }
 
 # npm itself writes the stamp, last of all.
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json | $(DEV)/installed

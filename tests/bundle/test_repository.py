@@ -1,11 +1,13 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bundle.errors import BundleError, UnknownModelError
-from bundle.manifest import Task
+from bundle.errors import BundleError, ParameterError, UnknownModelError
+from bundle.manifest import Precision, Task
 from bundle.repository import Repository
 
 
@@ -23,10 +25,10 @@ def root(tiny_bundles: Path, tmp_path: Path) -> Path:
 
 def test_the_highest_version_of_each_name_by_task(root: Path) -> None:
     repository = Repository(root)
-    assert repository.get(Task.CLASSIFICATION).manifest.name == "colours"
-    assert repository.get(Task.CLASSIFICATION, "colours").manifest.version == "2"
-    assert repository.get(Task.CLASSIFICATION, "other").manifest.name == "other"
-    assert repository.get(Task.DETECTION).manifest.name == "squares"
+    assert repository.get(task=Task.CLASSIFICATION).manifest.name == "colours"
+    assert repository.get("colours", task=Task.CLASSIFICATION).manifest.version == "2"
+    assert repository.get("other", task=Task.CLASSIFICATION).manifest.name == "other"
+    assert repository.get(task=Task.DETECTION).manifest.name == "squares"
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_the_highest_version_of_each_name_by_task(root: Path) -> None:
 )
 def test_what_is_not_there(task: Task, name: str, message: str, root: Path) -> None:
     with pytest.raises(UnknownModelError) as caught:
-        Repository(root).get(task, name)
+        Repository(root).get(name, task=task)
     assert str(caught.value) == message
 
 
@@ -56,6 +58,157 @@ def test_one_broken_bundle_is_refused(root: Path) -> None:
 def test_one_file_alone(root: Path) -> None:
     repository = Repository(root / "squares" / "1" / "model.onnx")
     assert list(repository.bundles) == ["squares"]
-    assert repository.get(Task.DETECTION).manifest.metrics is None
+    assert repository.get(task=Task.DETECTION).manifest.metrics is None
     with pytest.raises(BundleError, match=r"golden\.npz: graph: expected an ONNX graph"):
         Repository(root / "squares" / "1" / "golden.npz")
+
+
+def names(repository: Repository) -> list[str]:
+    return [f"{entry.name}@{entry.version}" for entry in repository.index() if entry.ready]
+
+
+def copy_version(source: Path, version: str) -> Path:
+    hidden, target = source.parent / f".{version}", source.parent / version
+    shutil.copytree(source, hidden)
+    manifest = json.loads((hidden / "manifest.json").read_text())
+    (hidden / "manifest.json").write_text(json.dumps({**manifest, "version": version}))
+    hidden.rename(target)
+    return target
+
+
+def spoil(bundle: Path) -> None:
+    with (bundle / "model.onnx").open("ab") as file:
+        file.write(b"x")
+
+
+def test_every_version_is_served_by_its_number(root: Path) -> None:
+    repository = Repository(root)
+    assert names(repository) == ["colours@1", "colours@2", "other@1", "squares@1"]
+    assert repository.get("colours").manifest.version == "2"
+    assert repository.get("colours@1").manifest.version == "1"
+    assert [bundle.manifest.version for bundle in repository.versions("colours")] == ["1", "2"]
+    for reference in ("colours@3", "colours@", "colours@one", "@1", "", "colours@1@1"):
+        with pytest.raises(UnknownModelError):
+            repository.get(reference)
+
+
+def test_several_roots_are_one_repository(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    copied = Path(shutil.copytree(root / "colours" / "1", elsewhere / "colours" / "1"))
+    copy_version(copied, "7")
+    shutil.rmtree(copied)
+    assert Repository(root, elsewhere).get("colours").manifest.version == "7"
+    shutil.copytree(root / "colours" / "1", copied)
+    with pytest.raises(BundleError, match="name, version: expected one of each, found the same in"):
+        Repository(root, elsewhere)
+
+
+def test_a_variant_is_loaded_when_it_is_asked_for(root: Path) -> None:
+    repository = Repository(root)
+    bundle = repository.get("colours")
+    first = repository.variant(bundle, "int8-dynamic")
+    assert first.variant is Precision.INT8_DYNAMIC
+    assert repository.variant(bundle, "int8-dynamic") is first
+    assert repository.variant(bundle, "fp32") is bundle
+    with pytest.raises(ParameterError, match="variant: expected one of fp32, fp16-weights, int8-dynamic, found 'int4'"):
+        repository.variant(bundle, "int4")
+    (root / "colours" / "2" / "model.fp16-weights.onnx").write_bytes(b"nothing")
+    with pytest.raises(BundleError, match=r"model\.fp16-weights\.onnx: size"):
+        repository.variant(bundle, "fp16-weights")
+
+
+def test_what_is_new_is_loaded_and_what_is_gone_is_dropped(root: Path) -> None:
+    repository = Repository(root)
+    assert repository.refresh() == []
+    copy_version(root / "colours" / "2", "3")
+    shutil.rmtree(root / "other")
+    changes = repository.refresh()
+    assert [change.split(" in ")[0] for change in changes] == [
+        f"gone: other@1, {root / 'other' / '1'}",
+        "loaded: colours@3",
+    ]
+    assert names(repository) == ["colours@1", "colours@2", "colours@3", "squares@1"]
+
+
+def test_a_broken_new_version_is_refused_once_and_the_old_one_goes_on(root: Path) -> None:
+    repository = Repository(root)
+    spoil(copy_version(root / "colours" / "2", "3"))
+    (refused,) = repository.refresh()
+    assert refused.startswith(f"refused: {root / 'colours' / '3' / 'model.onnx'}: size: expected")
+    assert repository.refresh() == []
+    assert repository.get("colours").manifest.version == "2"
+    (entry,) = [entry for entry in repository.index() if not entry.ready]
+    assert (entry.name, entry.version) == ("colours", "3")
+    assert "size: expected" in entry.reason
+    shutil.copy(root / "colours" / "2" / "model.onnx", root / "colours" / "3" / "model.onnx")  # mended
+    (loaded,) = repository.refresh()
+    assert loaded.startswith("loaded: colours@3")
+    assert all(entry.ready for entry in repository.index())
+
+
+def test_a_bundle_that_is_overwritten_by_a_broken_one_goes_on_as_it_was(root: Path) -> None:
+    repository = Repository(root)
+    before = repository.get("colours")
+    spoil(root / "colours" / "2")
+    (refused,) = repository.refresh()
+    assert refused.startswith("refused: ")
+    assert repository.get("colours") is before
+    (entry,) = [entry for entry in repository.index() if entry.reason]
+    assert entry.ready
+    assert entry.reason.startswith("its changed folder is refused: ")
+
+
+def test_a_root_that_is_gone_changes_nothing(root: Path) -> None:
+    repository = Repository(root)
+    root.rename(root.with_name("away"))
+    with pytest.raises(BundleError, match="no such folder"):
+        repository.refresh()
+    assert len(names(repository)) == 4
+
+
+def test_an_unloaded_model_stays_away_until_it_is_loaded_and_its_users_are_served_to_the_end(root: Path) -> None:
+    repository = Repository(root)
+    bundle = repository.get("other")
+    repository.unload("other")
+    pixels = np.zeros((1, 16, 16, 3), np.uint8)
+    assert bundle.predictor.network(pixels=pixels)[0].shape == (1, 3)
+    os.utime(root / "other" / "1" / "model.onnx")
+    assert repository.refresh() == []
+    with pytest.raises(UnknownModelError, match="no model named 'other' here; available: colours, squares"):
+        repository.get("other")
+    with pytest.raises(UnknownModelError):
+        repository.unload("other")
+    (entry,) = [entry for entry in repository.index() if not entry.ready]
+    assert (entry.name, entry.reason) == ("other", "unloaded")
+    repository.load("other")
+    assert repository.get("other").manifest.name == "other"
+    with pytest.raises(UnknownModelError, match="no model named 'cats' here; available: colours, other, squares"):
+        repository.load("cats")
+
+
+def test_load_looks_at_one_model_alone_and_refuses_it_as_a_whole(root: Path) -> None:
+    repository = Repository(root)
+    copy_version(root / "other" / "1", "2")
+    copy_version(root / "colours" / "2", "3")
+    spoil(copy_version(root / "colours" / "2", "4"))
+    with pytest.raises(BundleError, match=r"colours/4/model\.onnx: size"):
+        repository.load("colours")
+    assert names(repository) == ["colours@1", "colours@2", "other@1", "squares@1"]
+    shutil.rmtree(root / "colours" / "4")
+    repository.load("colours")
+    assert names(repository) == ["colours@1", "colours@2", "colours@3", "other@1", "squares@1"]
+
+
+def test_one_file_alone_is_unloaded_and_loaded_by_its_models_name(root: Path) -> None:
+    repository = Repository(root / "squares" / "1" / "model.onnx")
+    with pytest.raises(ParameterError, match="variant: expected none, as one ONNX file alone is served"):
+        repository.variant(repository.get(), "fp32")
+    repository.unload("squares")
+    assert names(repository) == []
+    repository.load("squares")
+    assert names(repository) == ["squares@1"]
+
+
+def test_what_an_unfinished_export_leaves_is_not_seen(root: Path) -> None:
+    shutil.copytree(root / "colours" / "1", root / "colours" / ".export-abc")
+    assert len(names(Repository(root))) == 4

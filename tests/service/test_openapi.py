@@ -1,0 +1,68 @@
+"""The OpenAPI document: valid, complete, and kept by the server."""
+
+import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from openapi_spec_validator import validate
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.routing import Route
+
+from service.app import create_app
+from service.settings import Settings
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+def test_the_document_is_valid_and_names_every_route(server: str, tmp_path: Path) -> None:
+    document = httpx.get(f"{server}/openapi.json").json()
+    validate(document)
+    own = {"/", "/openapi.json", "/docs.json"}  # the document and its page
+    routes = {route.path for route in create_app(Settings(), tmp_path).routes if isinstance(route, Route)} - own
+    assert set(document["paths"]) == routes | {"/livez", "/healthz", "/readyz"}  # BentoML's
+
+
+@pytest.fixture(scope="session")
+def api(
+    serve: Callable[..., AbstractContextManager[tuple[str, ...]]], tiny_bundles: Path
+) -> schemathesis.schemas.BaseSchema:
+    with serve(tiny_bundles, VITRINE_MODEL_CONTROL="true") as (url, *_):
+        yield schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("api")
+
+
+@schema.parametrize()
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_request_is_answered_in_a_way_that_is_not_documented(case: schemathesis.Case) -> None:
+    case.call_and_validate(checks=CHECKS)
+
+
+def test_the_page_shows_the_routes_in_a_browser_and_needs_nothing_from_elsewhere(
+    server: str, chromium: str, tmp_path: Path
+) -> None:
+    page = httpx.get(f"{server}/")
+    assert "http" not in page.text.replace("http-equiv", "")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--virtual-time-budget=10000"]
+    shown = subprocess.run([*command, "--dump-dom", f"{server}/"], capture_output=True, text=True, timeout=120)
+    for path in ("/classify", "/detect", "/models/{name}", "/v2/models/{name}/infer", "/metrics"):
+        assert f'data-path="{path}"' in shown.stdout, shown.stderr[-2000:]
