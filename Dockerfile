@@ -14,10 +14,10 @@ COPY service service
 COPY vitrine.py vitrine.py
 COPY bundles bundles
 # The server writes below /tmp only: a read-only container needs no other writable place.
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VITRINE_HOST=0.0.0.0
 USER 10001
-EXPOSE 3000
+EXPOSE 3000 8081
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:3000/readyz', timeout=2)"]
-CMD ["python", "vitrine.py", "serve", "--host", "0.0.0.0"]
+CMD ["python", "vitrine.py", "serve"]

@@ -56,6 +56,7 @@ from service.serving import Serving, observation_of, serving_of
 
 CLASSIFY_FORMS = (JSON, CSV)
 DETECT_FORMS = (JSON, CSV, PNG, JPEG)
+_MOST_JPEG_PIXELS = 65_535  # of an edge: the format has 16 bits for it
 
 A = TypeVar("A")
 
@@ -123,6 +124,8 @@ async def detect(request: Request) -> Response:
 
         def draw(image: object) -> Response:
             drawn, buffer = draw_detections(*find(image)), io.BytesIO()
+            if form == JPEG and max(drawn.size) > _MOST_JPEG_PIXELS:
+                raise NotAcceptableError(offered=f"{JSON}, {CSV}, {PNG} for so large an image", found=form)
             drawn.save(buffer, "PNG") if form == PNG else drawn.save(buffer, "JPEG", quality=90)
             return Response(buffer.getvalue(), media_type=form)
 
