@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from bundle.loading import find_bundles, load_bundle, read_manifest
-from service.settings import Settings
 
 Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
 
@@ -36,9 +35,10 @@ def approximately(value: Any) -> Any:
     return pytest.approx(value, rel=1e-3, abs=1e-3) if isinstance(value, float) else value
 
 
-def test_curl_lines_answer_what_the_readme_shows(shipped: str, root: Path) -> None:
-    examples = curl_examples((root / "README.md").read_text())
-    assert len(examples) >= 2
+def test_curl_lines_answer_what_the_guides_show(shipped: str, root: Path) -> None:
+    guides = ("README.md", "docs/service.md")
+    examples = [example for guide in guides for example in curl_examples((root / guide).read_text())]
+    assert len(examples) == 6
     for command, answer in examples:
         shown = json.loads(answer)
         local = command.replace("http://localhost:3000", shipped)
@@ -69,15 +69,10 @@ def test_shipped_cards_are_written_from_the_manifests(root: Path) -> None:
         assert (path / "README.md").read_text() == model_card(read_manifest(path))
 
 
-def test_the_settings_table_is_the_codes(root: Path) -> None:
-    rows = re.findall(r"\| `(VITRINE_\w+)` \| (.*?) \|", (root / "README.md").read_text())
-    documented = {name: default.strip("`") for name, default in rows}
-    assert set(documented) == {f"VITRINE_{name.upper()}" for name in Settings.model_fields}
-    for name, field in Settings.model_fields.items():
-        default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
-        assert name == "threads" or documented[f"VITRINE_{name.upper()}"] == default
-
-
 def test_links_lead_somewhere(root: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (root / "README.md").read_text()):
-        assert target.startswith("https://") or (root / target).exists(), target
+    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith(("https://", "http://localhost")) or (page.parent / target).exists(), (
+                page,
+                target,
+            )
