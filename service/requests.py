@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
@@ -129,7 +130,7 @@ async def _read_form(request: Request, settings: Settings) -> tuple[list[object]
                     raise ParameterError(name, expected=f"text, or the name {IMAGE} for an image", found="a file")
                 else:
                     fields.append((name, _unquoted(value)))
-    except (HTTPException, UnicodeError) as error:
+    except (HTTPException, MultiPartException, UnicodeError) as error:
         wanted = "images and their fields as multipart/form-data"
         found = error.detail if isinstance(error, HTTPException) else error
         raise ParameterError("body", expected=wanted, found=found) from error
