@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -295,6 +295,79 @@ def explain(
     except (OSError, ValueError) as error:  # the image is not there, or the picture has no known ending
         raise VitrineError(f"{error}") from error
     typer.echo("\n".join([f"explained: {out}", *(f"  {line}" for line in words)]))
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION, or an ONNX file of one.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Image files, and folders of them.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write: .jsonl, .csv or .coco.json (default: print).", show_default=False),
+    ] = None,
+    annotate: Annotated[
+        Path | None, typer.Option(help="Folder for a picture of each answer.", show_default=False)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Classes an image (default: 5).", show_default=False)] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least score of an object (default: 0.5).", show_default=False)
+    ] = None,
+    max_detections: Annotated[
+        int | None, typer.Option(help="Objects an image, at most (default: 100).", show_default=False)
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Answer this label only; may be repeated.", show_default=False)
+    ] = None,
+    variant: Annotated[
+        Precision | None,
+        typer.Option(help="Graph of the bundle (default: the one that it serves).", show_default=False),
+    ] = None,
+    providers: Providers = "cpu",
+) -> None:
+    """Classify images, or detect objects in them, without a server; run again, it goes on with the same --out."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from bundle.predicting import ask, find_sources, predict_files, summary_text, text
+    from bundle.results import check_ending, files_of
+
+    chosen = parse_providers(providers)
+    if bundle.is_file() and variant is not None:
+        raise VitrineError(f"--variant: expected none, as {bundle} is one graph, found {variant}")
+    loaded = (
+        load_file(bundle, providers=chosen)
+        if bundle.is_file()
+        else load_bundle(bundle, variant=variant, providers=chosen)
+    )
+    question = ask(loaded.predictor, top_k=top_k, threshold=threshold, max_detections=max_detections, labels=label)
+    if out is not None:
+        check_ending(out, boxes=loaded.manifest.task is Task.DETECTION)
+    own = [*(files_of(out) if out is not None else ()), *([annotate] if annotate is not None else ())]
+    sources = find_sources(paths, leave_out=own)
+    # Lines on a terminal show by themselves how far it is.
+    shown = sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    done = 0
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, redirect_stdout=False) as progress:
+        bar = progress.add_task(loaded.manifest.name, total=len(sources))
+
+        def each(number: int, record: dict[str, Any] | None) -> None:
+            nonlocal done
+            done = number
+            progress.update(bar, completed=number)
+            if out is None and record is not None:
+                typer.echo(text(record))
+
+        try:
+            summary = predict_files(loaded, question, sources, out=out, annotate=annotate, providers=chosen, each=each)
+        except KeyboardInterrupt:
+            progress.stop()
+            kept = "" if out is None else f"; they are kept, and the same command goes on to {out}"
+            typer.echo(f"vitrine: interrupted after {done} of {len(sources)} files{kept}", err=True)
+            raise typer.Exit(130) from None
+    counts = summary_text(summary)
+    typer.echo(counts if out is None else f"predicted: {out}  {counts}", err=out is None)
+    raise typer.Exit(1 if summary.errors else 0)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """The command line: what it prints, and that every mistake is one sentence."""
 
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -89,3 +91,64 @@ def test_training_without_torch_says_what_to_install(root: Path, colours: Path) 
     assert result.stderr.startswith("vitrine: this command needs ")
     assert "pip install -r requirements/train.txt" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_predict_prints_what_it_sees(tiny_bundles: Path, colours: Path, squares: Path, root: Path) -> None:
+    """Without torch, and without a progress bar where no terminal is."""
+    image, scene = colours / "test" / "red" / "0.png", squares / "images" / "test0.png"
+    python = str(root / ".venv" / "bin" / "python")
+    printed = []
+    for bundle, arguments in (
+        (tiny_bundles / "colours" / "1", [image, "--top-k", "2", "--label", "red", "--label", "blue"]),
+        (tiny_bundles / "squares" / "1" / "model.onnx", [scene, "--threshold", "0", "--max-detections", "2"]),
+    ):
+        command = [python, "-m", "vitrine", "predict", *map(str, (bundle, *arguments))]
+        result = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+        assert result.stderr == "1 image, 0 errors\n"
+        printed.append(result.stdout)
+    assert re.fullmatch(rf"{image}: red \d+\.\d%, blue \d+\.\d%\n", printed[0])
+    box = ", ".join(rf"{edge} -?\d+\.\d" for edge in ("x_min", "y_min", "x_max", "y_max"))
+    assert re.fullmatch(rf"{scene}: 2 objects\n(  (red|green|blue) \d+\.\d%  {box}\n){{2}}", printed[1])
+
+
+def test_predict_writes_results_and_pictures(
+    tiny_bundles: Path, colours: Path, tmp_path: Path, run_vitrine: Run
+) -> None:
+    bundle, out, pictures = tiny_bundles / "colours" / "1", tmp_path / "r.jsonl", tmp_path / "pictures"
+    (tmp_path / "no.jpg").write_text("no image")
+    arguments = [bundle, colours / "test", "--variant", "int8-dynamic", "--out", out, "--annotate", pictures]
+    printed = run_vitrine("predict", *arguments, tmp_path / "no.jpg", status=1)
+    assert printed == f"predicted: {out}  36 images, 1 error\n"
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found[0]["path"] == str(colours / "test" / "blue" / "0.png")
+    assert found[0]["model"] == {"name": "colours", "version": "1", "variant": "int8-dynamic"}
+    assert found[-1]["error"]["code"] == "unsupported_image_type"
+    assert {str(file.relative_to(pictures)) for file in pictures.rglob("*.png")} == {
+        record["annotated"] for record in found[:-1]
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "r.txt"], "r.txt: expected a name that ends in .jsonl, .csv, .coco.json, found .txt"),
+        (["--out", "r.coco.json"], "r.coco.json: expected .jsonl or .csv for the answers of a classifier"),
+        (["--out", "README.jsonl/r.csv"], "README.jsonl/r.csv.partial: cannot be written: No such file or directory"),
+        (["--threshold", "0.5"], "threshold: expected none: it is for a detector, found 0.5"),
+        (["--label", "rad"], "labels: expected some of the model's 3 labels, such as 'red', found 'rad'"),
+        (
+            ["--variant", "fp16"],
+            "manifest.json: variants: expected one of fp32, fp16-weights, int8-dynamic, found fp16",
+        ),
+        (["--providers", "gpu"], "provider gpu: expected one of "),
+        (["--annotate", "docs"], "docs: expected a new or an empty folder for the pictures, found files in it"),
+    ],
+)
+def test_a_mistake_of_predict_is_one_sentence(
+    arguments: list[str], message: str, tiny_bundles: Path, root: Path, run_vitrine: Run
+) -> None:
+    printed = run_vitrine("predict", tiny_bundles / "colours" / "1", "examples/frog.jpg", *arguments, status=1)
+    assert printed.startswith("vitrine: ")
+    assert message in printed
+    assert len(printed.splitlines()) == 1
+    assert not list(root.glob("r.*"))
