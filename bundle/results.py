@@ -265,7 +265,9 @@ class Results:
                 yield line
 
     def _cannot_write(self, file: Path, error: OSError) -> ResultsError:
-        kept = f"; {len(self.answered)} answers are kept, and the same command goes on" if self.answered else ""
+        count = len(self.answered)
+        answers = "1 answer is" if count == 1 else f"{count} answers are"
+        kept = f"; {answers} kept, and the same command goes on" if count else ""
         return ResultsError(file, f"cannot be written: {error.strerror or error}{kept}")
 
 
