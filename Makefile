@@ -5,7 +5,7 @@ NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
-.PHONY: help serve test check image lock clean browser
+.PHONY: help serve test check image lock proto clean browser
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -29,6 +29,9 @@ image:  ## build the container image
 
 lock:  ## pin requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: the newest of everything)
 	$(PYTHON) requirements/lock.py $(UPGRADE)
+
+proto: $(DEV)/installed  ## make Python of service/open_inference.proto
+	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. service/open_inference.proto
 
 clean:  ## remove all that was installed
 	rm -rf $(SERVE) $(DEV) $(NODE)/node_modules

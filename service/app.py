@@ -21,6 +21,8 @@ from service.errors import on_bug, on_disconnect, on_http_exception, on_timeout,
 from service.images import classify, detect
 from service.models import describe_model, list_models
 from service.openapi import DOCS_PAGE, openapi_document
+from service.protocol_grpc import grpc_server
+from service.protocol_http import protocol_routes
 from service.scheduler import Scheduler
 from service.serving import Serving
 from service.settings import Settings
@@ -60,9 +62,10 @@ def create_app(settings: Settings, shared: Path) -> Starlette:
         control = await asyncio.to_thread(Control, repository, shared, poll_seconds=settings.poll_seconds)
         app.state.serving = Serving(settings, repository, scheduler, control)
         watching = asyncio.create_task(control.watch())
-        _log.info("ready: %s", ", ".join(repository.bundles))
         try:
-            yield
+            async with grpc_server(app.state.serving):
+                _log.info("ready: %s", ", ".join(repository.bundles))
+                yield
         finally:
             watching.cancel()
             control.close()
@@ -77,6 +80,7 @@ def create_app(settings: Settings, shared: Path) -> Starlette:
             _Route("/openapi.json", openapi, methods=["GET"]),
             _Route("/docs.json", openapi, methods=["GET"]),  # where BentoML would answer a document of its own
             _Route("/", docs, methods=["GET"]),
+            *protocol_routes(_Route),
         ],
         exception_handlers={
             VitrineError: on_vitrine_error,

@@ -56,6 +56,12 @@ class OverloadedError(VitrineError):
         super().__init__(f"{limit} images wait already; try again later")
 
 
+class UnavailableError(VitrineError):
+    """The server cannot answer for now."""
+
+    code = "unavailable"
+
+
 class WorkerError(VitrineError):
     """A worker has not followed a change that another one has made."""
 
@@ -76,6 +82,7 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     UndecodableImageError: HTTPStatus.UNPROCESSABLE_ENTITY,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
     BundleError: HTTPStatus.SERVICE_UNAVAILABLE,
+    UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
     WorkerError: HTTPStatus.SERVICE_UNAVAILABLE,
     ProviderError: HTTPStatus.SERVICE_UNAVAILABLE,
 }

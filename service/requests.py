@@ -100,17 +100,17 @@ async def read_image_request(request: Request, known: Sequence[Parameter], setti
         ParameterError: there is no image, or there are too many, or a field is unknown or sent with two values.
     """
     names = tuple(parameter.name for parameter in known)
-    limited = Request(request.scope, _limited(request, settings.max_body_bytes))
-    content_type = limited.headers.get("content-type", "").partition(";")[0].strip().lower()
+    bounded = Request(request.scope, limited(request, settings.max_body_bytes))
+    content_type = bounded.headers.get("content-type", "").partition(";")[0].strip().lower()
     images: list[object]
     several = False
     if content_type == "multipart/form-data":
-        images, fields = await _read_form(limited, settings)
+        images, fields = await _read_form(bounded, settings)
         several = len(images) > 1
     elif content_type == "application/json":
-        images, fields, several = await _read_json(limited)
+        images, fields, several = await _read_json(bounded)
     else:
-        images, fields = [await limited.body()], []
+        images, fields = [await bounded.body()], []
     if len(images) > settings.max_images:
         raise ParameterError("images", expected=f"at most {settings.max_images} images", found=len(images))
     return ImageRequest(tuple(images), several, _merged([*request.query_params.multi_items(), *fields], names))
@@ -213,7 +213,12 @@ def _shown(value: object) -> str:
     return repr(value)[:100]
 
 
-def _limited(request: Request, max_bytes: int) -> Receive:
+def limited(request: Request, max_bytes: int) -> Receive:
+    """A request's body up to `max_bytes` bytes.
+
+    Raises:
+        ImageTooLargeError: it has more, now or while it is received; the rest is not read.
+    """
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > max_bytes:
         raise ImageTooLargeError(limit=max_bytes, unit="bytes", found=declared)

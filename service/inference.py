@@ -1,0 +1,352 @@
+"""The Open Inference Protocol (KServe v2) without a transport: what its requests mean and how they are answered.
+
+A model takes either its own tensors (`pixels`, of a detector also `sizes`; see the manifest) or `image`, BYTES[n]:
+encoded images, which are decoded and resized as those of `/classify` and `/detect` are. The outputs are those of the
+graph; boxes are normalised to the image (of `pixels`: to the valid region). The rows of a batch are computed side by
+side.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bundle.errors import ParameterError
+from bundle.images import decode
+from bundle.loading import Bundle
+from bundle.manifest import DetectionPreprocessing, TensorSpec
+from bundle.predictors import Classifier
+from service.observation import Observation
+from service.requests import encoded
+from service.serving import Serving
+
+SERVER = "vitrine"
+PLATFORM = "onnxruntime_onnx"
+EXTENSIONS = ("binary_tensor_data", "classification", "model_repository", "model_repository(unload_dependents)")
+IMAGE = "image"
+DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output."""
+
+    name: str
+    datatype: str  # KServe's
+    shape: tuple[int, ...]
+    data: NDArray[np.generic] | list[Any]  # of BYTES a flat list: bytes, or in a request base64 text
+
+
+@dataclass(frozen=True)
+class OutputWish:
+    """An output that the client names."""
+
+    name: str
+    classification: int = 0  # above 0: the best classes as BYTES "score:index:label" (Triton's extension)
+    binary: bool = False  # of HTTP
+
+
+@dataclass(frozen=True)
+class InferenceRequest:
+    """What a client asks a model."""
+
+    reference: str  # `name` or `name@version`
+    inputs: Sequence[Tensor]
+    outputs: Sequence[OutputWish] = ()  # none: all
+    id: str = ""
+    variant: str | None = None
+
+
+@dataclass(frozen=True)
+class InferenceAnswer:
+    """What the model answers."""
+
+    bundle: Bundle
+    outputs: Sequence[Tensor]
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class ModelMetadata:
+    """What a client has to know to ask a model; -1 stands for any length."""
+
+    name: str
+    versions: Sequence[str]
+    inputs: Sequence[Tensor]  # without data
+    outputs: Sequence[Tensor]
+
+
+def server_version() -> str:
+    """The installed version of Vitrine; "unknown" where it is not installed as a package."""
+    try:
+        return version("vitrine")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def reference(name: str, number: str) -> str:
+    """A model's name and version as `Repository.get` takes them; without a version the highest is meant."""
+    return f"{name}@{number}" if number else name
+
+
+def model_metadata(serving: Serving, model: str) -> ModelMetadata:
+    """The metadata of a served model.
+
+    Raises:
+        UnknownModelError: there is none of that name and version.
+    """
+    bundle = serving.repository.get(model)
+    manifest = bundle.manifest
+    versions = [other.manifest.version for other in serving.repository.versions(manifest.name)]
+    inputs, outputs = ([_described(spec) for spec in specs] for specs in (manifest.inputs, manifest.outputs))
+    return ModelMetadata(manifest.name, versions, [*inputs, Tensor(IMAGE, "BYTES", (-1,), [])], outputs)
+
+
+def _described(spec: TensorSpec) -> Tensor:
+    return Tensor(spec.name, spec.datatype, tuple(edge if isinstance(edge, int) else -1 for edge in spec.shape), [])
+
+
+async def infer(serving: Serving, observation: Observation, request: InferenceRequest) -> InferenceAnswer:
+    """Answer an inference request.
+
+    Raises:
+        UnknownModelError, BundleError: no model can answer it.
+        ParameterError: a tensor or an output is missing, unknown, or of another type or shape than the model's.
+        ImageError: an image cannot be used.
+        OverloadedError: too much is waiting.
+    """
+    bundle = await serving.find(request.reference, observation, variant=request.variant)
+    wishes = _wishes(bundle, request.outputs)
+    inputs = {tensor.name: tensor for tensor in request.inputs}
+    if len(inputs) != len(request.inputs):
+        raise ParameterError("inputs", expected="each name once", found=", ".join(t.name for t in request.inputs)[:200])
+    if set(inputs) == {IMAGE}:
+        work = _image_work(serving, observation, bundle, inputs[IMAGE])
+    else:
+        work = _tensor_work(serving, observation, bundle, inputs)
+    tasks = [asyncio.ensure_future(serving.scheduler.run(part, observation)) for part in work]
+    try:
+        parts = await asyncio.gather(*tasks)
+    except BaseException:  # nobody will read the others
+        for task in tasks:
+            task.cancel()
+        raise
+    names = [spec.name for spec in bundle.manifest.outputs]
+    outputs = dict(zip(names, (np.concatenate(arrays) for arrays in zip(*parts, strict=True)), strict=True))
+    tensors = [_output(bundle, wish, outputs[wish.name]) for wish in wishes]
+    return InferenceAnswer(bundle, tensors, request.id)
+
+
+def _wishes(bundle: Bundle, wanted: Sequence[OutputWish]) -> Sequence[OutputWish]:
+    known = [spec.name for spec in bundle.manifest.outputs]
+    if len({wish.name for wish in wanted}) != len(wanted):
+        raise ParameterError("outputs", expected="each name once", found=", ".join(w.name for w in wanted)[:200])
+    for wish in wanted:
+        if wish.name not in known:
+            raise ParameterError("outputs", expected=f"some of {', '.join(known)}", found=repr(wish.name[:100]))
+        if wish.classification and not isinstance(bundle.predictor, Classifier):
+            raise ParameterError("classification", expected="an output that has classes", found=wish.name)
+    return wanted or [OutputWish(name) for name in known]
+
+
+def _image_work(
+    serving: Serving, observation: Observation, bundle: Bundle, tensor: Tensor
+) -> list[Callable[[], Sequence[NDArray[np.generic]]]]:
+    if tensor.datatype != "BYTES":
+        raise ParameterError(f"input {IMAGE}: datatype", expected="BYTES", found=tensor.datatype[:20])
+    count = len(tensor.data)
+    if math.prod(tensor.shape) != count or len(tensor.shape) not in (1, 2) or tensor.shape[0] != count:
+        found = f"{list(tensor.shape)[:8]} and {count} images"
+        raise ParameterError(f"input {IMAGE}: shape", expected="[number of images]", found=found)
+    _check_count(serving, count)
+
+    def work(image: object) -> Sequence[NDArray[np.generic]]:
+        with observation.stage("decode"):
+            decoded = decode(encoded(image), max_pixels=serving.settings.max_pixels)
+            prepared = bundle.predictor.prepare(decoded)
+            feeds = bundle.predictor.inputs([prepared])  # type: ignore[list-item]  # each predictor takes its own
+        observation.images += 1
+        observation.pixels += decoded.width * decoded.height
+        return _run(observation, bundle, feeds, 1)
+
+    return [partial(work, image) for image in tensor.data]
+
+
+def _tensor_work(
+    serving: Serving, observation: Observation, bundle: Bundle, inputs: Mapping[str, Tensor]
+) -> list[Callable[[], Sequence[NDArray[np.generic]]]]:
+    specs = bundle.manifest.inputs
+    if set(inputs) != {spec.name for spec in specs}:
+        expected = f"{' and '.join(spec.name for spec in specs)}, or {IMAGE} alone"
+        raise ParameterError("inputs", expected=expected, found=", ".join(inputs)[:200] or "none")
+    arrays: Arrays = {spec.name: _checked(inputs[spec.name], spec) for spec in specs}
+    count, height, width = arrays["pixels"].shape[:3]
+    _check_count(serving, count)
+    preprocessing = bundle.manifest.preprocessing
+    longest = preprocessing.longest_edge if isinstance(preprocessing, DetectionPreprocessing) else max(height, width)
+    if min(height, width) < 1 or max(height, width) > longest:
+        expected = f"edges from 1 to {longest} pixels"
+        raise ParameterError("input pixels: shape", expected=expected, found=f"{height} x {width}")
+    sizes = arrays.get("sizes")
+    if sizes is not None and (
+        len(sizes) != count or np.any(np.less(sizes, 1)) or np.any(np.greater(sizes, [height, width]))
+    ):
+        expected = f"for each of {count} images a height from 1 to {height} and a width from 1 to {width}"
+        raise ParameterError("input sizes", expected=expected, found=str(sizes.tolist())[:100])
+    observation.images += count
+    observation.pixels += count * height * width
+    if sizes is None:  # as many parts as threads
+        bounds = np.linspace(0, count, min(count, serving.settings.threads) + 1).astype(int)
+        parts = [{name: array[a:b] for name, array in arrays.items()} for a, b in pairwise(bounds)]
+    else:  # a detector's memory grows with the padded batch: one image each, without its padding
+        parts = [
+            {"pixels": np.ascontiguousarray(arrays["pixels"][i : i + 1, :h, :w]), "sizes": sizes[i : i + 1]}
+            for i, (h, w) in enumerate(sizes.tolist())
+        ]
+    return [partial(_run, observation, bundle, feeds, len(feeds["pixels"])) for feeds in parts]
+
+
+def _check_count(serving: Serving, count: int) -> None:
+    if not 1 <= count <= serving.settings.max_images:
+        raise ParameterError("inputs", expected=f"1 to {serving.settings.max_images} images", found=count)
+
+
+def _checked(tensor: Tensor, spec: TensorSpec) -> NDArray[np.generic]:
+    """A tensor as the array that the graph takes."""
+    if tensor.datatype != spec.datatype:
+        raise ParameterError(f"input {spec.name}: datatype", expected=spec.datatype, found=tensor.datatype[:20])
+    fits = len(tensor.shape) == len(spec.shape) and all(
+        wanted in (found, -1) or isinstance(wanted, str) for found, wanted in zip(tensor.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        expected = f"[{', '.join(map(str, spec.shape))}]"
+        raise ParameterError(f"input {spec.name}: shape", expected=expected, found=str(list(tensor.shape))[:100])
+    assert isinstance(tensor.data, np.ndarray)
+    return tensor.data.reshape(tensor.shape)
+
+
+def _run(observation: Observation, bundle: Bundle, feeds: Arrays, count: int) -> Sequence[NDArray[np.generic]]:
+    observation.batches.append(count)
+    try:
+        with observation.stage("inference"):
+            return bundle.predictor.network(**feeds)
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        found = str(error).splitlines()[0][:300]  # a size, say, that the network's strides do not take
+        raise ParameterError("inputs", expected="tensors that the network can compute with", found=found) from error
+
+
+def _output(bundle: Bundle, wish: OutputWish, array: NDArray[np.generic]) -> Tensor:
+    if not wish.classification:
+        (datatype,) = [spec.datatype for spec in bundle.manifest.outputs if spec.name == wish.name]
+        return Tensor(wish.name, datatype, array.shape, array)
+    labels = bundle.predictor.labels
+    count = min(wish.classification, len(labels))
+    best = np.argsort(-array.astype(np.float32), axis=1, kind="stable")[:, :count]
+    texts = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(array, best, strict=True) for i in order]
+    return Tensor(wish.name, "BYTES", (len(array), count), texts)
+
+
+def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
+    """A tensor in binary form: numbers little-endian in row-major order; of BYTES each element after its length
+    (four bytes, little-endian). Numbers are not copied.
+
+    Raises:
+        ParameterError: the datatype is unknown, or there are too few or too many bytes.
+    """
+    shape = _shape(name, shape)
+    if datatype == "BYTES":
+        return Tensor(name, datatype, shape, _elements(name, data))
+    size = math.prod(shape) * np.dtype(_dtype(name, datatype)).itemsize
+    if size != len(data):
+        raise ParameterError(f"input {name}: data", expected=f"{size} bytes for its shape", found=f"{len(data)}")
+    return Tensor(name, datatype, shape, np.frombuffer(data, np.dtype(_dtype(name, datatype)).newbyteorder("<")))
+
+
+def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: object) -> Tensor:
+    """A tensor of a list of numbers (of BYTES: of texts or bytes), flat or nested.
+
+    Raises:
+        ParameterError: they are not of the datatype or the shape.
+    """
+    shape = _shape(name, shape)
+    if datatype == "BYTES":
+        return Tensor(name, datatype, shape, _flat(values))
+    dtype = _dtype(name, datatype)
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError) as error:
+        raise ParameterError(f"input {name}: data", expected="a list of numbers", found=error) from error
+    if array.size == 0:
+        array = array.astype(dtype)
+    whole = dtype is not np.float32
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        expected = "integers" if whole else "numbers"
+        raise ParameterError(f"input {name}: data", expected=expected, found=f"{array.dtype.name} values")
+    if whole and array.size:
+        limits = np.iinfo(dtype)  # type: ignore[type-var]
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            expected, found = f"{limits.min} to {limits.max}", f"{array.min()} to {array.max()}"
+            raise ParameterError(f"input {name}: data", expected=expected, found=found)
+    if array.size != math.prod(shape):
+        expected = f"{math.prod(shape)} values for its shape"
+        raise ParameterError(f"input {name}: data", expected=expected, found=array.size)
+    return Tensor(name, datatype, shape, array.astype(dtype).ravel())
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """A tensor in binary form, see `tensor_of_bytes`."""
+    if isinstance(tensor.data, np.ndarray):
+        return tensor.data.tobytes()
+    return b"".join(len(element).to_bytes(4, "little") + element for element in tensor.data)
+
+
+def _dtype(name: str, datatype: str) -> type[np.generic]:
+    if datatype not in DTYPES:
+        expected = f"one of {', '.join((*DTYPES, 'BYTES'))}"
+        raise ParameterError(f"input {name}: datatype", expected=expected, found=repr(datatype[:20]))
+    return DTYPES[datatype]
+
+
+def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    if len(shape) > 8 or any(not 0 <= edge < 2**31 for edge in shape):
+        expected = "at most 8 lengths from 0 to 2147483647"
+        raise ParameterError(f"input {name}: shape", expected=expected, found=str(list(shape))[:100])
+    return tuple(shape)
+
+
+def _elements(name: str, data: memoryview) -> list[bytes]:
+    elements: list[bytes] = []
+    start = 0
+    while start < len(data):
+        end = start + 4 + int.from_bytes(data[start : start + 4], "little")
+        if start + 4 > len(data) or end > len(data):
+            expected = "each element after its length in four bytes"
+            raise ParameterError(f"input {name}: data", expected=expected, found=f"an end in element {len(elements)}")
+        elements.append(bytes(data[start + 4 : end]))
+        start = end
+    return elements
+
+
+def _flat(values: object) -> list[Any]:
+    if not isinstance(values, list):
+        return [values]
+    found: list[Any] = []
+    pending = list(reversed(values))
+    while pending:  # no recursion: the nesting is the client's
+        value = pending.pop()
+        if isinstance(value, list):
+            pending.extend(reversed(value))
+        else:
+            found.append(value)
+    return found
