@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from bundle.errors import VitrineError
 from bundle.repository import Repository
 from bundle.runtime import parse_providers
+from service import metrics
 from service.control import Control
 from service.errors import on_bug, on_disconnect, on_http_exception, on_timeout, on_vitrine_error
 from service.images import classify, detect
@@ -24,7 +25,7 @@ from service.openapi import DOCS_PAGE, openapi_document
 from service.protocol_grpc import grpc_server
 from service.protocol_http import protocol_routes
 from service.scheduler import Scheduler
-from service.serving import Serving
+from service.serving import Serving, serving_of
 from service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
@@ -38,6 +39,14 @@ async def openapi(request: Request) -> Response:
 async def docs(request: Request) -> Response:
     """`GET /`: the OpenAPI page."""
     return HTMLResponse(DOCS_PAGE)
+
+
+async def prometheus(request: Request) -> Response:
+    """`GET /metrics`."""
+    serving = serving_of(request)
+    metrics.queued(serving.scheduler.waiting, serving.scheduler.running)
+    text = await asyncio.to_thread(metrics.exposition, serving.repository)
+    return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 class _Route(Route):
@@ -79,6 +88,7 @@ def create_app(settings: Settings, shared: Path) -> Starlette:
             _Route("/models/{name}", describe_model, methods=["GET"]),
             _Route("/openapi.json", openapi, methods=["GET"]),
             _Route("/docs.json", openapi, methods=["GET"]),  # where BentoML would answer a document of its own
+            _Route("/metrics", prometheus, methods=["GET"]),
             _Route("/", docs, methods=["GET"]),
             *protocol_routes(_Route),
         ],

@@ -1,6 +1,5 @@
 """What is known of one request while it is answered: the one source of its log line, metrics, spans and headers."""
 
-import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -8,12 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from bundle.loading import Bundle
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 STAGES = ("decode", "queue", "inference")
 
 
@@ -30,6 +25,9 @@ class Observation:
     """One request, over HTTP or gRPC. Threads may add stages at the same time."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    method: str = ""
+    path: str = ""  # as the client wrote it
+    client: str = ""  # its address
     route: str = ""  # its template, such as /v2/models/{name}/infer or a gRPC method; never what the client wrote
     model: str = ""
     version: str = ""
@@ -38,7 +36,11 @@ class Observation:
     pixels: int = 0  # of the images as they were sent, upright
     batches: list[int] = field(default_factory=list)  # images in each call of the network
     stages: list[Stage] = field(default_factory=list)
+    status: str = ""  # of HTTP, or the name of gRPC's; empty before the answer begins
     error: str = ""  # the code of the error that was answered
+    bytes_in: int = 0
+    bytes_out: int = 0
+    trace_id: str = ""  # empty where it is not traced
 
     def answered_by(self, bundle: Bundle) -> None:
         """Note which bundle answers."""
@@ -61,29 +63,3 @@ class Observation:
     def seconds(self, name: str) -> float:
         """The sum of the stages of that name; more than the request took where images were worked on side by side."""
         return sum(stage.end - stage.start for stage in self.stages if stage.name == name) / 1e9
-
-
-class ObservationMiddleware:
-    """Observes each HTTP request; its answer has `X-Request-ID` (the client's, or a new one) and `Server-Timing`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        sent = Headers(scope=scope).get("x-request-id", "")
-        observation = Observation(request_id=sent) if _REQUEST_ID.fullmatch(sent) else Observation()
-        scope["vitrine.observation"] = observation
-
-        async def send_observed(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = observation.request_id
-                if observation.stages:
-                    timing = (f"{name};dur={1000 * observation.seconds(name):.2f}" for name in STAGES)
-                    headers["Server-Timing"] = ", ".join(timing)
-            await send(message)
-
-        await self.app(scope, receive, send_observed)

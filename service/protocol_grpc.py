@@ -33,6 +33,7 @@ from service.inference import (
     tensor_of_values,
 )
 from service.observation import Observation
+from service.observing import observed, request_id
 from service.serving import Serving
 
 _log = logging.getLogger("bentoml.vitrine")
@@ -112,6 +113,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Ask a model."""
 
         async def answer(observation: Observation) -> pb.ModelInferResponse:
+            observation.bytes_in = sum(map(len, request.raw_input_contents))
             async with asyncio.timeout(self._serving.settings.timeout_seconds):
                 answered = await infer(self._serving, observation, parse(request))
             manifest = answered.bundle.manifest
@@ -175,20 +177,33 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self, method: str, context: Context, answer: Callable[[Observation], Awaitable[Answer]]
     ) -> Answer:
         """What `answer` gives; an error becomes the protocol's status with the same sentence as over HTTP."""
-        observation = Observation(route=f"/{SERVICE}/{method}")
+        metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
+        route = f"/{SERVICE}/{method}"
+        observation = Observation(
+            method="gRPC",
+            path=route,
+            route=route,
+            client=context.peer(),
+            request_id=request_id(metadata.get("x-request-id")),
+        )
         code, sentence = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
-        try:
-            return await answer(observation)
-        except VitrineError as error:
-            observation.error = error.code
-            code, sentence = CODES[STATUS[type(error)]], str(error)
-        except TimeoutError:
-            observation.error = TIMEOUT
-            code, sentence = grpc.StatusCode.DEADLINE_EXCEEDED, "the request was not answered in time"
-        except Exception:
-            observation.error = "internal_error"
-            _log.exception("%s failed", method)
-        await context.abort(code, sentence)
+        with observed(observation):
+            try:
+                answered = await answer(observation)
+            except VitrineError as error:
+                observation.error = error.code
+                code, sentence = CODES[STATUS[type(error)]], str(error)
+            except TimeoutError:
+                observation.error = TIMEOUT
+                code, sentence = grpc.StatusCode.DEADLINE_EXCEEDED, "the request was not answered in time"
+            except Exception:
+                observation.error = "internal_error"
+                _log.exception("%s failed", method)
+            else:
+                observation.status = grpc.StatusCode.OK.name
+                return answered
+            observation.status = code.name
+            await context.abort(code, sentence)
         raise AssertionError("abort raises")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from service import metrics
 from service.errors import OverloadedError
 from service.observation import Observation
 
@@ -68,7 +69,9 @@ class Scheduler:
             finally:
                 with self._counting:
                     del self._running[number]
+                metrics.queued(self._waiting, self.running)
 
+        metrics.queued(self._waiting, self.running)
         future = self._pool.submit(begin)
         future.add_done_callback(self._left)
         return await asyncio.wrap_future(future)

@@ -9,7 +9,8 @@ import bentoml
 from service.app import create_app
 from service.bentoml_client import ClientSchemaMiddleware
 from service.errors import ErrorShapeMiddleware
-from service.observation import ObservationMiddleware
+from service.logs import configure
+from service.observing import ObservationMiddleware
 from service.serving import Serving
 from service.settings import read_settings
 
@@ -19,6 +20,7 @@ if _SHARED not in os.environ:
     os.environ[_SHARED] = tempfile.mkdtemp(prefix="vitrine-")
 
 _settings = read_settings()
+configure(_settings.log_format)
 _app = create_app(_settings, Path(os.environ[_SHARED]))
 
 
@@ -36,7 +38,7 @@ class Vitrine:
 
 # BentoML's own timeout cannot be switched off and answers in another shape: it only has to be the later one.
 # Its access log decodes a request's content type as UTF-8: any other would break the answer. Its metrics have a label
-# for every path that anybody asks for, without end. Ours are in `service.observation`.
+# for every path that anybody asks for, without end. Ours are in `service.metrics`.
 vitrine = bentoml.service(
     name="vitrine",
     workers=_settings.workers,

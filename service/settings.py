@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from bundle.errors import VitrineError
 from bundle.images import MAX_PIXELS
 from bundle.runtime import available_cores
+from service.logs import LogFormat
 
 
 class SettingsError(VitrineError):
@@ -39,6 +40,8 @@ class Settings(BaseSettings):
     max_queue: Annotated[int, Field(ge=1)] = 256  # images that may wait for a thread
     timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 30.0  # from a request's headers to its answer
     stuck_seconds: Annotated[float, Field(gt=0)] = 120.0  # after which a computing thread counts as stuck
+
+    log_format: LogFormat = "auto"  # json, text, or text on a terminal only
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024  # of one request
     max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = MAX_PIXELS  # of one image

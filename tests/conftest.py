@@ -170,7 +170,12 @@ def serving(bundles: Path, *options: str, **environment: str) -> Iterator[Server
         probe.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
         port, grpc_port = probe.getsockname()[1], other.getsockname()[1]
-    settings = {"VITRINE_BUNDLES": str(bundles), "VITRINE_PORT": str(port), "VITRINE_GRPC_PORT": str(grpc_port)}
+    settings = {
+        "VITRINE_BUNDLES": str(bundles),
+        "VITRINE_PORT": str(port),
+        "VITRINE_GRPC_PORT": str(grpc_port),
+        "VITRINE_LOG_FORMAT": "text",
+    }
     process = subprocess.Popen(
         [str(SERVING_PYTHON), "-m", "vitrine", "serve", *options],
         cwd=ROOT,

@@ -1,0 +1,41 @@
+"""Spans of a request's stages, below the span that BentoML's OpenTelemetry middleware makes of the request."""
+
+from opentelemetry import trace
+from opentelemetry.trace import Span
+
+from service.observation import Observation
+
+
+def trace_id() -> str:
+    """Of the trace that is recorded now, in hexadecimal; empty where none is."""
+    span = trace.get_current_span()
+    return f"{span.get_span_context().trace_id:032x}" if _is_sampled(span) else ""
+
+
+def record_spans(observation: Observation, parent: Span) -> None:
+    """Write the stages of a finished request as children of its span; nothing where it is not recorded."""
+    if not _is_sampled(parent):
+        return
+    known = {"model": observation.model, "version": observation.version, "variant": observation.variant}
+    attributes = {f"vitrine.{name}": value for name, value in known.items() if value}
+    parent.set_attributes({**attributes, "vitrine.images": observation.images, "vitrine.id": observation.request_id})
+    if observation.route:
+        parent.set_attribute("http.route", observation.route)
+    context = trace.set_span_in_context(parent)
+    tracer = _tracer()
+    for stage in observation.stages:
+        span = tracer.start_span(stage.name, context, attributes=attributes, start_time=stage.start)
+        span.end(stage.end)
+
+
+def _is_sampled(span: Span) -> bool:
+    # BentoML's spans record even where none is ever sent.
+    return span.is_recording() and span.get_span_context().trace_flags.sampled
+
+
+def _tracer() -> trace.Tracer:
+    # BentoML does not make its provider the global one.
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    provider: trace.TracerProvider = BentoMLContainer.tracer_provider.get()
+    return provider.get_tracer("vitrine")
