@@ -13,6 +13,7 @@ from service.logs import configure
 from service.observing import ObservationMiddleware
 from service.serving import Serving
 from service.settings import read_settings
+from service.tracing import bentoml_tracing
 
 # The arbiter imports this module before it starts the workers, which inherit its environment. Not a setting.
 _SHARED = "_VITRINE_SHARED"
@@ -45,6 +46,7 @@ vitrine = bentoml.service(
     traffic={"timeout": 90},
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},
+    tracing=bentoml_tracing(_settings),
 )(Vitrine)
 vitrine.mount_asgi_app(_app, path="/")
 vitrine.add_asgi_middleware(ObservationMiddleware)

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
 
     log_format: LogFormat = "auto"  # json, text, or text on a terminal only
 
+    traces_endpoint: str = ""  # of an OTLP/HTTP collector: http://localhost:4318/v1/traces; empty: no traces
+    traces_share: Annotated[float, Field(ge=0, le=1)] = (
+        1.0  # of the requests that are traced, unless the client decides
+    )
+
     max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024  # of one request
     max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = MAX_PIXELS  # of one image
     max_images: Annotated[int, Field(ge=1)] = 32  # of one request

@@ -1,9 +1,23 @@
 """Spans of a request's stages, below the span that BentoML's OpenTelemetry middleware makes of the request."""
 
+from typing import Any
+
 from opentelemetry import trace
 from opentelemetry.trace import Span
 
 from service.observation import Observation
+from service.settings import Settings
+
+
+def bentoml_tracing(settings: Settings) -> dict[str, Any]:
+    """BentoML's configuration of tracing. Without a collector its middleware lets all requests pass."""
+    if not settings.traces_endpoint:
+        return {"excluded_urls": ".*"}  # it would build a span for every event of every request, and send none
+    return {
+        "exporter_type": "otlp",
+        "sample_rate": settings.traces_share,
+        "otlp": {"protocol": "http", "endpoint": settings.traces_endpoint, "http": {}},
+    }
 
 
 def trace_id() -> str:
