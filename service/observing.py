@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from opentelemetry import trace
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,9 +25,8 @@ def request_id(sent: str | None) -> str:
 
 @contextmanager
 def observed(observation: Observation) -> Iterator[None]:
-    """A request, over HTTP or gRPC; when the block ends, it is logged, counted and traced with `observation.status`."""
+    """A request, over HTTP or gRPC; when the block ends, it is logged and counted with `observation.status`."""
     start = time.monotonic()
-    span = trace.get_current_span()
     observation.trace_id = trace_id()
     metrics.began()
     try:
@@ -37,7 +35,6 @@ def observed(observation: Observation) -> Iterator[None]:
         seconds = time.monotonic() - start
         status = observation.status or _INCOMPLETE
         metrics.record(observation, status, seconds)
-        record_spans(observation, span)
         log_request(observation, status, seconds)
 
 
@@ -68,6 +65,7 @@ class ObservationMiddleware:
         async def send_observed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 observation.status = str(message["status"])
+                record_spans(observation)  # the middleware of OpenTelemetry ends the request's span with the body
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = observation.request_id
                 if observation.stages:

@@ -35,6 +35,7 @@ from service.inference import (
 from service.observation import Observation
 from service.observing import observed, request_id
 from service.serving import Serving
+from service.tracing import grpc_span, record_spans
 
 _log = logging.getLogger("bentoml.vitrine")
 
@@ -187,7 +188,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             request_id=request_id(metadata.get("x-request-id")),
         )
         code, sentence = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
-        with observed(observation):
+        with grpc_span(self._serving.settings, route, metadata), observed(observation):
             try:
                 answered = await answer(observation)
             except VitrineError as error:
@@ -201,8 +202,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
                 _log.exception("%s failed", method)
             else:
                 observation.status = grpc.StatusCode.OK.name
+                record_spans(observation)
                 return answered
             observation.status = code.name
+            record_spans(observation)
             await context.abort(code, sentence)
         raise AssertionError("abort raises")
 

@@ -1,9 +1,11 @@
 """Spans of a request's stages, below the span that BentoML's OpenTelemetry middleware makes of the request."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from opentelemetry import trace
-from opentelemetry.trace import Span
+from opentelemetry import propagate, trace
+from opentelemetry.trace import Span, SpanKind
 
 from service.observation import Observation
 from service.settings import Settings
@@ -26,13 +28,15 @@ def trace_id() -> str:
     return f"{span.get_span_context().trace_id:032x}" if _is_sampled(span) else ""
 
 
-def record_spans(observation: Observation, parent: Span) -> None:
-    """Write the stages of a finished request as children of its span; nothing where it is not recorded."""
+def record_spans(observation: Observation) -> None:
+    """Write the stages of a request as children of its span, which must not have ended yet."""
+    parent = trace.get_current_span()
     if not _is_sampled(parent):
         return
     known = {"model": observation.model, "version": observation.version, "variant": observation.variant}
     attributes = {f"vitrine.{name}": value for name, value in known.items() if value}
-    parent.set_attributes({**attributes, "vitrine.images": observation.images, "vitrine.id": observation.request_id})
+    own = {"images": observation.images, "request_id": observation.request_id, "error": observation.error}
+    parent.set_attributes({**attributes, **{f"vitrine.{name}": value for name, value in own.items() if value}})
     if observation.route:
         parent.set_attribute("http.route", observation.route)
     context = trace.set_span_in_context(parent)
@@ -40,6 +44,17 @@ def record_spans(observation: Observation, parent: Span) -> None:
     for stage in observation.stages:
         span = tracer.start_span(stage.name, context, attributes=attributes, start_time=stage.start)
         span.end(stage.end)
+
+
+@contextmanager
+def grpc_span(settings: Settings, method: str, metadata: Mapping[str, str]) -> Iterator[None]:
+    """The span of a gRPC call, as BentoML's middleware makes one of an HTTP request (W3C trace context)."""
+    if not settings.traces_endpoint:
+        yield
+        return
+    context = propagate.extract(metadata)
+    with _tracer().start_as_current_span(method.removeprefix("/"), context, SpanKind.SERVER):
+        yield
 
 
 def _is_sampled(span: Span) -> bool:
