@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,9 +15,10 @@ import typer
 from bundle.errors import VitrineError, unknown
 from bundle.images import decode
 from bundle.loading import find_bundles, load_bundle, load_explain_network, load_file, read_manifest
+from bundle.machine import available_cores
 from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
 from bundle.repository import Repository
-from bundle.runtime import available_cores, parse_providers
+from bundle.runtime import parse_providers
 from bundle.tolerances import MAX_DROP
 
 app = typer.Typer(
@@ -382,34 +384,63 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on, in place of VITRINE_HOST.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on, in place of VITRINE_PORT.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Of gRPC, in place of VITRINE_GRPC_PORT; 0: none.")] = None,
+    settings_file: Annotated[
+        Path | None, typer.Option("--settings", help="YAML file of settings, in place of VITRINE_SETTINGS.")
+    ] = None,
+    print_settings: Annotated[bool, typer.Option(help="Print the settings that hold, and end.")] = False,
 ) -> None:
     """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP and gRPC."""
-    from service.settings import read_settings
+    from service.access import Keys
+    from service.logs import wants_json
+    from service.settings import FILE_VARIABLE, read_settings, shown
 
-    for name, option in (("HOST", host), ("PORT", port), ("GRPC_PORT", grpc_port)):
-        if option is not None:
-            os.environ[f"VITRINE_{name}"] = str(option)
+    options = {"VITRINE_HOST": host, "VITRINE_PORT": port, "VITRINE_GRPC_PORT": grpc_port, FILE_VARIABLE: settings_file}
+    os.environ.update({name: str(option) for name, option in options.items() if option is not None})
     settings = read_settings()
+    if print_settings:
+        typer.echo(shown(settings))
+        return
     host, port = settings.host, settings.port
     _check_address(host, port)
     if settings.grpc_port:
         _check_address(host, settings.grpc_port)
+    Keys(settings.api_keys, settings.api_keys_file)
     # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
     repository = Repository(*settings.bundles, providers=parse_providers(settings.providers))
     manifests = [bundle.manifest for bundle in repository.bundles.values()]
-    typer.echo(f"Vitrine serves {', '.join(map(str, settings.bundles))} on http://{host}:{port}")
-    for manifest in manifests:
-        typer.echo(f"  {_summary(manifest)}")
-    for task, line in _CURL.items():
-        names = [manifest.name for manifest in manifests if manifest.task is task]
-        if names:
-            typer.echo(f"  try: {line.format(model=names[-1], host=host, port=port)}")
+    if not wants_json(settings.log_format):
+        _greet(settings.bundles, host, port, manifests)
     sys.stdout.flush()
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
     # Servers that share BentoML's home share the files behind /metrics, and each deletes them when it starts.
     os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="vitrine-")
     command = [sys.executable, "-m", "bentoml", "serve", "service.service:vitrine", "--host", host, "--port", str(port)]
     os.execv(sys.executable, command)
+
+
+def _greet(roots: Sequence[Path], host: str, port: int, manifests: Sequence[Identity]) -> None:
+    """Say what is served where, and what to try."""
+    typer.echo(f"Vitrine serves {', '.join(map(str, roots))} on http://{host}:{port}")
+    for manifest in manifests:
+        typer.echo(f"  {_summary(manifest)}")
+    for task, line in _CURL.items():
+        names = [manifest.name for manifest in manifests if manifest.task is task]
+        if names:
+            typer.echo(f"  try: {line.format(model=names[-1], host=host, port=port)}")
+
+
+@app.command()
+def key(name: Annotated[str, typer.Option(help="Whose it is, to tell the lines of the file apart.")] = "") -> None:
+    """Make an API key, and the line for VITRINE_API_KEYS_FILE that lets it in."""
+    import secrets
+
+    from service.access import hash_key
+
+    if len(name.split()) > 1 or "#" in name:
+        raise VitrineError(f"--name: expected one word, found {name!r}")
+    made = secrets.token_urlsafe(32)
+    typer.echo(f"key, shown only once:  {made}")
+    typer.echo(f"line for the file:     {f'{name} {hash_key(made)}'.strip()}")
 
 
 def _check_address(host: str, port: int) -> None:

@@ -20,10 +20,10 @@ from bundle.drawing import draw_classification, draw_detections
 from bundle.errors import ImageError, ImageTooLargeError, ParameterError, UnsupportedImageError, VitrineError
 from bundle.images import SUPPORTED_FORMATS, decode
 from bundle.loading import Bundle, hash_file
+from bundle.machine import available_cores
 from bundle.manifest import Manifest
 from bundle.predictors import Classifier, Detector, Predictor
 from bundle.results import Record, Results, ResultsError
-from bundle.runtime import available_cores
 
 MAX_BYTES = 512 * 2**20  # of one file: more than any image of `MAX_PIXELS` has, however it is stored
 _WAITING = 4  # images a thread that are in work, or answered and wait for one before them

@@ -1,6 +1,5 @@
 """ONNX Runtime behind the `Network` call of `bundle.predictors`."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,21 +16,6 @@ from bundle.manifest import TensorSpec
 
 CPU = ("CPUExecutionProvider",)
 _DATATYPES = {"tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(float)": "FP32"}
-
-
-def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Whole cores that this process may use: the least of the machine's, its affinity and its cgroup's CPU quota."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" means no quota
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        cores = min(cores, int(quota) // int(period))
-    with contextlib.suppress(OSError, ValueError):  # cgroup v1; -1 means no quota
-        quota_us = int((cgroup / "cpu" / "cpu.cfs_quota_us").read_text())
-        period_us = int((cgroup / "cpu" / "cpu.cfs_period_us").read_text())
-        cores = min(cores, quota_us // period_us) if quota_us > 0 else cores
-    return max(1, cores)
 
 
 def parse_providers(text: str) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ import numpy as np
 import onnxruntime
 import torch
 
+from bundle.machine import available_cores
 from bundle.manifest import Latency, LatencyRow
-from bundle.runtime import available_cores
 from export.errors import ExportError
 from export.parity import Inputs
 from models.serving import ServedClassifier, ServedDetector

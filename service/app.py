@@ -17,6 +17,7 @@ from bundle.errors import VitrineError
 from bundle.repository import Repository
 from bundle.runtime import parse_providers
 from service import metrics
+from service.access import Keys
 from service.control import Control
 from service.errors import on_bug, on_disconnect, on_http_exception, on_timeout, on_vitrine_error
 from service.images import classify, detect
@@ -27,7 +28,9 @@ from service.protocol_http import protocol_routes
 from service.scheduler import Scheduler
 from service.serving import Serving, serving_of
 from service.settings import Settings
+from service.sizing import Sizing
 
+_LOOPBACK = ("127.0.0.1", "::1")
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 
 
@@ -57,7 +60,7 @@ class _Route(Route):
         await super().handle(scope, receive, send)
 
 
-def create_app(settings: Settings, shared: Path) -> Starlette:
+def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> Starlette:
     """The routes as an ASGI application that loads its bundles when it starts.
 
     It needs `ObservationMiddleware` around it. `shared` is a folder of all workers of this server.
@@ -67,12 +70,15 @@ def create_app(settings: Settings, shared: Path) -> Starlette:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         providers = parse_providers(settings.providers)
         repository = await asyncio.to_thread(Repository, *settings.bundles, providers=providers)
-        scheduler = Scheduler(settings.threads, settings.max_queue)
+        scheduler = Scheduler(sizing.threads, settings.max_queue)
         control = await asyncio.to_thread(Control, repository, shared, poll_seconds=settings.poll_seconds)
-        app.state.serving = Serving(settings, repository, scheduler, control)
+        app.state.serving = Serving(settings, repository, scheduler, control, keys)
         watching = asyncio.create_task(control.watch())
         try:
             async with grpc_server(app.state.serving):
+                _log.info("%s", sizing.reason)
+                if settings.host not in _LOOPBACK and not keys.needed:
+                    _log.warning("everybody who reaches %s may ask: no VITRINE_API_KEYS are set", settings.host)
                 _log.info("ready: %s", ", ".join(repository.bundles))
                 yield
         finally:

@@ -205,7 +205,7 @@ def _tensor_work(
     observation.images += count
     observation.pixels += count * height * width
     if sizes is None:  # as many parts as threads
-        bounds = np.linspace(0, count, min(count, serving.settings.threads) + 1).astype(int)
+        bounds = np.linspace(0, count, min(count, serving.scheduler.threads) + 1).astype(int)
         parts = [{name: array[a:b] for name, array in arrays.items()} for a, b in pairwise(bounds)]
     else:  # a detector's memory grows with the padded batch: one image each, without its padding
         parts = [

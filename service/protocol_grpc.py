@@ -190,6 +190,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         code, sentence = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
         with grpc_span(self._serving.settings, route, metadata), observed(observation):
             try:
+                self._serving.keys.check(metadata.get("authorization"), metadata.get("x-api-key"))
                 answered = await answer(observation)
             except VitrineError as error:
                 observation.error = error.code

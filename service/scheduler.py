@@ -22,6 +22,7 @@ class Scheduler:
 
     def __init__(self, threads: int, max_queue: int) -> None:
         """Args: how many pieces of work run at once, and how many may wait."""
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "image")
         self._max_queue = max_queue
         self._counting = threading.Lock()

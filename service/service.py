@@ -5,14 +5,18 @@ import tempfile
 from pathlib import Path
 
 import bentoml
+from starlette.middleware.cors import CORSMiddleware
 
+from service.access import AccessMiddleware, Keys
 from service.app import create_app
 from service.bentoml_client import ClientSchemaMiddleware
 from service.errors import ErrorShapeMiddleware
 from service.logs import configure
 from service.observing import ObservationMiddleware
+from service.protocol_http import HEADER_LENGTH
 from service.serving import Serving
 from service.settings import read_settings
+from service.sizing import size
 from service.tracing import bentoml_tracing
 
 # The arbiter imports this module before it starts the workers, which inherit its environment. Not a setting.
@@ -22,7 +26,9 @@ if _SHARED not in os.environ:
 
 _settings = read_settings()
 configure(_settings.log_format)
-_app = create_app(_settings, Path(os.environ[_SHARED]))
+_sizing = size(_settings)
+_keys = Keys(_settings.api_keys, _settings.api_keys_file)
+_app = create_app(_settings, _sizing, _keys, Path(os.environ[_SHARED]))
 
 
 class Vitrine:
@@ -42,7 +48,7 @@ class Vitrine:
 # for every path that anybody asks for, without end. Ours are in `service.metrics`.
 vitrine = bentoml.service(
     name="vitrine",
-    workers=_settings.workers,
+    workers=_sizing.workers,
     traffic={"timeout": 90},
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},
@@ -50,5 +56,14 @@ vitrine = bentoml.service(
 )(Vitrine)
 vitrine.mount_asgi_app(_app, path="/")
 vitrine.add_asgi_middleware(ObservationMiddleware)
+if _settings.cors_origins:  # outside of access: a browser asks for permission without a key
+    vitrine.add_asgi_middleware(
+        CORSMiddleware,
+        allow_origins=_settings.cors_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID", HEADER_LENGTH],
+        expose_headers=["X-Request-ID", "Server-Timing", "Retry-After", HEADER_LENGTH],
+    )
+vitrine.add_asgi_middleware(AccessMiddleware, keys=_keys, metrics_need_key=_settings.metrics_need_key)
 vitrine.add_asgi_middleware(ErrorShapeMiddleware)
 vitrine.add_asgi_middleware(ClientSchemaMiddleware)

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from bundle.loading import Bundle
 from bundle.manifest import Task
 from bundle.repository import Repository
+from service.access import Keys
 from service.control import Control
 from service.errors import ForbiddenError
 from service.observation import Observation
@@ -23,6 +24,7 @@ class Serving:
     repository: Repository
     scheduler: Scheduler
     control: Control
+    keys: Keys
 
     def live(self) -> bool:
         """Whether every computing thread gets on: none is at one piece of work for longer than `stuck_seconds`."""

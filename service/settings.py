@@ -1,72 +1,173 @@
-"""What an operator can set, from the environment (`VITRINE_...`)."""
+"""What an operator can set: environment variables (`VITRINE_...`), or a YAML file that `VITRINE_SETTINGS` names."""
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import yaml
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
-from bundle.errors import VitrineError
+from bundle.errors import VitrineError, unknown
 from bundle.images import MAX_PIXELS
-from bundle.runtime import available_cores
+from service.access import LEAST_CHARACTERS, hash_key, is_hash
 from service.logs import LogFormat
+
+PREFIX = "VITRINE_"
+FILE_VARIABLE = "VITRINE_SETTINGS"
+
+_Texts = Annotated[tuple[str, ...], NoDecode]
 
 
 class SettingsError(VitrineError):
-    """An environment variable has a value that cannot be used."""
+    """A setting is unknown or has a value that cannot be used."""
 
     code = "invalid_setting"
 
 
 class Settings(BaseSettings):
-    """The service's settings. Field `x` is set by the environment variable `VITRINE_X`."""
+    """The service's settings. Field `x` is set by the environment variable `VITRINE_X`, or by `x` in the file."""
 
-    model_config = SettingsConfigDict(env_prefix="VITRINE_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
-    host: str = "127.0.0.1"  # address to listen on
-    port: Annotated[int, Field(ge=1, le=65535)] = 3000  # of HTTP
-    grpc_port: Annotated[int, Field(ge=0, le=65535)] = 8081  # of gRPC; 0: no gRPC
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(3000, ge=1, le=65535, description="of HTTP")
+    grpc_port: int = Field(8081, ge=0, le=65535, description="of gRPC; 0: no gRPC")
 
-    bundles: Annotated[tuple[Path, ...], NoDecode] = (Path("bundles"),)  # folders of <name>/<version>, or ONNX files
-    providers: str = "cpu"  # where ONNX Runtime computes, in order of preference: "cuda,cpu"
-    model_control: bool = False  # clients may load and unload models
-    poll_seconds: Annotated[float, Field(ge=0)] = 0.0  # between looks for changed bundles; 0: never
-
-    workers: Annotated[int, Field(ge=1)] = 1  # processes
-    threads: Annotated[int, Field(ge=1)] = Field(
-        default_factory=available_cores
-    )  # images in work at once, of a process
-    max_queue: Annotated[int, Field(ge=1)] = 256  # images that may wait for a thread
-    timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 30.0  # from a request's headers to its answer
-    stuck_seconds: Annotated[float, Field(gt=0)] = 120.0  # after which a computing thread counts as stuck
-
-    log_format: LogFormat = "auto"  # json, text, or text on a terminal only
-
-    traces_endpoint: str = ""  # of an OTLP/HTTP collector: http://localhost:4318/v1/traces; empty: no traces
-    traces_share: Annotated[float, Field(ge=0, le=1)] = (
-        1.0  # of the requests that are traced, unless the client decides
+    bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (Path("bundles"),),
+        description="folders of `<name>/<version>`, or ONNX files of a bundle, separated by `:`",
     )
+    providers: str = Field("cpu", description="where ONNX Runtime computes, in order of preference: `cuda,cpu`")
+    model_control: bool = Field(False, description="clients may load and unload models")
+    poll_seconds: float = Field(0.0, ge=0, description="between looks for changed bundles; 0: never")
 
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 20 * 1024 * 1024  # of one request
-    max_pixels: Annotated[int, Field(ge=1, le=178_000_000)] = MAX_PIXELS  # of one image
-    max_images: Annotated[int, Field(ge=1)] = 32  # of one request
+    workers: int | None = Field(None, ge=1, description="processes; by default as cores and memory allow")
+    threads: int | None = Field(None, ge=1, description="images in work at once, in each process, one core each")
+    max_queue: int = Field(256, ge=1, description="images that may wait for a thread; the next ones get 503")
+    timeout_seconds: float = Field(30.0, gt=0, le=60, description="of one request, from its headers to its answer")
+    stuck_seconds: float = Field(120.0, gt=0, description="after which a computing thread counts as stuck: `/livez`")
+
+    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="of one request")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=178_000_000, description="of one image")
+    max_images: int = Field(32, ge=1, description="of one request")
+
+    api_keys: _Texts = Field(
+        (), repr=False, description="keys, or their hashes `sha256:...`, separated by commas; none: everybody may ask"
+    )
+    api_keys_file: Path | None = Field(None, description="file of hashes, read again whenever it changes")
+    metrics_need_key: bool = Field(False, description="`/metrics` needs a key, too")
+    cors_origins: _Texts = Field((), description="origins whose pages may ask, separated by commas; `*`: all")
+
+    log_format: LogFormat = Field("auto", description="`json`, `text`, or `auto`: text on a terminal only")
+    traces_endpoint: str = Field("", description="of an OTLP/HTTP collector: `http://localhost:4318/v1/traces`")
+    traces_share: float = Field(1.0, ge=0, le=1, description="of the requests whose client has not decided itself")
+
+    @field_validator("host")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        return "127.0.0.1" if value == "localhost" else value  # BentoML takes addresses alone
 
     @field_validator("bundles", mode="before")
     @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(part for part in value.split(os.pathsep) if part) if isinstance(value, str) else value
+    def _split_paths(cls, value: object) -> object:
+        return _split(value, os.pathsep)
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _split_texts(cls, value: object) -> object:
+        return _split(value, ",")
+
+    @field_validator("api_keys")
+    @classmethod
+    def _hashed(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for number, key in enumerate(keys, 1):
+            if not is_hash(key) and len(key) < LEAST_CHARACTERS:
+                raise ValueError(f"key {number} has fewer than {LEAST_CHARACTERS} characters; `vitrine key` makes one")
+        return tuple(key if is_hash(key) else hash_key(key) for key in keys)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment before the file."""
+        file = os.environ.get(FILE_VARIABLE)
+        if not file:
+            return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, file)
+
+
+def _split(value: object, separator: str) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(separator) if part.strip())
+    return value
 
 
 def read_settings() -> Settings:
     """The settings of this process.
 
     Raises:
-        SettingsError: naming the variable, its value and what was expected.
+        SettingsError: naming the variable or the file, its value, and what was expected.
     """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {FILE_VARIABLE}
+    for variable in sorted(os.environ):
+        if variable.startswith(PREFIX) and variable not in known:
+            raise SettingsError(f"environment: {unknown(variable, sorted(known))}")
+    _file_values()
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
-        variable = f"VITRINE_{'_'.join(map(str, first['loc'])).upper()}"
-        raise SettingsError(f"{variable}: {first['msg']}, found {first['input']!r}") from error
+        name = str(first["loc"][0])
+        variable = f"{PREFIX}{name.upper()}"
+        place = variable if variable in os.environ else f"{os.environ.get(FILE_VARIABLE)}: {name}"
+        found = "" if name == "api_keys" else f", found {first['input']!r}"  # a key is never shown
+        raise SettingsError(f"{place}: {first['msg']}{found}") from error
+
+
+def _file_values() -> dict[str, Any]:
+    """What the file sets.
+
+    Raises:
+        SettingsError: it cannot be read, is no mapping, or sets something unknown.
+    """
+    file = os.environ.get(FILE_VARIABLE)
+    if not file:
+        return {}
+    try:
+        values = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{file}: expected a readable YAML file, found {reason}") from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"{file}: expected a mapping of settings, found {str(values)[:100]!r}")
+    for name in values:
+        if name not in Settings.model_fields:
+            raise SettingsError(f"{file}: {unknown(str(name), list(Settings.model_fields))}")
+    return values
+
+
+def shown(settings: Settings) -> str:
+    """The settings as YAML, each with where it comes from; keys are left out."""
+    in_file = _file_values()
+    lines = []
+    for name, value in settings.model_dump(mode="json").items():
+        if name == "api_keys":
+            value = [f"({len(value)} of them)"] if value else []
+        variable = f"{PREFIX}{name.upper()}"
+        file = os.environ.get(FILE_VARIABLE)
+        origin = variable if variable in os.environ else str(file) if name in in_file else "default"
+        lines.append(f"{name}: {json.dumps(value)}  # {origin}")  # JSON is YAML
+    return "\n".join(lines)

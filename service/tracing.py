@@ -35,8 +35,8 @@ def record_spans(observation: Observation) -> None:
         return
     known = {"model": observation.model, "version": observation.version, "variant": observation.variant}
     attributes = {f"vitrine.{name}": value for name, value in known.items() if value}
-    own = {"images": observation.images, "request_id": observation.request_id, "error": observation.error}
-    parent.set_attributes({**attributes, **{f"vitrine.{name}": value for name, value in own.items() if value}})
+    parent.set_attributes({**attributes, "vitrine.request_id": observation.request_id})
+    parent.set_attribute("vitrine.images", observation.images)
     if observation.route:
         parent.set_attribute("http.route", observation.route)
     context = trace.set_span_in_context(parent)

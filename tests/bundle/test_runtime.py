@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from bundle.errors import BundleError, ProviderError
 from bundle.manifest import TensorSpec
-from bundle.runtime import CPU, OnnxNetwork, available_cores, parse_providers
+from bundle.runtime import CPU, OnnxNetwork, parse_providers
 
 
 @pytest.fixture
@@ -95,29 +95,6 @@ def test_missing_and_truncated_file(adder: Path) -> None:
     adder.write_bytes(adder.read_bytes()[:-40])
     with pytest.raises(BundleError):
         OnnxNetwork(adder)
-
-
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, 3),
-        ({"cpu.max": "max 100000"}, 3),
-        ({"cpu.max": "200000 100000"}, 2),
-        ({"cpu.max": "50000 100000"}, 1),
-        ({"cpu.max": "900000 100000"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 1),
-    ],
-)
-def test_available_cores_respect_the_cgroup(
-    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert available_cores(tmp_path) == cores
 
 
 def test_providers_by_their_short_names() -> None:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from bundle.runtime import CPU, available_cores
+from bundle.machine import available_cores
+from bundle.runtime import CPU
 from export.latency import in_turns, measure_latency
 from models.serving import served
 from models.training import checkpoint as checkpoints

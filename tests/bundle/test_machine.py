@@ -1,0 +1,77 @@
+"""Cores and memory as control groups limit them, on made-up file systems."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bundle.machine import available_cores, available_memory, cpu_quota
+
+GIB = 2**30
+
+
+def written(folder: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "quota", "cores"),
+    [
+        ("0::/\n", {}, None, 3),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None, 3),
+        ("0::/\n", {"cpu.max": "200000 100000\n"}, 2.0, 2),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5, 1),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5, 1),
+        ("0::/\n", {"cpu.max": "broken\n"}, None, 3),
+        ("0::/a/b\n", {"a/cpu.max": "100000 100000\n", "a/b/cpu.max": "max 100000\n"}, 1.0, 1),
+        ("0::/a/b\n", {"a/cpu.max": "max 100000\n", "a/b/cpu.max": "200000 100000\n"}, 2.0, 2),
+        ("0::/../a\n", {"a/cpu.max": "200000 100000\n"}, 2.0, 2),
+        ("4:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, 3),
+        ("4:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2.0, 2),
+        (
+            "5:memory:/x\n4:cpu,cpuacct:/pod/c\n",
+            {"cpu,cpuacct/pod/cpu.cfs_quota_us": "100000", "cpu,cpuacct/pod/cpu.cfs_period_us": "100000"},
+            1.0,
+            1,
+        ),
+        ("5:memory:/x\n", {"x/cpu.cfs_quota_us": "100000", "x/cpu.cfs_period_us": "100000"}, None, 3),
+    ],
+)
+def test_cores(
+    groups: str,
+    files: dict[str, str],
+    quota: float | None,
+    cores: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    cgroup, proc = written(tmp_path / "cgroup", files), written(tmp_path / "proc", {"self/cgroup": groups})
+    assert cpu_quota(cgroup, proc) == quota
+    assert available_cores(cgroup, proc) == cores
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "memory"),
+    [
+        ("0::/\n", {}, 16 * GIB),
+        ("0::/\n", {"memory.max": "max\n"}, 16 * GIB),
+        ("0::/a/b\n", {"a/memory.max": f"{2 * GIB}\n", "a/b/memory.max": "max\n"}, 2 * GIB),
+        ("5:memory:/pod\n", {"memory/pod/memory.limit_in_bytes": str(GIB)}, GIB),
+        ("5:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, 16 * GIB),
+    ],
+)
+def test_memory(groups: str, files: dict[str, str], memory: int, tmp_path: Path) -> None:
+    meminfo = f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB\n"
+    proc = written(tmp_path / "proc", {"self/cgroup": groups, "meminfo": meminfo})
+    assert available_memory(written(tmp_path / "cgroup", files), proc) == memory
+
+
+def test_a_machine_without_any_of_these_files_has_its_own_cores_and_no_known_memory(tmp_path: Path) -> None:
+    assert cpu_quota(tmp_path, tmp_path) is None
+    assert available_cores(tmp_path, tmp_path) >= 1
+    assert available_memory(tmp_path, tmp_path) is None

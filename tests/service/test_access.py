@@ -1,0 +1,219 @@
+"""API keys and CORS, on a real server over both transports."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import tritonclient.grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tritonclient.utils import InferenceServerException
+
+from service.access import Keys, KeysError, hash_key, read_keys
+from service.errors import UnauthorizedError
+
+Serving = Callable[..., AbstractContextManager[Any]]
+
+KEY, OTHER = "a-key-of-the-tests-1", "a-key-of-the-tests-2"
+ORIGIN = "http://page.example"
+OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/", "/openapi.json", "/metrics")
+
+
+@pytest.fixture(scope="module")
+def locked(serve: Serving, tiny_bundles: Path) -> Iterator[Any]:
+    with serve(tiny_bundles, VITRINE_API_KEYS=f"{KEY},{hash_key(OTHER)}", VITRINE_CORS_ORIGINS=ORIGIN) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": f"Bearer {KEY}"},
+        {"authorization": f"bearer  {OTHER}"},
+        {"X-API-Key": KEY},
+        {"X-API-Key": OTHER, "Authorization": "Basic abc"},
+    ],
+)
+def test_a_known_key_lets_in(headers: dict[str, str], locked: Any, photograph: bytes) -> None:
+    assert httpx.post(f"{locked.url}/classify", content=photograph, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "found"),
+    [
+        ({}, "none"),
+        ({"X-API-Key": ""}, "none"),
+        ({"Authorization": "Basic abc"}, "none"),
+        ({"Authorization": KEY}, "none"),
+        ({"Authorization": "Bearer nonsense"}, "an unknown one"),
+        ({"X-API-Key": hash_key(OTHER)}, "an unknown one"),  # the hash is no key
+        ({"X-API-Key": KEY + "x"}, "an unknown one"),
+    ],
+)
+def test_no_key_or_an_unknown_one_is_401(headers: dict[str, str], found: str, locked: Any) -> None:
+    sentence = f"API key: expected Authorization: Bearer KEY or X-API-Key: KEY, found {found}"
+    answer = httpx.post(f"{locked.url}/classify", content=b"x", headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json() == {"error": {"code": "unauthorized", "message": sentence}}
+    assert httpx.get(f"{locked.url}/v2", headers=headers).json() == {"error": sentence}
+
+
+def test_a_body_without_a_key_is_not_read(locked: Any) -> None:
+    def endless() -> Iterator[bytes]:
+        yield b"x"
+        raise AssertionError("the server waited for more")
+
+    with pytest.raises(AssertionError):  # httpx sends on in any case; the answer must not depend on it
+        httpx.post(f"{locked.url}/classify", content=endless())
+    import socket
+
+    host, port = locked.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
+
+
+def test_what_is_open_needs_no_key(locked: Any) -> None:
+    for path in OPEN:
+        assert httpx.get(locked.url + path).status_code == 200, path
+
+
+segments = st.sampled_from(["classify", "detect", "models", "v2", "livez", "..", ".", "", "static_content", "%2e%2e"])
+
+
+@given(st.lists(segments, max_size=4).map("/".join))
+@example("livez/../models")
+@example("/models")
+@example("models/")
+@example("LIVEZ")
+@example("static_content/../models")
+@example("static_content/%2e%2e/models")
+@example("schema.json")
+@example("livez%2f..%2fmodels")
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_path_leads_around_the_key(locked: Any, path: str) -> None:
+    host, port = locked.url.removeprefix("http://").split(":")
+    import http.client
+
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)  # sends the path as it is
+    connection.request("GET", f"/{path}")
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    assert b"colours" not in body
+    assert answer.status in (401, 404) or f"/{path}" in OPEN
+
+
+def test_metrics_need_a_key_where_the_operator_says_so(serve: Serving, tiny_bundles: Path) -> None:
+    with serve(tiny_bundles, VITRINE_API_KEYS=KEY, VITRINE_METRICS_NEED_KEY="true") as (url, *_):
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        assert httpx.get(f"{url}/metrics", headers={"X-API-Key": KEY}).status_code == 200
+
+
+def test_grpc_needs_the_same_keys_and_health_none(locked: Any) -> None:
+    with tritonclient.grpc.InferenceServerClient(locked.grpc) as client:
+        assert client.is_server_live()
+        with pytest.raises(InferenceServerException, match=r"UNAUTHENTICATED.*found none"):
+            client.get_model_metadata("colours")
+        for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": OTHER}):
+            assert client.get_model_metadata("colours", headers=headers).name == "colours"
+    with grpc.insecure_channel(locked.grpc) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_browser_is_given_permission_without_a_key(locked: Any, photograph: bytes) -> None:
+    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    asked = httpx.options(f"{locked.url}/classify", headers={"Origin": ORIGIN, **wanted})
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-origin"] == ORIGIN
+    assert "X-API-Key" in asked.headers["access-control-allow-headers"]
+    refused = httpx.post(f"{locked.url}/classify", content=photograph, headers={"Origin": ORIGIN})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == ORIGIN  # or the page could not read why
+    answer = httpx.post(f"{locked.url}/classify", content=photograph, headers={"Origin": ORIGIN, "X-API-Key": KEY})
+    assert answer.status_code == 200
+    assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
+    other = httpx.options(f"{locked.url}/classify", headers={"Origin": "http://other.example", **wanted})
+    assert other.status_code == 400
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_the_file_of_keys_is_read_again_and_a_broken_one_changes_nothing(
+    serve: Serving, tiny_bundles: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"ci {hash_key(KEY)}\n")
+
+    def becomes(key: str, status: int) -> None:
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{url}/models", headers={"X-API-Key": key}).status_code != status:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with serve(tiny_bundles, VITRINE_API_KEYS_FILE=str(file)) as (url, _, _, lines):
+        becomes(KEY, 200)
+        becomes(OTHER, 401)
+        file.write_text(f"# the old one is gone\n{hash_key(OTHER)}\n")
+        becomes(OTHER, 200)
+        becomes(KEY, 401)
+        file.write_text("a-plain-key-by-mistake\n")
+        deadline = time.monotonic() + 20
+        while not any("API keys stay as they were" in line for line in lines):
+            assert httpx.get(f"{url}/models", headers={"X-API-Key": OTHER}).status_code == 200
+            assert time.monotonic() < deadline
+    printed = "".join(lines)
+    assert "by-mistake" not in printed
+    assert KEY not in printed
+    assert OTHER not in printed
+
+
+def test_a_warning_is_logged_where_everybody_may_ask(serve: Serving, tiny_bundles: Path) -> None:
+    with serve(tiny_bundles, VITRINE_HOST="0.0.0.0") as (_, _, _, lines):
+        assert any("everybody who reaches 0.0.0.0 may ask: no VITRINE_API_KEYS are set" in line for line in lines)
+    with serve(tiny_bundles, VITRINE_HOST="0.0.0.0", VITRINE_API_KEYS=KEY) as (_, _, _, lines):
+        assert not any("everybody" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("plain\n", "line 1: expected [NAME] sha256:HASH, as `vitrine key` prints it, found something else"),
+        (f"# a\n\nci {'sha256:'}{'0' * 63}\n", "line 3: expected [NAME]"),
+        (f"two words sha256:{'0' * 64}\n", "line 1: expected [NAME]"),
+    ],
+)
+def test_a_line_that_is_no_hash_is_refused_without_showing_it(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(content)
+    with pytest.raises(KeysError) as caught:
+        read_keys(file)
+    assert message in str(caught.value)
+    assert "plain" not in str(caught.value)
+    with pytest.raises(KeysError, match="expected a readable file of keys"):
+        Keys((), tmp_path / "nowhere")
+
+
+def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.touch()
+    with pytest.raises(UnauthorizedError):
+        Keys((), file).check("Bearer x", None)
+    Keys(()).check(None, None)  # no keys are set: everybody
+
+
+def test_the_key_command_makes_a_key_that_lets_in(run_vitrine: Callable[..., str], tmp_path: Path) -> None:
+    printed = run_vitrine("key", "--name", "ci").splitlines()
+    key, line = printed[0].split()[-1], printed[1].split(":", 1)[1].strip()
+    file = tmp_path / "keys"
+    file.write_text(line)
+    Keys((), file).check(f"Bearer {key}", None)
+    assert line.startswith("ci sha256:")
+    assert "expected one word" in run_vitrine("key", "--name", "two words", status=1)
