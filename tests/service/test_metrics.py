@@ -1,0 +1,198 @@
+"""`/metrics` as Prometheus reads it."""
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import tritonclient.grpc
+import yaml
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+Serving = Callable[..., AbstractContextManager[Any]]
+
+
+def scrape(url: str) -> dict[str, Metric]:
+    answer = httpx.get(f"{url}/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    families = list(text_string_to_metric_families(answer.text))
+    assert len({family.name for family in families}) == len(families)
+    return {family.name: family for family in families}
+
+
+def value(families: dict[str, Metric], family: str, sample: str, **labels: str) -> float:
+    return sum(
+        found.value
+        for found in families[family].samples
+        if found.name == sample and labels.items() <= found.labels.items()
+    )
+
+
+def test_the_text_is_as_promtool_wants_it(server: str, photograph: bytes) -> None:
+    httpx.post(f"{server}/classify", content=photograph)
+    httpx.post(f"{server}/detect", content=photograph)
+    for name, family in scrape(server).items():
+        assert name.startswith("vitrine_")
+        assert family.documentation
+        assert family.type != "unknown"
+        assert not re.search("milli|kilo|total$", name)  # base units; the parser takes _total off counters
+        if family.type == "histogram":
+            series: dict[tuple[tuple[str, str], ...], list[tuple[float, float]]] = {}
+            counts = {}
+            for sample in family.samples:
+                labels = tuple(sorted((k, v) for k, v in sample.labels.items() if k != "le"))
+                if sample.name.endswith("_bucket"):
+                    series.setdefault(labels, []).append((float(sample.labels["le"]), sample.value))
+                elif sample.name.endswith("_count"):
+                    counts[labels] = sample.value
+            assert series
+            for labels, buckets in series.items():
+                assert buckets == sorted(buckets)
+                assert [count for _, count in buckets] == sorted(count for _, count in buckets)
+                assert buckets[-1] == (math.inf, counts[labels])
+
+
+def test_requests_images_and_stages_are_counted(server: str, photograph: bytes) -> None:
+    before = scrape(server)
+    files = [("image", ("a", photograph))] * 3
+    assert httpx.post(f"{server}/classify", files=files).status_code == 200
+    assert httpx.post(f"{server}/classify", content=b"no image").status_code == 415
+    after = scrape(server)
+
+    def grown(family: str, sample: str, **labels: str) -> float:
+        return value(after, family, sample, **labels) - value(before, family, sample, **labels)
+
+    answered = {"route": "/classify", "model": "colours", "version": "1"}
+    assert grown("vitrine_requests", "vitrine_requests_total", **answered, status="200") == 1
+    assert grown("vitrine_requests", "vitrine_requests_total", **answered, status="415") == 1
+    assert grown("vitrine_rejected", "vitrine_rejected_total", reason="unsupported_image_type") == 1
+    assert grown("vitrine_images", "vitrine_images_total", model="colours") == 3
+    assert grown("vitrine_pixels", "vitrine_pixels_total", model="colours") == 3 * 640 * 480
+    assert grown("vitrine_batch_images", "vitrine_batch_images_count", model="colours") == 3
+    assert grown("vitrine_request_seconds", "vitrine_request_seconds_count", route="/classify") == 2
+    for stage, count in (("queue", 4), ("decode", 4), ("inference", 3)):
+        assert grown("vitrine_stage_seconds", "vitrine_stage_seconds_count", stage=stage, model="colours") == count
+    assert value(after, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 1  # the one that asks
+
+
+def test_what_clients_write_becomes_no_label(server: str, photograph: bytes) -> None:
+    httpx.get(f"{server}/surprise-path")
+    httpx.post(f"{server}/classify?model=surprise-model", content=photograph)
+    httpx.get(f"{server}/models/surprise-name")
+    httpx.request("SURPRISE", f"{server}/classify")
+    families = scrape(server)
+    text = httpx.get(f"{server}/metrics").text.lower()
+    assert "surprise" not in text
+    assert value(families, "vitrine_requests", "vitrine_requests_total", route="other", status="404") >= 1
+    assert value(families, "vitrine_requests", "vitrine_requests_total", route="/models/{name}", status="404") >= 1
+
+
+def test_calls_over_grpc_are_counted(running: Any) -> None:
+    with tritonclient.grpc.InferenceServerClient(running.grpc) as client:
+        client.get_server_metadata()
+    route = "/inference.GRPCInferenceService/ServerMetadata"
+    assert value(scrape(running.url), "vitrine_requests", "vitrine_requests_total", route=route, status="OK") >= 1
+
+
+def test_models_are_shown_while_they_are_served(serve: Serving, tiny_bundles: Path) -> None:
+    with serve(tiny_bundles, VITRINE_MODEL_CONTROL="true", VITRINE_WORKERS="2") as running:
+        for names in (["colours", "squares"], ["squares"]):
+            for _ in range(10):  # whichever worker answers
+                families = scrape(running.url)
+                info = [sample.labels for sample in families["vitrine_model_info"].samples]
+                assert sorted(labels["model"] for labels in info) == names
+                assert {labels["task"] for labels in info} <= {"image-classification", "object-detection"}
+                seconds = {
+                    sample.labels["model"]: sample.value for sample in families["vitrine_model_load_seconds"].samples
+                }
+                assert sorted(seconds) == names
+                assert all(0 < took < 60 for took in seconds.values())
+            if names != ["squares"]:
+                httpx.post(f"{running.url}/v2/repository/models/colours/unload").raise_for_status()
+
+
+def test_any_worker_answers_the_sum_and_a_killed_one_leaves_its_counts_alone(
+    serve: Serving, tiny_bundles: Path, photograph: bytes
+) -> None:
+    with serve(tiny_bundles, VITRINE_WORKERS="2") as running:
+        for _ in range(12):
+            httpx.post(f"{running.url}/classify", content=photograph).raise_for_status()
+
+        def counted() -> float:
+            families = scrape(running.url)
+            assert value(families, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 1
+            return value(families, "vitrine_requests", "vitrine_requests_total", route="/classify")
+
+        assert {counted() for _ in range(10)} == {12}
+        ready = sum("ready:" in line for line in running.lines)
+        os.kill(psutil.Process(running.process.pid).children()[0].pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while sum("ready:" in line for line in running.lines) == ready:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert {counted() for _ in range(10)} == {12}
+
+
+def test_what_waits_and_what_is_refused_is_shown(
+    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with (
+        serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="1") as running,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        answers = [
+            pool.submit(httpx.post, f"{running.url}/classify", content=bright(150), timeout=60) for _ in range(4)
+        ]
+        deadline = time.monotonic() + 30
+        while True:
+            families = scrape(running.url)
+            if value(families, "vitrine_queue_images", "vitrine_queue_images") == 1:
+                break
+            assert time.monotonic() < deadline
+        assert value(families, "vitrine_running_images", "vitrine_running_images") == 1
+        statuses = [answer.result().status_code for answer in answers]
+        families = scrape(running.url)
+        refused = value(families, "vitrine_rejected", "vitrine_rejected_total", reason="overloaded")
+        assert refused == statuses.count(503) >= 1
+        assert value(families, "vitrine_queue_images", "vitrine_queue_images") == 0
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(root: Path, server: str, photograph: bytes) -> None:
+    httpx.post(f"{server}/classify", content=photograph)
+    httpx.post(f"{server}/classify", content=b"no image")
+    names = {sample.name for family in scrape(server).values() for sample in family.samples}
+    dashboard = json.loads((root / "deploy/grafana/vitrine.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    assert len(queries) >= 10
+    for query in queries:
+        used = set(re.findall(r"vitrine_[a-z_]+", query))
+        assert used, query
+        assert used <= names, query
+    places = [tuple(panel["gridPos"].values()) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
+    assert dashboard["templating"]["list"][0]["type"] == "datasource"
+
+
+def test_the_scrape_example_is_read(root: Path) -> None:
+    configuration = yaml.safe_load((root / "deploy/prometheus.yml").read_text())
+    (job,) = configuration["scrape_configs"]
+    assert job["metrics_path"] == "/metrics"
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/livez"])
+def test_looking_at_the_service_is_counted_too(path: str, server: str) -> None:
+    httpx.get(server + path)
+    route = path if path == "/metrics" else "other"
+    assert value(scrape(server), "vitrine_requests", "vitrine_requests_total", route=route) >= 1

@@ -1,0 +1,98 @@
+"""Spans, as a collector receives them by OTLP over HTTP."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+Serving = Callable[..., AbstractContextManager[Any]]
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@contextmanager
+def collector() -> Iterator[tuple[str, list[Any]]]:
+    """An OTLP receiver: its address and the spans that it has got."""
+    spans: list[Any] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for scope in resource.scope_spans:
+                    spans.extend(scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/traces", spans
+        server.shutdown()
+
+
+def traced(serve: Serving, bundles: Path, ask: Callable[[Any], None], **environment: str) -> list[Any]:
+    """The spans of the trace that `ask` belongs to, once the server has ended."""
+    with collector() as (endpoint, spans):
+        with serve(bundles, VITRINE_TRACES_ENDPOINT=endpoint, **environment) as running:
+            ask(running)
+        return [span for span in spans if span.trace_id.hex() == TRACE]
+
+
+def attributes(span: Any) -> dict[str, str]:
+    return {entry.key: entry.value.string_value for entry in span.attributes}
+
+
+def test_the_stages_are_children_of_the_requests_span_in_the_clients_trace(
+    serve: Serving, tiny_bundles: Path, photograph: bytes
+) -> None:
+    def ask(running: Any) -> None:
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
+        httpx.post(f"{running.url}/classify", content=photograph, headers=headers)
+
+    spans = traced(serve, tiny_bundles, ask)
+    (request,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
+    assert attributes(request)["http.route"] == "/classify"
+    assert attributes(request)["vitrine.model"] == "colours"
+    assert attributes(request)["vitrine.request_id"] == "mine"
+    stages = {span.name: span for span in spans if span.name in ("decode", "queue", "inference")}
+    assert len(stages) == 3
+    for span in stages.values():
+        assert span.parent_span_id == request.span_id
+        assert attributes(span)["vitrine.variant"] == "fp32"
+        assert request.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano
+    order = sorted(stages, key=lambda name: stages[name].start_time_unix_nano)
+    assert order == ["queue", "decode", "inference"]
+
+
+def test_a_call_over_grpc_is_traced_alike(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    def ask(running: Any) -> None:
+        tensor = tritonclient.grpc.InferInput("image", [1], "BYTES")
+        tensor.set_data_from_numpy(np.array([photograph], dtype=object))
+        with tritonclient.grpc.InferenceServerClient(running.grpc) as client:
+            client.infer("colours", [tensor], headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+
+    spans = traced(serve, tiny_bundles, ask)
+    (call,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
+    assert call.name == "inference.GRPCInferenceService/ModelInfer"
+    assert {span.name for span in spans if span.parent_span_id == call.span_id} == {"decode", "queue", "inference"}
+
+
+@pytest.mark.parametrize("flags", ["00", "01"])
+def test_the_client_decides_whether_it_is_traced(
+    flags: str, serve: Serving, tiny_bundles: Path, photograph: bytes
+) -> None:
+    def ask(running: Any) -> None:
+        headers = {"traceparent": f"00-{TRACE}-{PARENT}-{flags}"}
+        httpx.post(f"{running.url}/classify", content=photograph, headers=headers)
+
+    assert bool(traced(serve, tiny_bundles, ask, VITRINE_TRACES_SHARE="0")) == (flags == "01")
