@@ -392,34 +392,49 @@ def serve(
     """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP and gRPC."""
     from service.access import Keys
     from service.logs import wants_json
-    from service.settings import FILE_VARIABLE, read_settings, shown
+    from service.settings import FILE_VARIABLE, SettingsError, read_settings, shown
 
-    options = {"VITRINE_HOST": host, "VITRINE_PORT": port, "VITRINE_GRPC_PORT": grpc_port, FILE_VARIABLE: settings_file}
-    os.environ.update({name: str(option) for name, option in options.items() if option is not None})
-    settings = read_settings()
+    given = {"--host": host, "--port": port, "--grpc-port": grpc_port}
+    options = {
+        f"VITRINE_{option[2:].replace('-', '_').upper()}": option for option in given if given[option] is not None
+    }
+    os.environ.update({variable: str(given[option]) for variable, option in options.items()})
+    if settings_file is not None:
+        os.environ[FILE_VARIABLE] = str(settings_file)
+    try:
+        settings = read_settings()
+    except SettingsError as error:
+        variable, _, rest = str(error).partition(": ")
+        raise SettingsError(f"{options.get(variable, variable)}: {rest}") from None
     if print_settings:
-        typer.echo(shown(settings))
+        typer.echo(shown(settings, options))
         return
-    host, port = settings.host, settings.port
-    _check_address(host, port)
+    address = _address(settings.host)
+    _check_address(address, settings.port, "--port")
     if settings.grpc_port:
-        _check_address(host, settings.grpc_port)
+        _check_address(address, settings.grpc_port, "--grpc-port")
     Keys(settings.api_keys, settings.api_keys_file)
     # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
     repository = Repository(*settings.bundles, providers=parse_providers(settings.providers))
     manifests = [bundle.manifest for bundle in repository.bundles.values()]
     if not wants_json(settings.log_format):
-        _greet(settings.bundles, host, port, manifests)
+        _greet(settings.bundles, settings.host, settings.port, manifests)
     sys.stdout.flush()
+    os.environ["VITRINE_HOST"] = address
+    if settings.api_keys:  # the workers need the hashes alone
+        os.environ["VITRINE_API_KEYS"] = ",".join(settings.api_keys)
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy's pool: nothing here uses it
+        os.environ.setdefault(variable, "1")
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
     # Servers that share BentoML's home share the files behind /metrics, and each deletes them when it starts.
     os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="vitrine-")
-    command = [sys.executable, "-m", "bentoml", "serve", "service.service:vitrine", "--host", host, "--port", str(port)]
-    os.execv(sys.executable, command)
+    where = ["--host", address, "--port", str(settings.port)]
+    os.execv(sys.executable, [sys.executable, "-m", "bentoml", "serve", "service.service:vitrine", *where])
 
 
 def _greet(roots: Sequence[Path], host: str, port: int, manifests: Sequence[Identity]) -> None:
     """Say what is served where, and what to try."""
+    host = f"[{host}]" if ":" in host else host
     typer.echo(f"Vitrine serves {', '.join(map(str, roots))} on http://{host}:{port}")
     for manifest in manifests:
         typer.echo(f"  {_summary(manifest)}")
@@ -443,17 +458,28 @@ def key(name: Annotated[str, typer.Option(help="Whose it is, to tell the lines o
     typer.echo(f"line for the file:     {f'{name} {hash_key(made)}'.strip()}")
 
 
-def _check_address(host: str, port: int) -> None:
-    """Refuse an address that cannot be listened on in one sentence: BentoML would do it by a traceback."""
+def _address(host: str) -> str:
+    """The address of a host's name, that of IPv4 if it has one: BentoML takes addresses alone."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise VitrineError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+            f"--host: expected an address or a name of this machine, found {host!r}: {reason}"
         ) from error
+    return str(min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0])
+
+
+def _check_address(address: str, port: int, option: str) -> None:
+    """Refuse what cannot be listened on in one sentence: BentoML and gRPC would do it by a traceback."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        reason = f"{error.strerror}; choose another --host or {option}"
+        raise VitrineError(f"cannot listen on {address}:{port}: {reason}") from error
 
 
 _CURL = {

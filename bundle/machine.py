@@ -7,10 +7,34 @@ A group's limit holds for all groups in it, so those of every group above this p
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this process may use, and what there is."""
+
+    cores: int  # that it may use: `available_cores`
+    all_cores: int  # of the machine
+    quota: float | None = None  # in cores; None: no limit
+    memory: int | None = None  # bytes that it may use: `available_memory`
+    memory_is_limited: bool = False  # by its groups, below what the machine has
+
+
+def this_machine(cgroup: Path = CGROUP, proc: Path = PROC) -> Machine:
+    """The machine that this process runs on."""
+    memory, total = available_memory(cgroup, proc), _total_memory(proc)
+    return Machine(
+        cores=available_cores(cgroup, proc),
+        all_cores=os.cpu_count() or 1,
+        quota=cpu_quota(cgroup, proc),
+        memory=memory,
+        memory_is_limited=memory is not None and (total is None or memory < total),
+    )
 
 
 def available_cores(cgroup: Path = CGROUP, proc: Path = PROC) -> int:
@@ -43,10 +67,17 @@ def available_memory(cgroup: Path = CGROUP, proc: Path = PROC) -> int | None:
         for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
             with contextlib.suppress(OSError, ValueError):  # "max" means no limit
                 limits.append(int((folder / name).read_text()))
+    total = _total_memory(proc)
+    return min(limits if total is None else [*limits, total], default=None)
+
+
+def _total_memory(proc: Path) -> int | None:
+    """Bytes that the machine has."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        total = next(line for line in (proc / "meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
-        limits.append(int(total.split()[1]) * 1024)
-    return min(limits, default=None)
+        for line in (proc / "meminfo").read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def _groups(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]:

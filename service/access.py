@@ -19,6 +19,7 @@ _log = logging.getLogger("bentoml.vitrine")
 
 LEAST_CHARACTERS = 16
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_KEY = re.compile(r"[!-~]+")  # what a header carries unharmed
 _LOOK_SECONDS = 1.0  # between looks whether the file has changed
 
 # Probes, and the page that explains the routes; static files are those of the page.
@@ -38,9 +39,23 @@ def hash_key(key: str) -> str:
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
-def is_hash(text: str) -> bool:
-    """Whether a text is what `hash_key` gives."""
-    return _HASH.fullmatch(text) is not None
+def as_hash(text: str) -> str:
+    """The hash that a setting names, or that of the key that it holds.
+
+    Raises:
+        ValueError: it is neither; the text is not shown.
+    """
+    if text.lower().startswith("sha256:"):  # a slip of the pen in a hash must not become a key
+        if not _HASH.fullmatch(text.lower()):
+            raise ValueError("expected sha256: and 64 hexadecimal digits, found something else after sha256:")
+        return text.lower()
+    if len(text) < LEAST_CHARACTERS:
+        raise ValueError(
+            f"expected at least {LEAST_CHARACTERS} characters, found {len(text)}; `vitrine key` makes a good one"
+        )
+    if not _KEY.fullmatch(text):
+        raise ValueError("expected ASCII letters, digits and signs without spaces, found others")
+    return hash_key(text)
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
@@ -58,10 +73,10 @@ def read_keys(file: Path) -> tuple[str, ...]:
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) > 2 or not is_hash(words[-1]):  # the line is not shown: it may hold a key
-            wanted = "[NAME] sha256:HASH, as `vitrine key` prints it"
-            raise KeysError(f"{file}: line {number}: expected {wanted}, found something else")
-        hashes.append(words[-1])
+        if len(words) > 2 or not _HASH.fullmatch(words[-1].lower()):  # the line is not shown: it may hold a key
+            how = "`vitrine key` makes a key and its line, `printf %s KEY | sha256sum` hashes a key that you have"
+            raise KeysError(f"{file}: line {number}: expected [NAME] sha256:HASH, found something else; {how}")
+        hashes.append(words[-1].lower())
     return tuple(hashes)
 
 
@@ -98,12 +113,12 @@ class Keys:
             return
         self._refresh()
         scheme, _, bearer = (authorization or "").partition(" ")
-        key = bearer.strip() if scheme.lower() == "bearer" else x_api_key
-        if not key:
+        sent = [bearer.strip() if scheme.lower() == "bearer" else "", (x_api_key or "").strip()]
+        given = [hash_key(key) for key in sent if key]  # the one may be meant for a proxy before this server
+        if not given:
             raise UnauthorizedError(found="none")
-        given = hash_key(key).encode()
         # Every key is compared, each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(given, known.encode()) for known in self._hashes]
+        matches = [hmac.compare_digest(one.encode(), known.encode()) for one in given for known in self._hashes]
         if not any(matches):
             raise UnauthorizedError(found="an unknown one")
 

@@ -30,7 +30,6 @@ from service.serving import Serving, serving_of
 from service.settings import Settings
 from service.sizing import Sizing
 
-_LOOPBACK = ("127.0.0.1", "::1")
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 
 
@@ -46,9 +45,7 @@ async def docs(request: Request) -> Response:
 
 async def prometheus(request: Request) -> Response:
     """`GET /metrics`."""
-    serving = serving_of(request)
-    metrics.queued(serving.scheduler.waiting, serving.scheduler.running)
-    text = await asyncio.to_thread(metrics.exposition, serving.repository)
+    text = await asyncio.to_thread(metrics.exposition, serving_of(request).repository)
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
@@ -76,9 +73,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
         watching = asyncio.create_task(control.watch())
         try:
             async with grpc_server(app.state.serving):
-                _log.info("%s", sizing.reason)
-                if settings.host not in _LOOPBACK and not keys.needed:
-                    _log.warning("everybody who reaches %s may ask: no VITRINE_API_KEYS are set", settings.host)
+                metrics.worker_ready()
                 _log.info("ready: %s", ", ".join(repository.bundles))
                 yield
         finally:

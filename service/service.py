@@ -1,5 +1,6 @@
 """The BentoML service: BentoML runs the processes, health checks and tracing; `service.app` has the routes."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -21,13 +22,21 @@ from service.tracing import bentoml_tracing
 
 # The arbiter imports this module before it starts the workers, which inherit its environment. Not a setting.
 _SHARED = "_VITRINE_SHARED"
-if _SHARED not in os.environ:
+_is_first = _SHARED not in os.environ
+if _is_first:
     os.environ[_SHARED] = tempfile.mkdtemp(prefix="vitrine-")
 
 _settings = read_settings()
 configure(_settings.log_format)
 _sizing = size(_settings)
 _keys = Keys(_settings.api_keys, _settings.api_keys_file)
+if _is_first:  # once, not in every worker
+    _log = logging.getLogger("bentoml.vitrine")
+    _log.info("%s", _sizing.reason)
+    if _sizing.warning:
+        _log.warning("%s", _sizing.warning)
+    if not (_settings.only_here or _keys.needed):
+        _log.warning("everybody who reaches %s may ask: no VITRINE_API_KEYS are set", _settings.host)
 _app = create_app(_settings, _sizing, _keys, Path(os.environ[_SHARED]))
 
 
@@ -55,7 +64,9 @@ vitrine = bentoml.service(
     tracing=bentoml_tracing(_settings),
 )(Vitrine)
 vitrine.mount_asgi_app(_app, path="/")
+# The first is the outermost.
 vitrine.add_asgi_middleware(ObservationMiddleware)
+vitrine.add_asgi_middleware(ErrorShapeMiddleware)
 if _settings.cors_origins:  # outside of access: a browser asks for permission without a key
     vitrine.add_asgi_middleware(
         CORSMiddleware,
@@ -65,5 +76,4 @@ if _settings.cors_origins:  # outside of access: a browser asks for permission w
         expose_headers=["X-Request-ID", "Server-Timing", "Retry-After", HEADER_LENGTH],
     )
 vitrine.add_asgi_middleware(AccessMiddleware, keys=_keys, metrics_need_key=_settings.metrics_need_key)
-vitrine.add_asgi_middleware(ErrorShapeMiddleware)
 vitrine.add_asgi_middleware(ClientSchemaMiddleware)

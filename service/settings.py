@@ -1,12 +1,15 @@
 """What an operator can set: environment variables (`VITRINE_...`), or a YAML file that `VITRINE_SETTINGS` names."""
 
+import ipaddress
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -17,13 +20,20 @@ from pydantic_settings import (
 
 from bundle.errors import VitrineError, unknown
 from bundle.images import MAX_PIXELS
-from service.access import LEAST_CHARACTERS, hash_key, is_hash
+from service.access import as_hash
 from service.logs import LogFormat
 
 PREFIX = "VITRINE_"
 FILE_VARIABLE = "VITRINE_SETTINGS"
 
 _Texts = Annotated[tuple[str, ...], NoDecode]
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
+
+# Kubernetes gives a pod such variables for every Service; one that is named vitrine, or vitrine-grpc, must not stop it.
+_SERVICE_LINK = re.compile(
+    r"VITRINE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.ASCII
+)
+_SERVICE_LINK_URL = re.compile(r"(tcp|udp|sctp)://\S+")  # of VITRINE_PORT and VITRINE_GRPC_PORT
 
 
 class SettingsError(VitrineError):
@@ -35,7 +45,8 @@ class SettingsError(VitrineError):
 class Settings(BaseSettings):
     """The service's settings. Field `x` is set by the environment variable `VITRINE_X`, or by `x` in the file."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    # An error's text would hold the keys beside the one that it is about.
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(3000, ge=1, le=65535, description="of HTTP")
@@ -70,10 +81,20 @@ class Settings(BaseSettings):
     traces_endpoint: str = Field("", description="of an OTLP/HTTP collector: `http://localhost:4318/v1/traces`")
     traces_share: float = Field(1.0, ge=0, le=1, description="of the requests whose client has not decided itself")
 
-    @field_validator("host")
+    @property
+    def only_here(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name
+            return self.host == "localhost"
+
+    @field_validator("grpc_port")
     @classmethod
-    def _address(cls, value: str) -> str:
-        return "127.0.0.1" if value == "localhost" else value  # BentoML takes addresses alone
+    def _another_port(cls, value: int, info: ValidationInfo) -> int:
+        if value == info.data.get("port"):
+            raise ValueError("expected another port than that of HTTP")
+        return value
 
     @field_validator("bundles", mode="before")
     @classmethod
@@ -82,16 +103,31 @@ class Settings(BaseSettings):
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
-    def _split_texts(cls, value: object) -> object:
-        return _split(value, ",")
+    def _split_texts(cls, value: object, info: ValidationInfo) -> object:
+        parts = _split(value, ",")
+        if info.field_name == "api_keys" and isinstance(value, str) and not parts:
+            # Somebody wanted keys, and the secret that holds them is empty: not a reason to let everybody in.
+            raise ValueError("expected at least one key, found none; leave it out to let everybody in")
+        return parts
 
     @field_validator("api_keys")
     @classmethod
     def _hashed(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        hashes = []
         for number, key in enumerate(keys, 1):
-            if not is_hash(key) and len(key) < LEAST_CHARACTERS:
-                raise ValueError(f"key {number} has fewer than {LEAST_CHARACTERS} characters; `vitrine key` makes one")
-        return tuple(key if is_hash(key) else hash_key(key) for key in keys)
+            try:
+                hashes.append(as_hash(key))
+            except ValueError as error:
+                raise ValueError(f"key {number}: {error}") from None
+        return tuple(hashes)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin.lower()):
+                raise ValueError("expected * or origins such as https://app.example.com:8443, without a path")
+        return tuple(origin.lower() for origin in origins)  # as browsers send them
 
     @classmethod
     def settings_customise_sources(
@@ -121,20 +157,30 @@ def read_settings() -> Settings:
     Raises:
         SettingsError: naming the variable or the file, its value, and what was expected.
     """
+    _forget_service_links()
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {FILE_VARIABLE}
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in known:
             raise SettingsError(f"environment: {unknown(variable, sorted(known))}")
-    _file_values()
+    in_file = _file_values()
     try:
         return Settings()
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
         variable = f"{PREFIX}{name.upper()}"
-        place = variable if variable in os.environ else f"{os.environ.get(FILE_VARIABLE)}: {name}"
+        from_file = name in in_file and variable not in os.environ
+        place = f"{os.environ[FILE_VARIABLE]}: {name}" if from_file else variable
         found = "" if name == "api_keys" else f", found {first['input']!r}"  # a key is never shown
-        raise SettingsError(f"{place}: {first['msg']}{found}") from error
+        raise SettingsError(f"{place}: {first['msg'].removeprefix('Value error, ')}{found}") from None
+
+
+def _forget_service_links() -> None:
+    """Take Kubernetes' variables of Services out of the environment of this process."""
+    for variable, value in list(os.environ.items()):
+        is_url = variable in ("VITRINE_PORT", "VITRINE_GRPC_PORT") and _SERVICE_LINK_URL.fullmatch(value)
+        if is_url or _SERVICE_LINK.fullmatch(variable):
+            del os.environ[variable]
 
 
 def _file_values() -> dict[str, Any]:
@@ -159,8 +205,12 @@ def _file_values() -> dict[str, Any]:
     return values
 
 
-def shown(settings: Settings) -> str:
-    """The settings as YAML, each with where it comes from; keys are left out."""
+def shown(settings: Settings, options: Mapping[str, str] | None = None) -> str:
+    """The settings as YAML, each with where it comes from; keys are left out.
+
+    Args:
+        options: by variable, the options of the command line that have set it.
+    """
     in_file = _file_values()
     lines = []
     for name, value in settings.model_dump(mode="json").items():
@@ -169,5 +219,6 @@ def shown(settings: Settings) -> str:
         variable = f"{PREFIX}{name.upper()}"
         file = os.environ.get(FILE_VARIABLE)
         origin = variable if variable in os.environ else str(file) if name in in_file else "default"
+        origin = (options or {}).get(variable, origin)
         lines.append(f"{name}: {json.dumps(value)}  # {origin}")  # JSON is YAML
     return "\n".join(lines)

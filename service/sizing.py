@@ -1,4 +1,8 @@
-"""How many processes and threads serve on this machine."""
+"""How many processes and threads serve on this machine.
+
+Threads compute: decoding and ONNX Runtime release Python's lock, so that one process can keep several cores busy. What
+a process cannot spread is its event loop, so that on many cores several processes share the work.
+"""
 
 import math
 from collections.abc import Iterable
@@ -6,16 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bundle.loading import find_bundles
-from bundle.machine import available_cores, available_memory, cpu_quota
+from bundle.machine import Machine, this_machine
 from bundle.manifest import MODEL_FILE
 from service.settings import Settings
 
-CORES_A_WORKER = 8
-"""Decoding and inference release Python's lock, so that one process keeps this many cores busy: its event loop answers
-some thousand requests a second, eight cores compute some hundred to two thousand of the smallest images."""
+CORES_A_WORKER = 4
+"""The event loop takes 0.8 to 1 ms of a core for a request with one image (and 1.8 for a photograph's): about 1000
+requests a second. On four cores that is enough for all that needs 4 ms or more to compute; DETR and ViT at 224 pixels
+need 20 and more. (The smallest shipped networks need 1.6 ms: for them alone, three cores a worker would do as well.)"""
 
-BASE_BYTES = 160 * 2**20  # of a worker that has loaded nothing yet, as measured
-LOADED_FACTOR = 4  # bytes of memory for a byte of model.onnx: weights, their packed copy, work buffers
+# As measured: BentoML's own process has 80 MiB of its own and a worker 120, what they share counts once. ONNX Runtime
+# takes 1.5 bytes for a byte of float32 weights. Photographs of 12 megapixels took less than 10 MiB a thread; a PNG of
+# 49 megapixels took 200 (4 bytes a pixel), which is not counted here: `VITRINE_MAX_PIXELS` bounds it.
+SERVER_BYTES = 100 * 2**20
+WORKER_BYTES = 160 * 2**20
+THREAD_BYTES = 16 * 2**20
+LOADED_FACTOR = 2
 
 
 @dataclass(frozen=True)
@@ -25,40 +35,69 @@ class Sizing:
     workers: int
     threads: int
     reason: str
+    warning: str = ""  # of what may go wrong with it
 
 
 def size(settings: Settings) -> Sizing:
     """The settings' workers and threads; what they leave open is chosen by this process's cores and memory."""
-    return choose(
-        settings.workers,
-        settings.threads,
-        cores=available_cores(),
-        quota=cpu_quota(),
-        memory=available_memory(),
-        models=model_bytes(settings.bundles),
+    return choose(settings.workers, settings.threads, machine=this_machine(), models=model_bytes(settings.bundles))
+
+
+def choose(workers: int | None, threads: int | None, *, machine: Machine, models: int) -> Sizing:
+    """See `size`. `models` are the bytes of all graphs that are loaded.
+
+    Who sets threads alone gets them in one process.
+    """
+    most = 1 if threads is not None else math.ceil(machine.cores / CORES_A_WORKER)
+    chosen = workers or next(
+        (count for count in range(most, 1, -1) if _fits(count, _threads(count, threads, machine), machine, models)), 1
     )
-
-
-def choose(
-    workers: int | None, threads: int | None, *, cores: int, quota: float | None, memory: int | None, models: int
-) -> Sizing:
-    """See `size`. `quota` is in cores, `memory` and `models` (of all graphs that are loaded) in bytes."""
-    need = BASE_BYTES + LOADED_FACTOR * models
-    room = None if memory is None else memory // need
-    chosen = workers or max(1, min(math.ceil(cores / CORES_A_WORKER), cores if room is None else room))
-    each = threads or max(1, cores // chosen)
-    why = [f"{cores} cores" if cores > 1 else "1 core"]
-    if quota is not None:
-        why[0] += f" (CPU quota {quota:g})"
-    if memory is not None:
-        why.append(f"{memory / 2**30:.1f} GiB of memory for about {need / 2**20:.0f} MiB a worker")
-        if room == 0:
-            why.append("which may be too little")
+    each = _threads(chosen, threads, machine)
+    need = _need(chosen, each, models)
+    memory = ""
+    if machine.memory is not None:
+        limit = " (cgroup)" if machine.memory_is_limited else ""
+        memory = f", {_mib(need)} of {_mib(machine.memory)} memory{limit}"
     set_by = [name for name, value in (("workers", workers), ("threads", threads)) if value is not None]
-    if set_by:
-        why.append(f"{' and '.join(set_by)} as set")
-    plural = "" if chosen == 1 else "s"
-    return Sizing(chosen, each, f"{each} threads in each of {chosen} worker{plural}: {', '.join(why)}")
+    as_set = f", {' and '.join(set_by)} as set" if set_by else ""
+    reason = f"{_plural(each, 'thread')} in {_plural(chosen, 'worker')}: {_cores(machine)}{memory}{as_set}"
+    warning = ""
+    if not _fits(chosen, each, machine, models):
+        assert machine.memory is not None
+        warning = (
+            f"memory may not be enough: expected about {_mib(need)} for {_plural(chosen, 'worker')} with "
+            f"{_plural(each, 'thread')} each, found {_mib(machine.memory)}"
+        )
+    return Sizing(chosen, each, reason, warning)
+
+
+def _threads(workers: int, threads: int | None, machine: Machine) -> int:
+    return threads or max(1, machine.cores // workers)
+
+
+def _need(workers: int, threads: int, models: int) -> int:
+    """Bytes of memory, about."""
+    return SERVER_BYTES + workers * (WORKER_BYTES + LOADED_FACTOR * models + threads * THREAD_BYTES)
+
+
+def _fits(workers: int, threads: int, machine: Machine, models: int) -> bool:
+    return machine.memory is None or _need(workers, threads, models) <= machine.memory
+
+
+def _cores(machine: Machine) -> str:
+    cores = _plural(machine.cores, "core")
+    if machine.quota is not None:
+        less = ", less than a core" if machine.quota < 1 else ""
+        return f"{cores} (CPU quota {machine.quota:g} of {machine.all_cores}{less})"
+    return cores if machine.cores == machine.all_cores else f"{cores} of {machine.all_cores}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def model_bytes(roots: Iterable[Path]) -> int:

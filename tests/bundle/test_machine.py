@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bundle.machine import available_cores, available_memory, cpu_quota
+from bundle.machine import Machine, available_cores, available_memory, cpu_quota, this_machine
 
 GIB = 2**30
 
@@ -69,6 +69,16 @@ def test_memory(groups: str, files: dict[str, str], memory: int, tmp_path: Path)
     meminfo = f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB\n"
     proc = written(tmp_path / "proc", {"self/cgroup": groups, "meminfo": meminfo})
     assert available_memory(written(tmp_path / "cgroup", files), proc) == memory
+
+
+def test_a_machine_says_whether_its_memory_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    proc = written(tmp_path / "proc", {"self/cgroup": "0::/pod\n", "meminfo": f"MemTotal: {4 * GIB // 1024} kB\n"})
+    free = this_machine(tmp_path / "nothing", proc)
+    assert free == Machine(cores=3, all_cores=8, quota=None, memory=4 * GIB, memory_is_limited=False)
+    cgroup = written(tmp_path / "cgroup", {"pod/memory.max": str(GIB), "pod/cpu.max": "50000 100000"})
+    assert this_machine(cgroup, proc) == Machine(1, 8, 0.5, GIB, True)
 
 
 def test_a_machine_without_any_of_these_files_has_its_own_cores_and_no_known_memory(tmp_path: Path) -> None:

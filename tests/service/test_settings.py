@@ -1,13 +1,22 @@
 """Settings from the environment and a file: what holds, what is refused, what is written down."""
 
 import re
+import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
+import grpc
+import httpx
 import pytest
 import yaml
 
+from service.access import hash_key
 from service.settings import FILE_VARIABLE, PREFIX, Settings, SettingsError, read_settings, shown
+
+Run = Callable[..., str]
+Serving = Callable[..., AbstractContextManager[Any]]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,7 @@ def test_what_is_shown_can_be_read_again(file: Path) -> None:
         ("port: many\n", "port: Input should be a valid integer, unable to parse string as an integer, found 'many'"),
         ("- port\n", "expected a mapping of settings, found \"['port']\""),
         ("port: [\n", "expected a readable YAML file, found while parsing"),
-        ("api_keys: [short]\n", "api_keys: Value error, key 1 has fewer than 16 characters; `vitrine key` makes one"),
+        ("api_keys: [short]\n", "api_keys: key 1: expected at least 16 characters, found 5; `vitrine key`"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(content: str, message: str, file: Path) -> None:
@@ -69,6 +78,12 @@ def test_a_bad_file_is_refused_by_name(content: str, message: str, file: Path) -
         ("VITRINE_MAXQUEUE", "3", "environment: unknown 'VITRINE_MAXQUEUE': did you mean 'VITRINE_MAX_QUEUE'? Known: "),
         ("VITRINE_THREADS", "0", "VITRINE_THREADS: Input should be greater than or equal to 1, found '0'"),
         ("VITRINE_LOG_FORMAT", "xml", "VITRINE_LOG_FORMAT: Input should be 'auto', 'json' or 'text', found 'xml'"),
+        ("VITRINE_PORT", "8081", "VITRINE_GRPC_PORT: expected another port than that of HTTP, found 8081"),
+        ("VITRINE_CORS_ORIGINS", "https://a.example/", "VITRINE_CORS_ORIGINS: expected * or origins such as https://"),
+        ("VITRINE_API_KEYS", " ,", "VITRINE_API_KEYS: expected at least one key, found none; leave it out to let"),
+        ("VITRINE_API_KEYS", f"sha256:{'0' * 63}", "VITRINE_API_KEYS: key 1: expected sha256: and 64 hexadecimal"),
+        ("VITRINE_API_KEYS", "with spaces in between", "VITRINE_API_KEYS: key 1: expected ASCII letters, digits and"),
+        ("VITRINE_SERVICE", "x", "environment: unknown 'VITRINE_SERVICE': did you mean"),
         (FILE_VARIABLE, "/nowhere", "/nowhere: expected a readable YAML file, found [Errno 2] No such file"),
     ],
 )
@@ -81,18 +96,72 @@ def test_a_bad_variable_is_refused_by_name(
     assert str(caught.value).startswith(message)
 
 
+def test_the_variables_that_kubernetes_makes_of_services_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two Services, vitrine and vitrine-grpc, in every pod of their namespace."""
+    for service, port in (("VITRINE", "3000"), ("VITRINE_GRPC", "8081")):
+        url = f"tcp://10.0.0.1:{port}"
+        made = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": port, "SERVICE_PORT_HTTP": port, "PORT": url}
+        parts = {"": url, "_PROTO": "tcp", "_PORT": port, "_ADDR": "10.0.0.1"}
+        for name, value in {**made, **{f"PORT_{port}_TCP{part}": parts[part] for part in parts}}.items():
+            monkeypatch.setenv(f"{service}_{name}", value)
+    settings = read_settings()
+    assert (settings.port, settings.grpc_port) == (3000, 8081)
+
+
+@pytest.mark.parametrize(
+    ("host", "only_here"), [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("vm", False)]
+)
+def test_whether_others_reach_the_server(host: str, only_here: bool) -> None:
+    assert Settings(host=host).only_here is only_here
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1"])
+def test_the_host_may_be_a_name_or_of_version_6(host: str, serve: Serving, tiny_bundles: Path) -> None:
+    with serve(tiny_bundles, VITRINE_HOST=host) as (url, grpc_url, _, lines):
+        shown_host = f"[{host}]" if ":" in host else host
+        port, grpc_port = url.rpartition(":")[2], grpc_url.rpartition(":")[2]
+        assert f"on http://{shown_host}:{port}\n" in "".join(lines)
+        assert httpx.get(f"http://{shown_host}:{port}/livez").status_code == 200
+        with grpc.insecure_channel(f"{shown_host}:{grpc_port}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "nowhere.invalid"], "--host: expected an address or a name of this machine, found 'nowhere."),
+        (["--host", "192.0.2.1"], "cannot listen on 192.0.2.1:3000: Cannot assign requested address; choose another"),
+        (["--port", "70000"], "--port: Input should be less than or equal to 65535, found '70000'"),
+        (["--port", "8081"], "VITRINE_GRPC_PORT: expected another port than that of HTTP, found 8081"),
+        (["--settings", "nowhere.yaml"], "nowhere.yaml: expected a readable YAML file, found [Errno 2]"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(arguments: list[str], message: str, run_vitrine: Run) -> None:
+    printed = run_vitrine("serve", *arguments, status=1)
+    assert printed.startswith(f"vitrine: {message}")
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_grpc_port_in_use_is_refused_in_one_sentence(server: str, run_vitrine: Run) -> None:
+    port = server.rpartition(":")[2]
+    printed = run_vitrine("serve", "--grpc-port", port, status=1)
+    sentence = f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --host or --grpc-port"
+    assert printed == f"vitrine: {sentence}\n"
+
+
 def test_keys_are_hashed_at_once_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITRINE_API_KEYS", f"a-long-plain-key-1, sha256:{'0' * 64}")
     settings = read_settings()
-    assert all(key.startswith("sha256:") and len(key) == 71 for key in settings.api_keys)
+    assert settings.api_keys == (hash_key("a-long-plain-key-1"), f"sha256:{'0' * 64}")
     for text in (repr(settings), str(settings), shown(settings)):
         assert "plain" not in text
         assert "sha256" not in text
     monkeypatch.setenv("VITRINE_API_KEYS", "a-long-plain-key-1,secret")
     with pytest.raises(SettingsError) as caught:
         read_settings()
-    assert "plain" not in str(caught.value)
-    assert "secret" not in str(caught.value)
+    told = "".join(traceback.format_exception(caught.value))  # as BentoML would print it
+    assert "plain" not in told
+    assert "secret" not in told
 
 
 def test_the_table_of_the_guide_is_the_codes(root: Path) -> None:
@@ -107,12 +176,10 @@ def test_the_table_of_the_guide_is_the_codes(root: Path) -> None:
     assert documented == expected
 
 
-def test_serve_prints_its_settings_and_ends(
-    file: Path, run_vitrine: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_prints_its_settings_and_ends(file: Path, run_vitrine: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FILE_VARIABLE)
     file.write_text("port: 4000\n")
     printed = run_vitrine("serve", "--settings", file, "--grpc-port", "0", "--print-settings")
     assert f"port: 4000  # {file}" in printed
-    assert "grpc_port: 0  # VITRINE_GRPC_PORT" in printed
+    assert "grpc_port: 0  # --grpc-port" in printed
     assert yaml.safe_load(printed)["max_images"] == 32
