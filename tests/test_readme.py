@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,9 +18,15 @@ Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[
 
 
 @pytest.fixture(scope="module")
-def shipped(serve: Serving, root: Path) -> Iterator[str]:
-    with serve(root / "bundles") as (url, _, _, _):
-        yield url
+def served(serve: Serving, root: Path) -> Iterator[Any]:
+    with serve(root / "bundles") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shipped(served: Any) -> str:
+    url: str = served.url
+    return url
 
 
 def curl_examples(readme: str) -> list[tuple[str, str]]:
@@ -36,14 +43,22 @@ def approximately(value: Any) -> Any:
 
 
 def test_curl_lines_answer_what_the_guides_show(shipped: str, root: Path) -> None:
-    guides = ("README.md", "docs/service.md")
+    guides = ("README.md", "docs/service.md", "docs/protocol.md")
     examples = [example for guide in guides for example in curl_examples((root / guide).read_text())]
-    assert len(examples) == 6
+    assert len(examples) == 7
     for command, answer in examples:
         shown = json.loads(answer)
         local = command.replace("http://localhost:3000", shipped)
         result = subprocess.run(["bash", "-c", local], cwd=root, capture_output=True, text=True, check=True)
         assert json.loads(result.stdout) == approximately(shown), command
+
+
+def test_the_protocols_python_runs(served: Any, root: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)\n```", (root / "docs/protocol.md").read_text(), flags=re.DOTALL)
+    local = program.replace("localhost:8081", served.grpc)
+    for text in (local, local.replace("tritonclient.grpc", "tritonclient.http").replace(served.grpc, served.url[7:])):
+        result = subprocess.run([sys.executable, "-c", text], cwd=root, capture_output=True, text=True, check=True)
+        assert result.stdout.count(":frog") == 1
 
 
 def test_the_results_table_holds_the_manifests_numbers(root: Path) -> None:
@@ -71,7 +86,7 @@ def test_shipped_cards_are_written_from_the_manifests(root: Path) -> None:
 
 def test_links_lead_somewhere(root: Path) -> None:
     for page in (root / "README.md", *(root / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#]+)[)#]", page.read_text()):
             assert target.startswith(("https://", "http://localhost")) or (page.parent / target).exists(), (
                 page,
                 target,
