@@ -3,16 +3,18 @@
 import json
 import logging
 import sys
+import threading
 import time
+from types import TracebackType
 from typing import Any, Literal
 
-from service.observation import STAGES, Observation
+from service.observation import STAGES, Observation, current
 
 LogFormat = Literal["auto", "json", "text"]
 
+_log = logging.getLogger("bentoml.vitrine")
 _access = logging.getLogger("bentoml.vitrine.access")
-_QUIET = ("/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready")  # at level DEBUG
-_LONGEST_PATH = 200
+_LONGEST_PATH, _LONGEST_METHOD = 200, 20
 
 
 class JsonFormatter(logging.Formatter):
@@ -26,11 +28,18 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "process": record.process,
             "message": record.getMessage(),
-            **getattr(record, "request", {}),
         }
+        request = getattr(record, "request", None)
+        observation = current.get()
+        if request is not None:
+            line |= request
+        elif observation is not None:  # logged while a request was answered
+            line |= {"request_id": observation.request_id, "trace_id": observation.trace_id}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        if record.stack_info:
+            line["stack"] = record.stack_info
+        return json.dumps(line, default=str)  # ASCII: no sign in it can end or forge a line
 
 
 def wants_json(log_format: LogFormat) -> bool:
@@ -39,38 +48,59 @@ def wants_json(log_format: LogFormat) -> bool:
 
 
 def configure(log_format: LogFormat) -> None:
-    """Give BentoML's handlers, which all loggers of its processes share, the wanted format."""
+    """Give BentoML's handlers, which all loggers of its processes share, the wanted format.
+
+    BentoML has configured logging before it imports the service, in the workers and in the process that starts them.
+    """
+    logging.getLogger("uvicorn.access").propagate = False  # uvicorn would write query strings at level DEBUG
     if not wants_json(log_format):
         return
     for name in (None, "bentoml", "uvicorn.error", "circus"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(JsonFormatter())
+            handler.filters.clear()  # BentoML's looks up what its own format shows
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda uncaught: _log_uncaught(
+        uncaught.exc_type, uncaught.exc_value or uncaught.exc_type(), uncaught.exc_traceback
+    )
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """What Python would print as it is."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+    elif not issubclass(kind, SystemExit):
+        _log.critical("uncaught %s: %s", kind.__name__, error, exc_info=(kind, error, traceback))
 
 
 def log_request(observation: Observation, status: str, seconds: float) -> None:
     """Write the line of a finished request; nothing of the images, no key, no query."""
-    level = logging.DEBUG if observation.path in _QUIET else logging.INFO
+    level = logging.DEBUG if observation.quiet else logging.INFO
     if not _access.isEnabledFor(level):
         return
-    path = observation.path[:_LONGEST_PATH].encode("unicode_escape").decode()
-    milliseconds = {name: round(1000 * observation.seconds(name), 3) for name in STAGES}
-    model = f"{observation.model}@{observation.version}" if observation.model else ""
+    method = observation.method[:_LONGEST_METHOD]
+    path = observation.path[:_LONGEST_PATH].encode("unicode_escape").decode()  # of control characters as of all others
+    stages = {name: round(1000 * observation.seconds(name), 3) for name in STAGES} if observation.stages else {}
     request = {
         "request_id": observation.request_id,
         "trace_id": observation.trace_id,
         "client": observation.client,
-        "method": observation.method,
+        "method": method,
         "route": observation.route,
         "path": path,
         "status": status,
         "error": observation.error,
-        "model": model,
+        "model": observation.model,
+        "version": observation.version,
         "variant": observation.variant,
         "images": observation.images,
-        "milliseconds": {**milliseconds, "total": round(1000 * seconds, 3)},
+        "milliseconds": {**stages, "total": round(1000 * seconds, 3)},
         "bytes_in": observation.bytes_in,
         "bytes_out": observation.bytes_out,
     }
-    text = f"{observation.method} {path} {status} {1000 * seconds:.1f} ms"
+    spent = ", ".join(f"{name} {stage:.1f}" for name, stage in stages.items())
+    text = f"{method} {path} {status} {1000 * seconds:.1f} ms{f' ({spent})' if spent else ''}"
+    model = f"{observation.model}@{observation.version}" if observation.model else ""
     details = " ".join(part for part in (model, observation.error, observation.request_id) if part)
     _access.log(level, "%s  %s", text, details, extra={"request": request})

@@ -4,12 +4,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bundle.loading import Bundle
 
 STAGES = ("decode", "queue", "inference")
+# Asked every few seconds by machines: counted, but neither logged (except at level DEBUG), traced nor in flight.
+QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 
 
 class Stage(NamedTuple):
@@ -42,6 +45,11 @@ class Observation:
     bytes_out: int = 0
     trace_id: str = ""  # empty where it is not traced
 
+    @property
+    def quiet(self) -> bool:
+        """Whether it is a probe or a scrape."""
+        return self.path in QUIET
+
     def answered_by(self, bundle: Bundle) -> None:
         """Note which bundle answers."""
         self.model, self.version = bundle.manifest.name, bundle.manifest.version
@@ -63,3 +71,7 @@ class Observation:
     def seconds(self, name: str) -> float:
         """The sum of the stages of that name; more than the request took where images were worked on side by side."""
         return sum(stage.end - stage.start for stage in self.stages if stage.name == name) / 1e9
+
+
+# The request that the running task answers: its id stands in every line that is logged meanwhile.
+current: ContextVar[Observation | None] = ContextVar("observation", default=None)

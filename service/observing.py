@@ -11,11 +11,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import metrics
 from service.logs import log_request
-from service.observation import STAGES, Observation
+from service.observation import STAGES, Observation, current
 from service.tracing import record_spans, trace_id
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _INCOMPLETE = "499"  # the client was gone before the answer began
+_BENTOML_ROUTES = {"/livez", "/readyz", "/healthz", "/schema.json"}  # answered outside of our application
 
 
 def request_id(sent: str | None) -> str:
@@ -25,10 +26,14 @@ def request_id(sent: str | None) -> str:
 
 @contextmanager
 def observed(observation: Observation) -> Iterator[None]:
-    """A request, over HTTP or gRPC; when the block ends, it is logged and counted with `observation.status`."""
+    """A request, over HTTP or gRPC; when the block ends, it is logged and counted with `observation.status`.
+
+    Spans are no part of this: `tracing.record_spans` has to be called while the request's span is open.
+    """
     start = time.monotonic()
     observation.trace_id = trace_id()
-    metrics.began()
+    current.set(observation)  # until the task ends: its traceback is logged by uvicorn, outside of this block
+    metrics.began(observation)
     try:
         yield
     finally:
@@ -49,9 +54,11 @@ class ObservationMiddleware:
             await self.app(scope, receive, send)
             return
         host, port = scope.get("client") or ("", 0)
+        path = scope["path"]
         observation = Observation(
             method=scope["method"],
-            path=scope["path"],
+            path=path,
+            route=path if path in _BENTOML_ROUTES else "",
             client=f"{host}:{port}",
             request_id=request_id(Headers(scope=scope).get("x-request-id")),
         )

@@ -56,6 +56,7 @@ class Scheduler:
             if self._waiting >= self._max_queue:
                 raise OverloadedError(self._max_queue)
             self._waiting += 1
+            self._show()
         submitted = time.time_ns()
 
         def begin() -> T:
@@ -64,15 +65,15 @@ class Scheduler:
                 self._started += 1
                 number = self._started
                 self._running[number] = time.monotonic()
+                self._show()
             observation.add("queue", submitted, time.time_ns())
             try:
                 return work()
             finally:
                 with self._counting:
                     del self._running[number]
-                metrics.queued(self._waiting, self.running)
+                    self._show()
 
-        metrics.queued(self._waiting, self.running)
         future = self._pool.submit(begin)
         future.add_done_callback(self._left)
         return await asyncio.wrap_future(future)
@@ -81,6 +82,11 @@ class Scheduler:
         if future.cancelled():  # it never began
             with self._counting:
                 self._waiting -= 1
+                self._show()
+
+    def _show(self) -> None:
+        """Called with the lock held, so that what is shown last is what was last."""
+        metrics.queued(self._waiting, self.running)
 
     def close(self) -> None:
         """Finish what has begun and drop what waits."""

@@ -1,14 +1,17 @@
-"""Spans of a request's stages, below the span that BentoML's OpenTelemetry middleware makes of the request."""
+"""Spans: BentoML makes one of each HTTP request, here is one of each gRPC call, and those of the stages below both."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from opentelemetry import propagate, trace
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
-from service.observation import Observation
+from service.observation import QUIET, Observation
 from service.settings import Settings
+
+_GRPC_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}  # the server's
 
 
 def bentoml_tracing(settings: Settings) -> dict[str, Any]:
@@ -18,6 +21,7 @@ def bentoml_tracing(settings: Settings) -> dict[str, Any]:
     return {
         "exporter_type": "otlp",
         "sample_rate": settings.traces_share,
+        "excluded_urls": [f"{re.escape(path)}$" for path in sorted(QUIET)],
         "otlp": {"protocol": "http", "endpoint": settings.traces_endpoint, "http": {}},
     }
 
@@ -35,10 +39,17 @@ def record_spans(observation: Observation) -> None:
         return
     known = {"model": observation.model, "version": observation.version, "variant": observation.variant}
     attributes = {f"vitrine.{name}": value for name, value in known.items() if value}
-    parent.set_attributes({**attributes, "vitrine.request_id": observation.request_id})
-    parent.set_attribute("vitrine.images", observation.images)
-    if observation.route:
-        parent.set_attribute("http.route", observation.route)
+    own = {
+        "request_id": observation.request_id,
+        "images": observation.images,
+        "batch_sizes": tuple(observation.batches),
+        "error": observation.error,
+    }
+    parent.set_attributes({**attributes, **{f"vitrine.{name}": value for name, value in own.items() if value}})
+    if observation.method != "gRPC":  # by default its name is what the client wrote, of which there is no end
+        parent.update_name(f"{observation.method} {observation.route}".rstrip())
+        if observation.route:
+            parent.set_attribute("http.route", observation.route)
     context = trace.set_span_in_context(parent)
     tracer = _tracer()
     for stage in observation.stages:
@@ -52,9 +63,24 @@ def grpc_span(settings: Settings, method: str, metadata: Mapping[str, str]) -> I
     if not settings.traces_endpoint:
         yield
         return
-    context = propagate.extract(metadata)
-    with _tracer().start_as_current_span(method.removeprefix("/"), context, SpanKind.SERVER):
+    service, _, name = method.removeprefix("/").partition("/")
+    with _tracer().start_as_current_span(
+        f"{service}/{name}",
+        propagate.extract(metadata),
+        SpanKind.SERVER,
+        {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+        record_exception=False,  # an error is answered by raising, too
+        set_status_on_exception=False,
+    ):
         yield
+
+
+def record_grpc_status(status: str) -> None:
+    """Write how a gRPC call was answered into its span."""
+    span = trace.get_current_span()
+    span.set_attribute("rpc.grpc.status", status)
+    if status in _GRPC_FAULTS:
+        span.set_status(Status(StatusCode.ERROR, status))
 
 
 def _is_sampled(span: Span) -> bool:
