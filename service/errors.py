@@ -1,5 +1,6 @@
 """Every error in one shape, whoever raised it: one JSON object, and under /v2 that of the Open Inference Protocol."""
 
+import reprlib
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
@@ -93,12 +94,21 @@ _HEADERS: dict[type[VitrineError], dict[str, str]] = {
 _STATUSES = set(HTTPStatus)
 TIMEOUT = "timeout"
 
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 100
+
+
+def shown(value: object) -> str:
+    """What a client sent, for a sentence: short, and however deep it is nested. (`repr` would run out of stack.)"""
+    return _brief.repr(value)
+
 
 def error_response(scope: Scope, status: int, code: str, message: str) -> Response:
     """An error in the shape of the route that was asked."""
     observation = scope.get("vitrine.observation")
     if observation is not None:
         observation.error = code
+    message = message.encode(errors="backslashreplace").decode()  # JSON can name half a character: "\\ud800"
     protocol = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
     answer = ProtocolErrorAnswer(error=message) if protocol else ErrorAnswer(error=Error(code=code, message=message))
     return Response(answer.model_dump_json(), status_code=status, media_type="application/json")

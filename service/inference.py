@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.errors import ParameterError
+from bundle.errors import ImageTooLargeError, ParameterError
 from bundle.images import decode
 from bundle.loading import Bundle
 from bundle.manifest import DetectionPreprocessing, TensorSpec
 from bundle.predictors import Classifier
+from service.errors import shown
 from service.observation import Observation
 from service.requests import encoded
 from service.serving import Serving
@@ -37,13 +37,20 @@ Arrays = dict[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
+class Unread:
+    """BYTES as a client sent them. They are read once it is known how many there may be."""
+
+    elements: object  # a memoryview of lengths and bytes, or what should be a list: of bytes, or of base64 text
+
+
+@dataclass(frozen=True)
 class Tensor:
     """An input or output."""
 
     name: str
     datatype: str  # KServe's
     shape: tuple[int, ...]
-    data: NDArray[np.generic] | list[Any]  # of BYTES a flat list: bytes, or in a request base64 text
+    data: NDArray[np.generic] | Sequence[bytes] | Unread
 
 
 @dataclass(frozen=True)
@@ -161,24 +168,25 @@ def _wishes(bundle: Bundle, wanted: Sequence[OutputWish]) -> Sequence[OutputWish
 def _image_work(
     serving: Serving, observation: Observation, bundle: Bundle, tensor: Tensor
 ) -> list[Callable[[], Sequence[NDArray[np.generic]]]]:
-    if tensor.datatype != "BYTES":
+    if not isinstance(tensor.data, Unread):
         raise ParameterError(f"input {IMAGE}: datatype", expected="BYTES", found=tensor.datatype[:20])
-    count = len(tensor.data)
-    if math.prod(tensor.shape) != count or len(tensor.shape) not in (1, 2) or tensor.shape[0] != count:
-        found = f"{list(tensor.shape)[:8]} and {count} images"
+    if tensor.shape[1:] not in ((), (1,)) or not tensor.shape:
+        found = str(list(tensor.shape))[:100]
         raise ParameterError(f"input {IMAGE}: shape", expected="[number of images]", found=found)
-    _check_count(serving, count)
+    _check_count(serving, tensor.shape[0])
+    images = _elements(tensor.data, tensor.shape[0])
 
     def work(image: object) -> Sequence[NDArray[np.generic]]:
         with observation.stage("decode"):
-            decoded = decode(encoded(image), max_pixels=serving.settings.max_pixels)
+            data = bytes(image) if isinstance(image, memoryview) else encoded(image)
+            decoded = decode(data, max_pixels=serving.settings.max_pixels)
             prepared = bundle.predictor.prepare(decoded)
             feeds = bundle.predictor.inputs([prepared])  # type: ignore[list-item]  # each predictor takes its own
         observation.images += 1
         observation.pixels += decoded.width * decoded.height
         return _run(observation, bundle, feeds, 1)
 
-    return [partial(work, image) for image in tensor.data]
+    return [partial(work, image) for image in images]
 
 
 def _tensor_work(
@@ -196,6 +204,8 @@ def _tensor_work(
     if min(height, width) < 1 or max(height, width) > longest:
         expected = f"edges from 1 to {longest} pixels"
         raise ParameterError("input pixels: shape", expected=expected, found=f"{height} x {width}")
+    if height * width > serving.settings.max_pixels:
+        raise ImageTooLargeError(limit=serving.settings.max_pixels, unit="pixels", found=f"{width} x {height}")
     sizes = arrays.get("sizes")
     if sizes is not None and (
         len(sizes) != count or np.any(np.less(sizes, 1)) or np.any(np.greater(sizes, [height, width]))
@@ -231,7 +241,8 @@ def _checked(tensor: Tensor, spec: TensorSpec) -> NDArray[np.generic]:
         expected = f"[{', '.join(map(str, spec.shape))}]"
         raise ParameterError(f"input {spec.name}: shape", expected=expected, found=str(list(tensor.shape))[:100])
     assert isinstance(tensor.data, np.ndarray)
-    return tensor.data.reshape(tensor.shape)
+    # Numbers of eight bytes may begin anywhere in a body; the runtime expects them where the processor does.
+    return np.require(tensor.data.reshape(tensor.shape), requirements="A")
 
 
 def _run(observation: Observation, bundle: Bundle, feeds: Arrays, count: int) -> Sequence[NDArray[np.generic]]:
@@ -266,11 +277,12 @@ def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], data: memory
     """
     shape = _shape(name, shape)
     if datatype == "BYTES":
-        return Tensor(name, datatype, shape, _elements(name, data))
-    size = math.prod(shape) * np.dtype(_dtype(name, datatype)).itemsize
+        return Tensor(name, datatype, shape, Unread(data))
+    dtype = np.dtype(_dtype(name, datatype)).newbyteorder("<")
+    size = math.prod(shape) * dtype.itemsize
     if size != len(data):
-        raise ParameterError(f"input {name}: data", expected=f"{size} bytes for its shape", found=f"{len(data)}")
-    return Tensor(name, datatype, shape, np.frombuffer(data, np.dtype(_dtype(name, datatype)).newbyteorder("<")))
+        raise ParameterError(f"{_input(name)}: data", expected=f"{size} bytes for its shape", found=len(data))
+    return Tensor(name, datatype, shape, np.frombuffer(data, dtype))
 
 
 def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: object) -> Tensor:
@@ -281,26 +293,39 @@ def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: obj
     """
     shape = _shape(name, shape)
     if datatype == "BYTES":
-        return Tensor(name, datatype, shape, _flat(values))
-    dtype = _dtype(name, datatype)
+        return Tensor(name, datatype, shape, Unread(values))
+    whole = _dtype(name, datatype) is not np.float32
     try:
-        array = np.asarray(values)
-    except (ValueError, OverflowError) as error:
-        raise ParameterError(f"input {name}: data", expected="a list of numbers", found=error) from error
-    if array.size == 0:
-        array = array.astype(dtype)
-    whole = dtype is not np.float32
-    if array.dtype.kind not in ("iu" if whole else "iuf"):
-        expected = "integers" if whole else "numbers"
-        raise ParameterError(f"input {name}: data", expected=expected, found=f"{array.dtype.name} values")
-    if whole and array.size:
-        limits = np.iinfo(dtype)  # type: ignore[type-var]
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            expected, found = f"{limits.min} to {limits.max}", f"{array.min()} to {array.max()}"
-            raise ParameterError(f"input {name}: data", expected=expected, found=found)
+        # As objects: NumPy would make room for the longest text as many times as there are elements.
+        flat = np.asarray(values, dtype=object).ravel().tolist()
+    except ValueError as error:
+        raise ParameterError(f"{_input(name)}: data", expected="a list of numbers", found=error) from error
+    kinds = set(map(type, flat)) - ({int} if whole else {int, float})
+    if kinds:  # `true` would be taken for 1, "1" for 1, and 1.5 cut off
+        found = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ParameterError(f"{_input(name)}: data", expected="integers" if whole else "numbers", found=found)
+    try:
+        return tensor_of_array(name, datatype, shape, np.array(flat, np.int64 if whole else np.float64))
+    except OverflowError as error:
+        raise ParameterError(f"{_input(name)}: data", expected=f"values of {datatype}", found=error) from error
+
+
+def tensor_of_array(name: str, datatype: str, shape: Sequence[int], array: NDArray[np.generic]) -> Tensor:
+    """A tensor of numbers of some wider type.
+
+    Raises:
+        ParameterError: they are not of the datatype or the shape.
+    """
+    dtype, shape = _dtype(name, datatype), _shape(name, shape)
     if array.size != math.prod(shape):
         expected = f"{math.prod(shape)} values for its shape"
-        raise ParameterError(f"input {name}: data", expected=expected, found=array.size)
+        raise ParameterError(f"{_input(name)}: data", expected=expected, found=array.size)
+    if array.size and dtype is not np.float32:
+        limits = np.iinfo(dtype)  # type: ignore[type-var]
+        least, most = array.min(), array.max()
+        if int(least) < limits.min or int(most) > limits.max:
+            expected, found = f"{limits.min} to {limits.max}", f"{least} to {most}"
+            raise ParameterError(f"{_input(name)}: data", expected=expected, found=found)
     return Tensor(name, datatype, shape, array.astype(dtype).ravel())
 
 
@@ -308,45 +333,51 @@ def bytes_of(tensor: Tensor) -> bytes:
     """A tensor in binary form, see `tensor_of_bytes`."""
     if isinstance(tensor.data, np.ndarray):
         return tensor.data.tobytes()
+    assert not isinstance(tensor.data, Unread)
     return b"".join(len(element).to_bytes(4, "little") + element for element in tensor.data)
+
+
+def _input(name: str) -> str:
+    return f"input {name[:100]}"
 
 
 def _dtype(name: str, datatype: str) -> type[np.generic]:
     if datatype not in DTYPES:
         expected = f"one of {', '.join((*DTYPES, 'BYTES'))}"
-        raise ParameterError(f"input {name}: datatype", expected=expected, found=repr(datatype[:20]))
+        raise ParameterError(f"{_input(name)}: datatype", expected=expected, found=repr(datatype[:20]))
     return DTYPES[datatype]
 
 
 def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     if len(shape) > 8 or any(not 0 <= edge < 2**31 for edge in shape):
         expected = "at most 8 lengths from 0 to 2147483647"
-        raise ParameterError(f"input {name}: shape", expected=expected, found=str(list(shape))[:100])
+        raise ParameterError(f"{_input(name)}: shape", expected=expected, found=shown(list(shape)))
     return tuple(shape)
 
 
-def _elements(name: str, data: memoryview) -> list[bytes]:
-    elements: list[bytes] = []
+def _elements(unread: Unread, count: int) -> list[object]:
+    """The elements of the input `image`: parts of the memoryview, or bytes or text."""
+    data, field = unread.elements, f"input {IMAGE}: data"
+    if not isinstance(data, memoryview):
+        if not isinstance(data, list) or len(data) != count:
+            found = f"{len(data)}" if isinstance(data, list) else shown(data)
+            raise ParameterError(field, expected=f"a list of {count} images", found=found)
+        # of the shape [n, 1] each stands in a list of its own
+        values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in data]
+        for value in values:
+            if not isinstance(value, (bytes, str)):
+                raise ParameterError(field, expected="base64 or a data URL as text", found=shown(value))
+        return values
+    elements: list[object] = []
     start = 0
-    while start < len(data):
+    while start < len(data) and len(elements) < count:
         end = start + 4 + int.from_bytes(data[start : start + 4], "little")
         if start + 4 > len(data) or end > len(data):
             expected = "each element after its length in four bytes"
-            raise ParameterError(f"input {name}: data", expected=expected, found=f"an end in element {len(elements)}")
-        elements.append(bytes(data[start + 4 : end]))
+            raise ParameterError(field, expected=expected, found=f"an end in element {len(elements)}")
+        elements.append(data[start + 4 : end])
         start = end
+    if start != len(data) or len(elements) != count:
+        found = f"{len(elements)}, and {len(data) - start} bytes after them"
+        raise ParameterError(field, expected=f"{count} images for its shape", found=found)
     return elements
-
-
-def _flat(values: object) -> list[Any]:
-    if not isinstance(values, list):
-        return [values]
-    found: list[Any] = []
-    pending = list(reversed(values))
-    while pending:  # no recursion: the nesting is the client's
-        value = pending.pop()
-        if isinstance(value, list):
-            pending.extend(reversed(value))
-        else:
-            found.append(value)
-    return found

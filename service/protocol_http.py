@@ -2,16 +2,18 @@
 
 import asyncio
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from bundle.errors import ImageTooLargeError, ParameterError
-from service.errors import UnavailableError
+from service.errors import UnavailableError, shown
 from service.inference import (
     EXTENSIONS,
     PLATFORM,
@@ -20,6 +22,7 @@ from service.inference import (
     InferenceRequest,
     OutputWish,
     Tensor,
+    Unread,
     bytes_of,
     infer,
     model_metadata,
@@ -81,7 +84,7 @@ async def repository_index(request: Request) -> Response:
     document = await _optional_json(request, serving.settings.max_body_bytes)
     ready = document.get("ready", False)
     if not isinstance(ready, bool):
-        raise ParameterError("ready", expected="true or false", found=repr(ready)[:100])
+        raise ParameterError("ready", expected="true or false", found=shown(ready))
     return _json(
         [
             {
@@ -147,7 +150,7 @@ def parse(model: str, body: bytes, header_length: str | None) -> tuple[Inference
     """
     length = len(body)
     if header_length is not None:
-        if not (header_length.isdecimal() and int(header_length) <= len(body)):
+        if not re.fullmatch("[0-9]{1,15}", header_length) or int(header_length) > len(body):
             raise ParameterError(HEADER_LENGTH, expected=f"0 to {len(body)}", found=repr(header_length[:20]))
         length = int(header_length)
     document = _object(_loads(body[:length]), "body")
@@ -161,7 +164,7 @@ def parse(model: str, body: bytes, header_length: str | None) -> tuple[Inference
             size = own["binary_data_size"]
             if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(data) - start:
                 expected = f"0 to {len(data) - start}, the bytes that are left"
-                raise ParameterError(f"input {name[:100]}: binary_data_size", expected=expected, found=repr(size)[:50])
+                raise ParameterError(f"input {name[:100]}: binary_data_size", expected=expected, found=shown(size))
             inputs.append(tensor_of_bytes(name, datatype, shape, data[start : start + size]))
             start += size
         elif "data" in entry:
@@ -170,13 +173,13 @@ def parse(model: str, body: bytes, header_length: str | None) -> tuple[Inference
             raise ParameterError(f"input {name[:100]}", expected="data or binary_data_size", found="neither")
     if start != len(body):
         raise ParameterError("body", expected="as many bytes as its tensors", found=f"{len(body) - start} more")
-    binary = parameters.get("binary_data_output", False) is True
+    binary = _flag(parameters, "binary_data_output", False)
     wishes = [_wish(entry, binary) for entry in _objects(document.get("outputs", []), "outputs")]
     variant, number = parameters.get("variant"), document.get("id", "")
     if variant is not None and not isinstance(variant, str):
-        raise ParameterError("variant", expected="text", found=repr(variant)[:100])
+        raise ParameterError("variant", expected="text", found=shown(variant))
     if not isinstance(number, str):
-        raise ParameterError("id", expected="text", found=repr(number)[:100])
+        raise ParameterError("id", expected="text", found=shown(number))
     return InferenceRequest(model, inputs, wishes, number, variant), binary
 
 
@@ -185,8 +188,15 @@ def _wish(entry: Json, binary: bool) -> OutputWish:
     parameters = _object(entry.get("parameters", {}), f"output {name[:100]}: parameters")
     classes = parameters.get("classification", 0)
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
-        raise ParameterError("classification", expected="a number of classes", found=repr(classes)[:50])
-    return OutputWish(name, classes, parameters.get("binary_data", binary) is True)
+        raise ParameterError("classification", expected="a number of classes", found=shown(classes))
+    return OutputWish(name, classes, _flag(parameters, "binary_data", binary))
+
+
+def _flag(parameters: Json, name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise ParameterError(name, expected="true or false", found=shown(value))
+    return value
 
 
 def _response(answer: InferenceAnswer, asked: InferenceRequest, binary: bool) -> Response:
@@ -212,10 +222,11 @@ def _response(answer: InferenceAnswer, asked: InferenceRequest, binary: bool) ->
 
 
 def _values(tensor: Tensor) -> list[Any]:
-    if isinstance(tensor.data, list):
-        return [element.decode() for element in tensor.data]
-    values: list[Any] = tensor.data.ravel().tolist()
-    return values
+    if isinstance(tensor.data, np.ndarray):
+        values: list[Any] = tensor.data.ravel().tolist()
+        return values
+    assert not isinstance(tensor.data, Unread)
+    return [element.decode() for element in tensor.data]
 
 
 def _reference(request: Request) -> str:
@@ -240,8 +251,9 @@ def _decompressed(body: bytes, max_bytes: int) -> bytes:
         raise ParameterError("body", expected="what Content-Encoding says", found=error) from error
     if len(plain) > max_bytes:
         raise ImageTooLargeError(limit=max_bytes, unit="bytes", found="more once decompressed")
-    if not reader.eof:
-        raise ParameterError("body", expected="what Content-Encoding says", found="an early end")
+    if not reader.eof or reader.unused_data:
+        found = "more behind its end" if reader.eof else "an early end"
+        raise ParameterError("body", expected="what Content-Encoding says", found=found)
     return plain
 
 
@@ -259,27 +271,27 @@ def _loads(body: bytes) -> object:
 
 def _object(value: object, name: str) -> Json:
     if not isinstance(value, dict):
-        raise ParameterError(name, expected="a JSON object", found=repr(value)[:100])
+        raise ParameterError(name, expected="a JSON object", found=shown(value))
     return value
 
 
 def _objects(value: object, name: str) -> list[Json]:
     if not isinstance(value, list):
-        raise ParameterError(name, expected="a list", found=repr(value)[:100])
+        raise ParameterError(name, expected="a list", found=shown(value))
     return [_object(entry, name) for entry in value]
 
 
 def _text(entry: Json, name: str) -> str:
     value = entry.get(name)
     if not isinstance(value, str):
-        raise ParameterError(name, expected="text", found=repr(value)[:100])
+        raise ParameterError(name, expected="text", found=shown(value))
     return value
 
 
 def _shape(entry: Json) -> Sequence[int]:
     shape = entry.get("shape")
     if not isinstance(shape, list) or any(not isinstance(edge, int) or isinstance(edge, bool) for edge in shape):
-        raise ParameterError("shape", expected="a list of lengths", found=repr(shape)[:100])
+        raise ParameterError("shape", expected="a list of lengths", found=shown(shape))
     return shape
 
 
