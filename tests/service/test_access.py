@@ -4,10 +4,12 @@ import http.client
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+import bentoml
 import grpc
 import httpx
 import pytest
@@ -24,7 +26,8 @@ Serving = Callable[..., AbstractContextManager[Any]]
 
 KEY, OTHER = "a-key-of-the-tests-1", "a-key-of-the-tests-2"
 ORIGIN = "http://page.example"
-OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/", "/openapi.json", "/metrics")
+OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/", "/openapi.json")
+OPEN += ("/docs.json", "/metrics")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,7 @@ def locked(serve: Serving, tiny_bundles: Path) -> Iterator[Any]:
         {"authorization": f"bearer  {OTHER}"},
         {"X-API-Key": KEY},
         {"X-API-Key": OTHER, "Authorization": "Basic abc"},
+        {"X-API-Key": OTHER, "Authorization": "Bearer of-a-proxy-before-the-server"},
     ],
 )
 def test_a_known_key_lets_in(headers: dict[str, str], locked: Any, photograph: bytes) -> None:
@@ -54,6 +58,7 @@ def test_a_known_key_lets_in(headers: dict[str, str], locked: Any, photograph: b
         ({"Authorization": "Basic abc"}, "none"),
         ({"Authorization": KEY}, "none"),
         ({"Authorization": "Bearer nonsense"}, "an unknown one"),
+        ({"Authorization": "Bearer nonsense", "X-API-Key": "nonsense"}, "an unknown one"),
         ({"X-API-Key": hash_key(OTHER)}, "an unknown one"),  # the hash is no key
         ({"X-API-Key": KEY + "x"}, "an unknown one"),
     ],
@@ -79,28 +84,61 @@ def test_what_is_open_needs_no_key(locked: Any) -> None:
         assert httpx.get(locked.url + path).status_code == 200, path
 
 
-segments = st.sampled_from(["classify", "detect", "models", "v2", "livez", "..", ".", "", "static_content", "%2e%2e"])
+words = "classify detect models colours v2 health live livez readyz metrics openapi.json schema.json static_content"
+tricks = ["", ".", "..", "%2e%2e", "%00", ";x", "%5c", "CLASSIFY", "Livez", "swagger-ui.css", "%63lassify", "live%7a"]
+segments = st.sampled_from([*words.split(), *tricks])
+separators = st.sampled_from(["/", "//", "%2f", "%252F", "\\"])
+paths = st.lists(st.tuples(separators, segments), max_size=4).map(lambda parts: "".join(map("".join, parts)))
+methods = st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"])
 
 
-@given(st.lists(segments, max_size=4).map("/".join))
-@example("livez/../models")
-@example("/models")
-@example("models/")
-@example("LIVEZ")
-@example("static_content/../models")
-@example("static_content/%2e%2e/models")
-@example("schema.json")
-@example("livez%2f..%2fmodels")
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_path_leads_around_the_key(locked: Any, path: str) -> None:
+@given(methods, paths.map("/".__add__))
+@example("GET", "//models")
+@example("POST", "//classify")
+@example("GET", "/livez/../models")
+@example("GET", "/models/")
+@example("GET", "/LIVEZ")
+@example("GET", "/static_content/../models")
+@example("GET", "/static_content/%2e%2e/models")
+@example("GET", "/static_content%2f..%2fmodels")
+@example("GET", "/schema.json")
+@example("GET", "/v2/health/live/../../models/colours")
+@example("GET", "/livez%2f..%2fmodels")
+@example("GET", "/%6dodels")
+@example("GET", "/nowhere")
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_path_leads_around_the_key(locked: Any, method: str, path: str) -> None:
     host, port = locked.url.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=10)  # sends the path as it is
-    connection.request("GET", f"/{path}")
-    answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
-    assert b"colours" not in body
-    assert answer.status in (401, 404) or f"/{path}" in OPEN
+    with closing(http.client.HTTPConnection(host, int(port), timeout=10)) as connection:  # sends the path as it is
+        connection.request(method, path)
+        answer = connection.getresponse()
+        body = answer.read()
+    asked = unquote(path)
+    if asked in OPEN or (asked.startswith("/static_content/") and ".." not in asked):
+        assert answer.status in (200, 404, 405)
+        assert b"colours" not in body or asked == "/metrics"
+    else:
+        assert answer.status == 401
+
+
+def test_the_environment_of_a_worker_holds_no_key(locked: Any) -> None:
+    """`vitrine serve` has become BentoML's process, whose children inherit its environment."""
+    environment = Path(f"/proc/{locked.process.pid}/environ").read_bytes()
+    assert KEY.encode() not in environment
+    assert hash_key(KEY).encode() in environment
+
+
+def test_a_websocket_needs_a_key_too(locked: Any) -> None:
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    headers = {**upgrade, "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    assert httpx.get(f"{locked.url}/models", headers=headers).status_code in (401, 403)
+
+
+def test_bentomls_client_sends_its_token(locked: Any, photograph: bytes, tmp_path: Path) -> None:
+    image = tmp_path / "photograph.jpg"
+    image.write_bytes(photograph)
+    with bentoml.SyncHTTPClient(locked.url, token=KEY) as client:
+        assert client.classify(image=image, model="colours")["model"]["name"] == "colours"
 
 
 def test_metrics_need_a_key_where_the_operator_says_so(serve: Serving, tiny_bundles: Path) -> None:
@@ -136,6 +174,7 @@ def test_a_browser_is_given_permission_without_a_key(locked: Any, photograph: by
     other = httpx.options(f"{locked.url}/classify", headers={"Origin": "http://other.example", **wanted})
     assert other.status_code == 400
     assert "access-control-allow-origin" not in other.headers
+    assert other.json()["error"]["code"] == "bad_request"  # every error has the same shape
 
 
 def test_the_file_of_keys_is_read_again_and_a_broken_one_changes_nothing(
