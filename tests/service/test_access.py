@@ -1,10 +1,15 @@
 """API keys and CORS, on a real server over both transports."""
 
+import base64
 import http.client
+import re
 import socket
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -30,9 +35,41 @@ OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", 
 OPEN += ("/docs.json", "/metrics")
 
 
+class Pages(ThreadingHTTPServer):
+    """Another origin, which answers everything with one page."""
+
+    page = b""
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Page(BaseHTTPRequestHandler):
+    server: Pages
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(self.server.page)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def locked(serve: Serving, tiny_bundles: Path) -> Iterator[Any]:
-    with serve(tiny_bundles, VITRINE_API_KEYS=f"{KEY},{hash_key(OTHER)}", VITRINE_CORS_ORIGINS=ORIGIN) as running:
+def pages() -> Iterator[Pages]:
+    with Pages(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def locked(serve: Serving, tiny_bundles: Path, pages: Pages) -> Iterator[Any]:
+    keys, origins = f"{KEY},{hash_key(OTHER)}", f"{ORIGIN}, {pages.origin}"
+    with serve(tiny_bundles, VITRINE_API_KEYS=keys, VITRINE_CORS_ORIGINS=origins) as running:
         yield running
 
 
@@ -175,6 +212,41 @@ def test_a_browser_is_given_permission_without_a_key(locked: Any, photograph: by
     assert other.status_code == 400
     assert "access-control-allow-origin" not in other.headers
     assert other.json()["error"]["code"] == "bad_request"  # every error has the same shape
+
+
+PAGE = """<!doctype html><pre id="seen">nothing</pre><script type="module">
+const image = Uint8Array.from(atob("IMAGE"), (letter) => letter.charCodeAt(0));
+const seen = [];
+for (const key of ["KEY", "of-somebody-else"]) {
+  const headers = {"X-API-Key": key, "X-Request-ID": "page-1", "Content-Type": "image/jpeg"};
+  try {
+    const answer = await fetch("URL/classify?model=colours", {method: "POST", body: image, headers});
+    const body = await answer.json();
+    seen.push(answer.status, answer.headers.get("X-Request-ID"), body.model?.name ?? body.error.code);
+  } catch (error) {
+    seen.push(error.name);
+  }
+}
+document.getElementById("seen").textContent = seen.join(" ");
+</script>"""
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", "200 page-1 colours 401 page-1 unauthorized"),
+        ("localhost", "TypeError TypeError"),  # the same page, but of an origin that is not named
+    ],
+)
+def test_a_page_of_another_origin_asks_in_a_browser(
+    host: str, expected: str, locked: Any, pages: Pages, photograph: bytes, chromium: str, tmp_path: Path
+) -> None:
+    values = {"IMAGE": base64.b64encode(photograph).decode(), "KEY": KEY, "URL": locked.url}
+    pages.page = re.sub('IMAGE|KEY(?=")|URL', lambda word: values[word[0]], PAGE).encode()
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command += ["--virtual-time-budget=10000", "--dump-dom", f"http://{host}:{pages.server_port}/"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert f'<pre id="seen">{expected}</pre>' in shown.stdout, shown.stdout[:500] + shown.stderr[-2000:]
 
 
 def test_the_file_of_keys_is_read_again_and_a_broken_one_changes_nothing(
