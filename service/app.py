@@ -29,6 +29,7 @@ from service.scheduler import Scheduler
 from service.serving import Serving, serving_of
 from service.settings import Settings
 from service.sizing import Sizing
+from service.tracing import send_spans
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 
@@ -80,6 +81,8 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
             watching.cancel()
             control.close()
             scheduler.close()
+            if settings.traces_endpoint:
+                await asyncio.to_thread(send_spans)
 
     return Starlette(
         routes=[

@@ -47,12 +47,22 @@ def wants_json(log_format: LogFormat) -> bool:
     return log_format == "json" or (log_format == "auto" and not sys.stdout.isatty())
 
 
-def configure(log_format: LogFormat) -> None:
+def configure(log_format: LogFormat, *, probes: bool = False) -> None:
     """Give BentoML's handlers, which all loggers of its processes share, the wanted format.
+
+    Args:
+        log_format: see `wants_json`.
+        probes: write the lines of probes and scrapes, too.
 
     BentoML has configured logging before it imports the service, in the workers and in the process that starts them.
     """
+    for logger in logging.Logger.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            # Its configuration switches off whatever was there before, asyncio's "exception was never retrieved" too.
+            logger.disabled = False
     logging.getLogger("uvicorn.access").propagate = False  # uvicorn would write query strings at level DEBUG
+    if probes:  # BentoML's own debug mode would show clients tracebacks
+        _access.setLevel(logging.DEBUG)
     if not wants_json(log_format):
         return
     for name in (None, "bentoml", "uvicorn.error", "circus"):

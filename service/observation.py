@@ -11,6 +11,7 @@ from typing import NamedTuple
 from bundle.loading import Bundle
 
 STAGES = ("decode", "queue", "inference")
+GRPC = "gRPC"  # the method of its calls
 # Asked every few seconds by machines: counted, but neither logged (except at level DEBUG), traced nor in flight.
 QUIET = frozenset({"/livez", "/readyz", "/healthz", "/metrics", "/v2/health/live", "/v2/health/ready"})
 

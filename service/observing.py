@@ -83,4 +83,8 @@ class ObservationMiddleware:
             await send(message)
 
         with observed(observation):
-            await self.app(scope, receive_observed, send_observed)
+            try:
+                await self.app(scope, receive_observed, send_observed)
+            finally:
+                if not observation.status:  # no answer has begun
+                    record_spans(observation)

@@ -27,7 +27,7 @@ if _is_first:
     os.environ[_SHARED] = tempfile.mkdtemp(prefix="vitrine-")
 
 _settings = read_settings()
-configure(_settings.log_format)
+configure(_settings.log_format, probes=_settings.log_probes)
 _sizing = size(_settings)
 _keys = Keys(_settings.api_keys, _settings.api_keys_file)
 if _is_first:  # once, not in every worker

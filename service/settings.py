@@ -78,6 +78,7 @@ class Settings(BaseSettings):
     cors_origins: _Texts = Field((), description="origins whose pages may ask, separated by commas; `*`: all")
 
     log_format: LogFormat = Field("auto", description="`json`, `text`, or `auto`: text on a terminal only")
+    log_probes: bool = Field(False, description="requests of probes and of `/metrics` are logged, too")
     traces_endpoint: str = Field("", description="of an OTLP/HTTP collector: `http://localhost:4318/v1/traces`")
     traces_share: float = Field(1.0, ge=0, le=1, description="of the requests whose client has not decided itself")
 

@@ -1,17 +1,20 @@
 """Spans: BentoML makes one of each HTTP request, here is one of each gRPC call, and those of the stages below both."""
 
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from opentelemetry import propagate, trace
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
-from service.observation import QUIET, Observation
+from service.observation import GRPC, QUIET, Observation
 from service.settings import Settings
 
 _GRPC_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}  # the server's
+_LAST_SECONDS = 5.0  # that sending gets when the server stops; a collector that does not answer takes longer
 
 
 def bentoml_tracing(settings: Settings) -> dict[str, Any]:
@@ -33,27 +36,29 @@ def trace_id() -> str:
 
 
 def record_spans(observation: Observation) -> None:
-    """Write the stages of a request as children of its span, which must not have ended yet."""
+    """Write what is known of a request into its span, which must not have ended yet, and its stages below it."""
     parent = trace.get_current_span()
     if not _is_sampled(parent):
         return
-    known = {"model": observation.model, "version": observation.version, "variant": observation.variant}
-    attributes = {f"vitrine.{name}": value for name, value in known.items() if value}
-    own = {
-        "request_id": observation.request_id,
-        "images": observation.images,
-        "batch_sizes": tuple(observation.batches),
-        "error": observation.error,
-    }
-    parent.set_attributes({**attributes, **{f"vitrine.{name}": value for name, value in own.items() if value}})
-    if observation.method != "gRPC":  # by default its name is what the client wrote, of which there is no end
+    model = _named(model=observation.model, version=observation.version, variant=observation.variant)
+    parent.set_attributes({**model, **_named(request_id=observation.request_id, error=observation.error)})
+    if observation.images:
+        parent.set_attribute("vitrine.images", observation.images)
+        parent.set_attribute("vitrine.batch_sizes", tuple(observation.batches))
+    if observation.method == GRPC:
+        parent.set_attribute("rpc.response.status_code", observation.status)
+        if observation.status in _GRPC_FAULTS:
+            parent.set_status(Status(StatusCode.ERROR, observation.error))
+    else:  # BentoML's middleware names it by what the client wrote, and notes the query
         parent.update_name(f"{observation.method} {observation.route}".rstrip())
         if observation.route:
             parent.set_attribute("http.route", observation.route)
+        if isinstance(parent, ReadableSpan) and parent.attributes is not None:
+            parent.set_attribute("http.url", str(parent.attributes.get("http.url", "")).partition("?")[0])
     context = trace.set_span_in_context(parent)
     tracer = _tracer()
     for stage in observation.stages:
-        span = tracer.start_span(stage.name, context, attributes=attributes, start_time=stage.start)
+        span = tracer.start_span(stage.name, context, attributes=model, start_time=stage.start)
         span.end(stage.end)
 
 
@@ -64,23 +69,30 @@ def grpc_span(settings: Settings, method: str, metadata: Mapping[str, str]) -> I
         yield
         return
     service, _, name = method.removeprefix("/").partition("/")
+    attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
     with _tracer().start_as_current_span(
         f"{service}/{name}",
         propagate.extract(metadata),
         SpanKind.SERVER,
-        {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+        attributes,
         record_exception=False,  # an error is answered by raising, too
         set_status_on_exception=False,
     ):
         yield
 
 
-def record_grpc_status(status: str) -> None:
-    """Write how a gRPC call was answered into its span."""
-    span = trace.get_current_span()
-    span.set_attribute("rpc.grpc.status", status)
-    if status in _GRPC_FAULTS:
-        span.set_status(Status(StatusCode.ERROR, status))
+def send_spans() -> None:
+    """Send the spans that still wait, for a few seconds at most; later ones are dropped.
+
+    BentoML leaves it to an exit handler, but uvicorn ends its process by the signal that it has got, without any.
+    """
+    sending = threading.Thread(target=_provider().shutdown, daemon=True)
+    sending.start()
+    sending.join(_LAST_SECONDS)
+
+
+def _named(**values: str) -> dict[str, str]:
+    return {f"vitrine.{name}": value for name, value in values.items() if value}
 
 
 def _is_sampled(span: Span) -> bool:
@@ -88,9 +100,14 @@ def _is_sampled(span: Span) -> bool:
     return span.is_recording() and span.get_span_context().trace_flags.sampled
 
 
-def _tracer() -> trace.Tracer:
+def _provider() -> TracerProvider:
     # BentoML does not make its provider the global one.
     from bentoml._internal.configuration.containers import BentoMLContainer
 
-    provider: trace.TracerProvider = BentoMLContainer.tracer_provider.get()
-    return provider.get_tracer("vitrine")
+    provider = BentoMLContainer.tracer_provider.get()
+    assert isinstance(provider, TracerProvider)
+    return provider
+
+
+def _tracer() -> trace.Tracer:
+    return _provider().get_tracer("vitrine")

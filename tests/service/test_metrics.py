@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,8 @@ def scrape(url: str) -> dict[str, Metric]:
 
 
 def value(families: dict[str, Metric], family: str, sample: str, **labels: str) -> float:
-    return sum(
-        found.value
-        for found in families[family].samples
-        if found.name == sample and labels.items() <= found.labels.items()
-    )
+    samples = families[family].samples if family in families else ()  # a counter is there once it has counted
+    return sum(found.value for found in samples if found.name == sample and labels.items() <= found.labels.items())
 
 
 def test_the_text_is_as_promtool_wants_it(server: str, photograph: bytes) -> None:
@@ -82,7 +80,7 @@ def test_requests_images_and_stages_are_counted(server: str, photograph: bytes) 
     assert grown("vitrine_request_seconds", "vitrine_request_seconds_count", route="/classify") == 2
     for stage, count in (("queue", 4), ("decode", 4), ("inference", 3)):
         assert grown("vitrine_stage_seconds", "vitrine_stage_seconds_count", stage=stage, model="colours") == count
-    assert value(after, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 1  # the one that asks
+    assert value(after, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 0  # a scrape is no work
 
 
 def test_what_clients_write_becomes_no_label(server: str, photograph: bytes) -> None:
@@ -130,10 +128,14 @@ def test_any_worker_answers_the_sum_and_a_killed_one_leaves_its_counts_alone(
 
         def counted() -> float:
             families = scrape(running.url)
-            assert value(families, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 1
+            assert value(families, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 0
+            assert value(families, "vitrine_workers", "vitrine_workers") == 2
+            assert 50e6 < value(families, "vitrine_resident_memory_bytes", "vitrine_resident_memory_bytes") < 5e9
             return value(families, "vitrine_requests", "vitrine_requests_total", route="/classify")
 
         assert {counted() for _ in range(10)} == {12}
+        began = value(scrape(running.url), "vitrine_start_time_seconds", "vitrine_start_time_seconds")
+        assert time.time() - 300 < began < time.time()
         ready = sum("ready:" in line for line in running.lines)
         os.kill(psutil.Process(running.process.pid).children()[0].pid, signal.SIGKILL)
         deadline = time.monotonic() + 30
@@ -141,13 +143,34 @@ def test_any_worker_answers_the_sum_and_a_killed_one_leaves_its_counts_alone(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert {counted() for _ in range(10)} == {12}
+        assert value(scrape(running.url), "vitrine_worker_starts", "vitrine_worker_starts_total") == 3
+
+
+def test_the_gauges_of_a_worker_that_was_killed_at_work_are_gone(
+    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
+) -> None:
+    def gauges(url: str) -> list[float]:
+        families = scrape(url)
+        names = ("vitrine_requests_in_flight", "vitrine_running_images", "vitrine_workers")
+        return [value(families, name, name) for name in names]
+
+    with serve(slow_bundle, VITRINE_WORKERS="2") as running, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{running.url}/classify", content=bright(255), timeout=60)
+        deadline = time.monotonic() + 30
+        while gauges(running.url) != [1, 1, 2]:
+            assert time.monotonic() < deadline
+        workers = psutil.Process(running.process.pid).children()
+        busy = max(workers, key=lambda worker: worker.cpu_percent(0.1))
+        os.kill(busy.pid, signal.SIGKILL)
+        with pytest.raises(httpx.HTTPError):
+            answer.result()
+        while gauges(running.url)[:2] != [0, 0]:  # the other worker answers
+            assert time.monotonic() < deadline
 
 
 def test_what_waits_and_what_is_refused_is_shown(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with (
         serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="1") as running,
         ThreadPoolExecutor(4) as pool,
@@ -158,10 +181,10 @@ def test_what_waits_and_what_is_refused_is_shown(
         deadline = time.monotonic() + 30
         while True:
             families = scrape(running.url)
-            if value(families, "vitrine_queue_images", "vitrine_queue_images") == 1:
+            names = ("vitrine_queue_images", "vitrine_running_images", "vitrine_requests_in_flight")
+            if [value(families, name, name) for name in names] == [1, 1, 2]:
                 break
             assert time.monotonic() < deadline
-        assert value(families, "vitrine_running_images", "vitrine_running_images") == 1
         statuses = [answer.result().status_code for answer in answers]
         families = scrape(running.url)
         refused = value(families, "vitrine_rejected", "vitrine_rejected_total", reason="overloaded")
@@ -194,5 +217,4 @@ def test_the_scrape_example_is_read(root: Path) -> None:
 @pytest.mark.parametrize("path", ["/metrics", "/livez"])
 def test_looking_at_the_service_is_counted_too(path: str, server: str) -> None:
     httpx.get(server + path)
-    route = path if path == "/metrics" else "other"
-    assert value(scrape(server), "vitrine_requests", "vitrine_requests_total", route=route) >= 1
+    assert value(scrape(server), "vitrine_requests", "vitrine_requests_total", route=path) >= 1

@@ -1,5 +1,6 @@
 """Spans, as a collector receives them by OTLP over HTTP."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,9 +12,11 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc
+import tritonclient.utils
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 Serving = Callable[..., AbstractContextManager[Any]]
+SERVICE = "inference.GRPCInferenceService"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
@@ -61,6 +64,7 @@ def test_the_stages_are_children_of_the_requests_span_in_the_clients_trace(
 
     spans = traced(serve, tiny_bundles, ask)
     (request,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
+    assert request.name == "POST /classify"
     assert attributes(request)["http.route"] == "/classify"
     assert attributes(request)["vitrine.model"] == "colours"
     assert attributes(request)["vitrine.request_id"] == "mine"
@@ -85,6 +89,7 @@ def test_a_call_over_grpc_is_traced_alike(serve: Serving, tiny_bundles: Path, ph
     (call,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
     assert call.name == "inference.GRPCInferenceService/ModelInfer"
     assert {span.name for span in spans if span.parent_span_id == call.span_id} == {"decode", "queue", "inference"}
+    assert attributes(call)["rpc.response.status_code"] == "OK"
 
 
 @pytest.mark.parametrize("flags", ["00", "01"])
@@ -96,3 +101,45 @@ def test_the_client_decides_whether_it_is_traced(
         httpx.post(f"{running.url}/classify", content=photograph, headers=headers)
 
     assert bool(traced(serve, tiny_bundles, ask, VITRINE_TRACES_SHARE="0")) == (flags == "01")
+
+
+def test_errors_are_traced_and_nothing_of_the_query_is(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    lines: list[str] = []
+
+    def ask(running: Any) -> None:
+        httpx.post(f"{running.url}/classify?model=colours", content=b"no image", headers=headers)
+        httpx.get(f"{running.url}/nowhere/secret?secret=1", headers=headers)
+        with (
+            tritonclient.grpc.InferenceServerClient(running.grpc) as client,
+            pytest.raises(tritonclient.utils.InferenceServerException),
+        ):
+            client.get_model_metadata("nothing", headers=headers)
+        lines.extend(running.lines)
+
+    spans = traced(serve, tiny_bundles, ask, VITRINE_LOG_FORMAT="json")
+    found = {span.name: span for span in spans if span.parent_span_id.hex() == PARENT}
+    unread, unknown, call = (found[name] for name in ("POST /classify", "GET", f"{SERVICE}/ModelMetadata"))
+    assert attributes(unread)["vitrine.error"] == "unsupported_image_type"
+    assert attributes(unread)["http.url"].endswith("/classify")
+    assert attributes(unknown)["vitrine.error"] == "not_found"
+    assert not any("secret=1" in text for span in spans for text in attributes(span).values())
+    assert attributes(call)["rpc.response.status_code"] == "NOT_FOUND"
+    assert {span.status.code for span in (unread, unknown, call)} == {0}  # not the server's fault
+    logged = [line for line in map(json.loads, lines) if "path" in line]
+    assert {line["trace_id"] for line in logged} == {TRACE}
+
+
+def test_probes_are_not_traced(serve: Serving, tiny_bundles: Path) -> None:
+    def ask(running: Any) -> None:
+        for path in ("/livez", "/readyz", "/metrics", "/v2/health/ready", "/v2/health/live"):
+            httpx.get(running.url + path, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"}).raise_for_status()
+
+    assert traced(serve, tiny_bundles, ask) == []
+
+
+def test_a_collector_that_is_gone_harms_nobody(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    with serve(tiny_bundles, VITRINE_TRACES_ENDPOINT="http://127.0.0.1:9/v1/traces") as running:
+        assert httpx.post(f"{running.url}/classify", content=photograph).status_code == 200
+        running.process.terminate()
+        assert running.process.wait(timeout=20) == 0
