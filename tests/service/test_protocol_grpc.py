@@ -1,8 +1,10 @@
 """The protocol over gRPC, asked by Triton's own client."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 import tritonclient.grpc as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -29,6 +33,21 @@ SERVICE = "inference.GRPCInferenceService"
 def client(running: Any) -> Iterator[triton.InferenceServerClient]:
     with triton.InferenceServerClient(running.grpc) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def channel(running: Any) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(running.grpc) as channel:
+        yield channel
+
+
+def asking(channel: grpc.Channel) -> Callable[..., Any]:
+    """`ModelInfer` with a message of one's own."""
+    return channel.unary_unary(
+        f"/{SERVICE}/ModelInfer",
+        request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=service_pb2.ModelInferResponse.FromString,
+    )
 
 
 def images_input(*images: bytes) -> triton.InferInput:
@@ -75,19 +94,13 @@ def test_both_transports_and_the_predictor_give_the_same_answer(
     np.testing.assert_allclose(boxes, [list(o["box"].values()) for o in objects], atol=1e-3)
 
 
-def test_tensors_in_the_message_itself_are_read_as_raw_ones(running: Any, tiny_bundles: Path) -> None:
+def test_tensors_in_the_message_itself_are_read_as_raw_ones(channel: grpc.Channel, tiny_bundles: Path) -> None:
     pixels = np.arange(768, dtype=np.uint8).reshape(1, 16, 16, 3)
     (expected,) = load_bundle(tiny_bundles / "colours" / "1").predictor.network(pixels=pixels)
     request = service_pb2.ModelInferRequest(model_name="colours")
     entry = request.inputs.add(name="pixels", datatype="UINT8", shape=pixels.shape)
     entry.contents.uint_contents.extend(pixels.ravel().tolist())
-    with grpc.insecure_channel(running.grpc) as channel:
-        call = channel.unary_unary(
-            f"/{SERVICE}/ModelInfer",
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-            response_deserializer=service_pb2.ModelInferResponse.FromString,
-        )
-        answer = call(request)
+    answer = asking(channel)(request)
     values = np.frombuffer(answer.raw_output_contents[0], np.float32)
     np.testing.assert_allclose(values, expected[0], atol=1e-6)
 
@@ -126,6 +139,92 @@ def test_errors_are_the_protocols_statuses_with_one_sentence(
     with pytest.raises(InferenceServerException, match="VITRINE_MODEL_CONTROL=true switches it on") as caught:
         client.unload_model("colours")
     assert caught.value.status() == "StatusCode.PERMISSION_DENIED"
+
+
+texts = st.sampled_from(["pixels", "image", "UINT8", "BYTES", "INT64", "FP32", "probabilities"]) | st.text(max_size=5)
+edges = st.sampled_from([-1, 0, 1, 3, 16, 2**40, -(2**63)])
+parameter = st.one_of(
+    st.builds(lambda value: {"int64_param": value}, st.integers(-(2**63), 2**63 - 1)),
+    st.builds(lambda value: {"string_param": value}, st.text(max_size=5)),
+    st.builds(lambda value: {"double_param": value}, st.floats()),
+    st.just({}),
+)
+parameters = st.dictionaries(st.sampled_from(["variant", "classification", "x"]), parameter, max_size=2)
+contents = st.fixed_dictionaries(
+    {},
+    optional={
+        "uint_contents": st.lists(st.integers(0, 300), max_size=4),
+        "int64_contents": st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4),
+        "fp32_contents": st.lists(st.floats(width=32), max_size=4),
+        "bytes_contents": st.lists(st.binary(max_size=4), max_size=4),
+    },
+)
+tensors = st.fixed_dictionaries(
+    {"name": texts, "datatype": texts, "shape": st.lists(edges, max_size=5)},
+    optional={"contents": contents, "parameters": parameters},
+)
+messages = st.fixed_dictionaries(
+    {
+        "model_name": st.sampled_from(["colours", "squares", "colours@1"]) | texts,
+        "inputs": st.lists(tensors, max_size=3),
+    },
+    optional={
+        "model_version": st.sampled_from(["", "1", "-1", "x"]),
+        "raw_input_contents": st.lists(st.binary(max_size=20) | st.just(bytes(768)), max_size=3),
+        "outputs": st.lists(st.fixed_dictionaries({"name": texts, "parameters": parameters}), max_size=2),
+        "parameters": parameters,
+    },
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(messages)
+def test_no_message_is_the_servers_fault(channel: grpc.Channel, message: dict[str, Any]) -> None:
+    code, sentence = grpc.StatusCode.OK, "fine"
+    try:
+        asking(channel)(service_pb2.ModelInferRequest(**message), timeout=30)
+    except grpc.RpcError as error:
+        code, sentence = error.code(), error.details()
+    assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), sentence
+    assert 0 < len(sentence) < 1000
+
+
+def test_tensors_are_raw_or_in_the_message_but_not_both(channel: grpc.Channel) -> None:
+    request = service_pb2.ModelInferRequest(model_name="colours", raw_input_contents=[bytes(768)])
+    entry = request.inputs.add(name="pixels", datatype="UINT8", shape=[1, 16, 16, 3])
+    assert len(asking(channel)(request).raw_output_contents) == 1
+    entry.contents.uint_contents.extend([0] * 768)
+    with pytest.raises(grpc.RpcError, match="inputs: expected raw_input_contents or contents, found both"):
+        asking(channel)(request)
+
+
+def test_a_compressed_message_counts_as_large_as_it_is(client: triton.InferenceServerClient) -> None:
+    for algorithm in ("gzip", "deflate"):
+        found = wrong(client, images_input(bytes(40_000_000)), compression_algorithm=algorithm)
+        assert found == "StatusCode.RESOURCE_EXHAUSTED Decompressed message larger than max"
+
+
+def test_many_empty_elements_stall_nobody(client: triton.InferenceServerClient) -> None:
+    tensor = triton.InferInput("image", [1], "BYTES")
+    tensor._raw_content = bytes(20_000_000)  # five million of them
+    assert wrong(client, tensor).startswith("StatusCode.INVALID_ARGUMENT input image: data: expected 1 images for its")
+
+
+def test_calls_in_work_are_finished_when_the_server_stops(
+    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
+) -> None:
+    with (
+        serve(slow_bundle, VITRINE_THREADS="2") as running,
+        triton.InferenceServerClient(running.grpc) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        calls = [pool.submit(client.infer, "slow", [images_input(bright(200))]) for _ in range(2)]
+        while "vitrine_running_images 2.0" not in httpx.get(f"{running.url}/metrics").text:
+            pass
+        running.process.send_signal(signal.SIGTERM)
+        assert [call.result().as_numpy("probabilities").tolist() for call in calls] == [[[0.5, 0.5]]] * 2
+        assert running.process.wait(timeout=30) == 0
+    assert "Traceback" not in "".join(running.lines)
 
 
 def test_the_repository_is_controlled_by_the_client(serve: Serving, tiny_bundles: Path) -> None:
