@@ -287,13 +287,13 @@ def _protocol_paths() -> Json:
         ("model", "/v2/models/{name}", [name]),
         ("modelVersion", "/v2/models/{name}/versions/{version}", [name, version]),
     ):
-        metadata = _protocol_get(f"{operation}Metadata", "Its tensors", "ModelMetadata", (400, 401, 404), parameters)
+        metadata = _protocol_get(f"{operation}Metadata", "Its tensors", "ModelMetadata", (401, 404), parameters)
         ready: Json = {
             "operationId": f"{operation}Ready",
             "tags": ["protocol"],
             "summary": "Is it loaded?",
             "parameters": parameters,
-            "responses": {"200": {"description": "Yes."}, **_errors((400, 401, 404, 503), protocol=True)},
+            "responses": {"200": {"description": "Yes."}, **_errors((401, 404), protocol=True)},
         }
         paths[path] = {"get": metadata}
         paths[f"{path}/ready"] = {"get": ready}
@@ -311,7 +311,7 @@ def _protocol_paths() -> Json:
                 },
                 "responses": {
                     "200": {"description": "Done."},
-                    **_errors((400, 401, 403, 404, 413, 500, 503, 504), protocol=True),
+                    **_errors((400, 401, 403, 404, 413, 500, 503), protocol=True),
                 },
             }
         }
@@ -330,7 +330,7 @@ def _repository_index() -> Json:
                 "description": "The index.",
                 "content": {"application/json": {"schema": _reference("RepositoryIndex")}},
             },
-            **_errors((400, 401, 413, 500, 504), protocol=True),
+            **_errors((400, 401, 413, 500), protocol=True),
         },
     }
 

@@ -161,8 +161,8 @@ def test_a_thread_that_is_stuck_is_seen_by_livez(
         thread = threading.Thread(target=lambda: httpx.post(f"{url}/classify", content=bright(255), timeout=60))
         thread.start()
         until(lambda: httpx.get(f"{url}/livez").status_code == 503)
-        assert httpx.get(f"{url}/readyz").status_code == 503
-        assert httpx.get(f"{url}/v2/health/live").status_code == 503
+        for path in ("/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"):
+            assert httpx.get(url + path).status_code == 503
         thread.join()
         until(lambda: httpx.get(f"{url}/livez").status_code == 200)
 
