@@ -4,6 +4,7 @@ What is looked up is a snapshot: a change loads and proves everything new first 
 A request keeps the bundle that it has got, so that no request ever fails because of a change.
 """
 
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from bundle.errors import BundleError, ParameterError, UnknownModelError, Vitrin
 from bundle.loading import Bundle, find_bundles, load_bundle, load_file
 from bundle.manifest import Manifest, Precision, Task
 from bundle.runtime import CPU
+
+_VERSION = re.compile("[1-9][0-9]{0,8}")  # as the manifest has it
 
 Fingerprint = tuple[tuple[str, int, int], ...]  # name, size, time of change of each file
 
@@ -112,8 +115,9 @@ class Repository:
         else:
             name, _, version = (reference or "").partition("@")
         versions = fitting.get(name, {})
-        key = int(version) if version.isdecimal() else max(versions, default=0)
-        if key not in versions or (reference is not None and "@" in reference and not version.isdecimal()):
+        numbered = _VERSION.fullmatch(version) is not None
+        key = int(version) if numbered else max(versions, default=0)
+        if key not in versions or (reference is not None and "@" in reference and not numbered):
             available = [f"{name}@{number}" for number in versions] if versions else fitting
             raise UnknownModelError(reference, task=task, available=available)
         return versions[key].bundle
@@ -152,7 +156,7 @@ class Repository:
             manifest = served.bundle.manifest
             entries[manifest.name, int(manifest.version)] = Entry(manifest.name, manifest.version, True, reason)
         for entry in refused.values():
-            key = entry.name, int(entry.version) if entry.version.isdecimal() else 0
+            key = entry.name, int(entry.version) if _VERSION.fullmatch(entry.version) else 0
             entries.setdefault(key, Entry(entry.name, entry.version, False, str(entry.error)))
         for gone in self._unloaded.values():
             for state in gone:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.types import Message, Receive
 
 from bundle.errors import ImageTooLargeError, ParameterError
+from service.errors import shown
 from service.parameters import LABELS, Parameter
 from service.settings import Settings
 
@@ -40,7 +41,7 @@ class ImageRequest:
         """
         value = self.parameters.get(parameter.name)
         if value is not None and not isinstance(value, str):
-            raise ParameterError(parameter.name, expected="text", found=_shown(value))
+            raise ParameterError(parameter.name, expected="text", found=shown(value))
         return value
 
     def integer(self, parameter: Parameter) -> int:
@@ -54,7 +55,7 @@ class ImageRequest:
             return value
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
             return int(value)
-        raise ParameterError(parameter.name, expected="an integer", found=_shown(value))
+        raise ParameterError(parameter.name, expected="an integer", found=shown(value))
 
     def number(self, parameter: Parameter) -> float:
         """A parameter as a number.
@@ -70,7 +71,7 @@ class ImageRequest:
                 return float(value)
             except ValueError:
                 pass
-        raise ParameterError(parameter.name, expected="a number", found=_shown(value))
+        raise ParameterError(parameter.name, expected="a number", found=shown(value))
 
     def labels(self, known: Collection[str]) -> tuple[str, ...] | None:
         """The parameter `labels`: one of those known, or several, separated by commas or as a list; None if not sent.
@@ -84,7 +85,7 @@ class ImageRequest:
         if isinstance(value, str):  # labels may hold commas themselves: "tench, Tinca tinca"
             value = [value] if value in known else [part.strip() for part in value.split(",")]
         if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-            raise ParameterError(LABELS.name, expected="labels as text", found=_shown(value))
+            raise ParameterError(LABELS.name, expected="labels as text", found=shown(value))
         return tuple(value)
 
 
@@ -157,12 +158,12 @@ async def _read_json(request: Request) -> tuple[list[object], list[tuple[str, ob
     except (ValueError, RecursionError) as error:
         raise ParameterError("body", expected="JSON", found=f"none: {error}") from error
     if not isinstance(document, dict) or len(document.keys() & {IMAGE, IMAGES}) != 1:
-        found = f"the fields {', '.join(document)[:200] or 'none'}" if isinstance(document, dict) else _shown(document)
+        found = f"the fields {', '.join(document)[:200] or 'none'}" if isinstance(document, dict) else shown(document)
         raise ParameterError("body", expected=f"an object with {IMAGE!r} or {IMAGES!r}", found=found)
     several = IMAGES in document
     texts = document.pop(IMAGES) if several else [document.pop(IMAGE)]
     if not isinstance(texts, list) or not texts:
-        raise ParameterError(IMAGES, expected="a list of images", found=_shown(texts))
+        raise ParameterError(IMAGES, expected="a list of images", found=shown(texts))
     return texts, list(document.items()), several
 
 
@@ -176,7 +177,7 @@ def encoded(image: object) -> bytes:
         return image
     text = image
     if not isinstance(text, str):
-        raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=_shown(text))
+        raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=shown(text))
     if _URL.match(text):
         raise ParameterError(IMAGE, expected="base64 or a data URL", found="another URL, which is not fetched")
     prefix = _DATA_URL.match(text)
@@ -199,7 +200,7 @@ def _merged(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[st
             merged[name] = [*_listed(before), *_listed(value)]
             continue
         if merged.get(name, value) != value:
-            raise ParameterError(name, expected="one value", found=f"{_shown(merged[name])} and {_shown(value)}")
+            raise ParameterError(name, expected="one value", found=f"{shown(merged[name])} and {shown(value)}")
         if value is not None:
             merged[name] = value
     return merged
@@ -207,10 +208,6 @@ def _merged(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[st
 
 def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
-
-
-def _shown(value: object) -> str:
-    return repr(value)[:100]
 
 
 def limited(request: Request, max_bytes: int) -> Receive:

@@ -87,7 +87,17 @@ def test_every_version_is_served_by_its_number(root: Path) -> None:
     assert repository.get("colours").manifest.version == "2"
     assert repository.get("colours@1").manifest.version == "1"
     assert [bundle.manifest.version for bundle in repository.versions("colours")] == ["1", "2"]
-    for reference in ("colours@3", "colours@", "colours@one", "@1", "", "colours@1@1"):
+    for reference in (
+        "colours@3",
+        "colours@",
+        "colours@one",
+        "@1",
+        "",
+        "colours@1@1",
+        "colours@0",
+        "colours@٢",
+        "colours@" + "1" * 5000,
+    ):
         with pytest.raises(UnknownModelError):
             repository.get(reference)
 

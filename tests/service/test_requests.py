@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.requests import Request
 
 from bundle.errors import ImageTooLargeError, ParameterError, VitrineError
-from service.parameters import CLASSIFY_PARAMETERS, TOP_K
+from service.parameters import CLASSIFY_PARAMETERS, MODEL, TOP_K
 from service.requests import ImageRequest, encoded, read_image_request
 from service.settings import Settings
 
@@ -63,6 +63,19 @@ def test_any_json_is_read_or_refused(document: object) -> None:
             encoded(image)
         asked.integer(TOP_K)
         asked.labels(["a"])
+
+
+@pytest.mark.parametrize("name", ["top_k", "labels", "model", "image", "images"])
+def test_a_document_that_is_nested_without_end_is_refused(name: str) -> None:
+    nested = "[" * 990 + "]" * 990
+    fields = {"image": '""', name: nested}
+    document = "{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}"
+    with readable_errors():
+        asked = read(document.encode(), "application/json")
+        asked.text(MODEL)
+        asked.integer(TOP_K)
+        asked.labels(["a"])
+        encoded(asked.images[0])
 
 
 @given(st.binary(max_size=300), st.sampled_from(["multipart/form-data; boundary=x", "application/json", "image/png"]))
