@@ -1,6 +1,7 @@
 """Log lines of real servers."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ def stopped(running: Any) -> str:
     return "".join(running.lines)
 
 
-def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, root: Path, photograph: bytes) -> None:
     key = "a-key-of-the-tests-1"
     with serve(tiny_bundles, VITRINE_LOG_FORMAT="json", VITRINE_API_KEYS=key) as running:
         headers = {"X-API-Key": key, "X-Request-ID": "mine-1"}
@@ -38,6 +39,9 @@ def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, pho
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     requests = [line for line in lines if "request_id" in line]
     classify, detect, forged, metadata = requests  # health is not logged
+    (documented,) = re.findall(r"```json\n(.*?)\n```", (root / "docs/observability.md").read_text(), flags=re.DOTALL)
+    assert list(classify) == list(json.loads(documented))
+    assert classify["milliseconds"].keys() == json.loads(documented)["milliseconds"].keys()
     assert classify["request_id"] == "mine-1"
     assert {
         key: classify[key] for key in ("method", "route", "status", "model", "version", "variant", "images", "error")

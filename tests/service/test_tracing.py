@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -20,16 +20,28 @@ SERVICE = "inference.GRPCInferenceService"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
+class Collector(NamedTuple):
+    """An OTLP receiver."""
+
+    endpoint: str
+    spans: list[Any]  # that it has got
+    headers: list[Any]  # of the requests that brought them
+    resources: list[Any]  # that they come from
+
+
 @contextmanager
-def collector() -> Iterator[tuple[str, list[Any]]]:
-    """An OTLP receiver: its address and the spans that it has got."""
+def collecting() -> Iterator[Collector]:
     spans: list[Any] = []
+    headers: list[Any] = []
+    resources: list[Any] = []
 
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                for scope in resource.scope_spans:
+            headers.append(self.headers)
+            for entry in ExportTraceServiceRequest.FromString(body).resource_spans:
+                resources.append(entry.resource)
+                for scope in entry.scope_spans:
                     spans.extend(scope.spans)
             self.send_response(200)
             self.end_headers()
@@ -39,20 +51,21 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1/traces", spans
+        yield Collector(f"http://127.0.0.1:{server.server_port}/v1/traces", spans, headers, resources)
         server.shutdown()
 
 
 def traced(serve: Serving, bundles: Path, ask: Callable[[Any], None], **environment: str) -> list[Any]:
     """The spans of the trace that `ask` belongs to, once the server has ended."""
-    with collector() as (endpoint, spans):
-        with serve(bundles, VITRINE_TRACES_ENDPOINT=endpoint, **environment) as running:
+    with collecting() as collector:
+        with serve(bundles, VITRINE_TRACES_ENDPOINT=collector.endpoint, **environment) as running:
             ask(running)
-        return [span for span in spans if span.trace_id.hex() == TRACE]
+        return [span for span in collector.spans if span.trace_id.hex() == TRACE]
 
 
-def attributes(span: Any) -> dict[str, str]:
-    return {entry.key: entry.value.string_value for entry in span.attributes}
+def attributes(described: Any) -> dict[str, str]:
+    """Those that are texts, of a span or a resource."""
+    return {entry.key: entry.value.string_value for entry in described.attributes}
 
 
 def test_the_stages_are_children_of_the_requests_span_in_the_clients_trace(
@@ -143,3 +156,19 @@ def test_a_collector_that_is_gone_harms_nobody(serve: Serving, tiny_bundles: Pat
         assert httpx.post(f"{running.url}/classify", content=photograph).status_code == 200
         running.process.terminate()
         assert running.process.wait(timeout=20) == 0
+
+
+def test_the_variables_of_opentelemetry_hold_for_the_rest(
+    serve: Serving, tiny_bundles: Path, photograph: bytes
+) -> None:
+    variables = {
+        "OTEL_EXPORTER_OTLP_HEADERS": "x-collector-key=secret",
+        "OTEL_SERVICE_NAME": "mine",
+        "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=tests",
+    }
+    with collecting() as collector:
+        with serve(tiny_bundles, VITRINE_TRACES_ENDPOINT=collector.endpoint, **variables) as running:
+            httpx.get(f"{running.url}/models").raise_for_status()
+        assert collector.headers[0]["x-collector-key"] == "secret"
+        known = attributes(collector.resources[0])
+        assert (known["service.name"], known["deployment.environment.name"]) == ("mine", "tests")
