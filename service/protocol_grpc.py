@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from grpc.aio import ServicerContext as Context
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -56,7 +57,7 @@ CODES = {
     HTTPStatus.GATEWAY_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
-Answer = TypeVar("Answer")
+Answer = TypeVar("Answer", bound=Message)
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
@@ -205,7 +206,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
                 observation.error = "internal_error"
                 _log.exception("%s failed", method)
             else:
-                observation.status = grpc.StatusCode.OK.name
+                observation.status, observation.bytes_out = grpc.StatusCode.OK.name, answered.ByteSize()
                 record_spans(observation)
                 return answered
             observation.status = code.name

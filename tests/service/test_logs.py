@@ -64,6 +64,7 @@ def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, roo
     assert (forged["status"], forged["route"], forged["path"]) == ("401", "", "/a\\nforged line")
     assert metadata["request_id"] == "mine-2"
     assert (metadata["method"], metadata["status"]) == ("gRPC", "OK")
+    assert metadata["bytes_out"] > 50
     assert key not in printed
     assert "secret" not in printed
 
