@@ -37,7 +37,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 def versions(url: str) -> list[str]:
-    answer: list[str] = httpx.get(f"{url}/models/colours").json()["versions"]
+    answer: list[str] = httpx.get(f"{url}/models/colours", timeout=60).json()["versions"]
     return answer
 
 
@@ -51,7 +51,7 @@ class Load:
 
     def _ask(self, url: str, image: bytes) -> None:
         while not self._stop.is_set():  # a new connection each time: any worker may answer
-            answer = httpx.post(f"{url}/classify?model=colours", content=image)
+            answer = httpx.post(f"{url}/classify?model=colours", content=image, timeout=60)
             self.answers.append((answer.status_code, answer.json().get("model", {}).get("version", "")))
 
     def __enter__(self) -> "Load":
@@ -104,12 +104,12 @@ def test_two_workers_agree_as_soon_as_a_load_or_unload_is_answered(
 ) -> None:
     with serve(bundles, VITRINE_WORKERS="2", VITRINE_MODEL_CONTROL="true") as (url, *_):
         new_version(bundles / "colours" / "1", "2")
-        assert httpx.post(f"{url}/v2/repository/models/colours/load").status_code == 200
+        assert httpx.post(f"{url}/v2/repository/models/colours/load", timeout=60).status_code == 200
         assert {tuple(versions(url)) for _ in range(20)} == {("1", "2")}
-        assert httpx.post(f"{url}/v2/repository/models/colours/unload").status_code == 200
-        assert {httpx.get(f"{url}/models/colours").status_code for _ in range(20)} == {404}
+        assert httpx.post(f"{url}/v2/repository/models/colours/unload", timeout=60).status_code == 200
+        assert {httpx.get(f"{url}/models/colours", timeout=60).status_code for _ in range(20)} == {404}
         assert {index(url)["colours@2"] for _ in range(20)} == {"UNAVAILABLE"}
-        assert httpx.post(f"{url}/v2/repository/models/colours/load").status_code == 200
+        assert httpx.post(f"{url}/v2/repository/models/colours/load", timeout=60).status_code == 200
         assert {tuple(versions(url)) for _ in range(20)} == {("1", "2")}
 
 
@@ -117,13 +117,15 @@ def test_a_worker_that_is_started_again_knows_what_was_unloaded(
     serve: Serving, bundles: Path, photograph: bytes
 ) -> None:
     with serve(bundles, VITRINE_WORKERS="2", VITRINE_MODEL_CONTROL="true") as (url, _, process, lines):
-        assert httpx.post(f"{url}/v2/repository/models/colours/unload").status_code == 200
+        assert httpx.post(f"{url}/v2/repository/models/colours/unload", timeout=60).status_code == 200
         ready = sum("ready:" in line for line in lines)
         victim = psutil.Process(process.pid).children()[0]
         os.kill(victim.pid, signal.SIGKILL)
         until(lambda: sum("ready:" in line for line in lines) > ready)
-        assert {httpx.get(f"{url}/models/colours").status_code for _ in range(20)} == {404}
-        assert httpx.post(f"{url}/v2/repository/models/colours/load").status_code == 200  # the dead are not waited for
+        assert {httpx.get(f"{url}/models/colours", timeout=60).status_code for _ in range(20)} == {404}
+        assert (
+            httpx.post(f"{url}/v2/repository/models/colours/load", timeout=60).status_code == 200
+        )  # the dead are not waited for
         assert {tuple(versions(url)) for _ in range(20)} == {("1",)}
 
 
@@ -138,7 +140,7 @@ def test_an_answer_in_work_is_finished_although_its_model_is_unloaded(
         thread.start()
         metrics = "vitrine_requests_in_flight"
         until(lambda: any(line.startswith(metrics) for line in httpx.get(f"{url}/metrics").text.splitlines()))
-        assert httpx.post(f"{url}/v2/repository/models/slow/unload").status_code == 200
+        assert httpx.post(f"{url}/v2/repository/models/slow/unload", timeout=60).status_code == 200
         assert httpx.post(f"{url}/classify", content=bright(0)).status_code == 404
         thread.join()
         assert [answer.status_code for answer in answers] == [200]
