@@ -142,8 +142,7 @@ async def detect(request: Request) -> Response:
 
 def _decode(image: object, serving: Serving, observation: Observation) -> Image.Image:
     decoded = decode(encoded(image), max_pixels=serving.settings.max_pixels)
-    observation.images += 1
-    observation.pixels += decoded.width * decoded.height
+    observation.saw(decoded.width * decoded.height)
     return decoded
 
 
@@ -152,18 +151,12 @@ async def _each(
 ) -> list[A | ErrorAnswer]:
     """The answers to all images, in their order; of several, those that are no good are answered by their error."""
 
-    async def answer(image: object) -> A | ErrorAnswer:
+    def answer(image: object) -> A | ErrorAnswer:
         try:
-            return await serving.scheduler.run(partial(work, image), observation)
+            return work(image)
         except (ImageError, ParameterError) as error:
             if not asked.several:
                 raise
             return ErrorAnswer(error=Error(code=error.code, message=str(error)))
 
-    tasks = [asyncio.ensure_future(answer(image)) for image in asked.images]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:  # one failed for a reason that is not its own: nobody will read the others
-        for task in tasks:
-            task.cancel()
-        raise
+    return await serving.scheduler.run_all([partial(answer, image) for image in asked.images], observation)

@@ -6,7 +6,6 @@ graph; boxes are normalised to the image (of `pixels`: to the valid region). The
 side.
 """
 
-import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,13 +139,7 @@ async def infer(serving: Serving, observation: Observation, request: InferenceRe
         work = _image_work(serving, observation, bundle, inputs[IMAGE])
     else:
         work = _tensor_work(serving, observation, bundle, inputs)
-    tasks = [asyncio.ensure_future(serving.scheduler.run(part, observation)) for part in work]
-    try:
-        parts = await asyncio.gather(*tasks)
-    except BaseException:  # nobody will read the others
-        for task in tasks:
-            task.cancel()
-        raise
+    parts = await serving.scheduler.run_all(work, observation)
     names = [spec.name for spec in bundle.manifest.outputs]
     outputs = dict(zip(names, (np.concatenate(arrays) for arrays in zip(*parts, strict=True)), strict=True))
     tensors = [_output(bundle, wish, outputs[wish.name]) for wish in wishes]
@@ -182,8 +175,7 @@ def _image_work(
             decoded = decode(data, max_pixels=serving.settings.max_pixels)
             prepared = bundle.predictor.prepare(decoded)
             feeds = bundle.predictor.inputs([prepared])  # type: ignore[list-item]  # each predictor takes its own
-        observation.images += 1
-        observation.pixels += decoded.width * decoded.height
+        observation.saw(decoded.width * decoded.height)
         return _run(observation, bundle, feeds, 1)
 
     return [partial(work, image) for image in images]
@@ -212,8 +204,8 @@ def _tensor_work(
     ):
         expected = f"for each of {count} images a height from 1 to {height} and a width from 1 to {width}"
         raise ParameterError("input sizes", expected=expected, found=str(sizes.tolist())[:100])
-    observation.images += count
-    observation.pixels += count * height * width
+    for _ in range(count):
+        observation.saw(height * width)
     if sizes is None:  # as many parts as threads
         bounds = np.linspace(0, count, min(count, serving.scheduler.threads) + 1).astype(int)
         parts = [{name: array[a:b] for name, array in arrays.items()} for a, b in pairwise(bounds)]

@@ -36,8 +36,7 @@ class Observation:
     model: str = ""
     version: str = ""
     variant: str = ""
-    images: int = 0
-    pixels: int = 0  # of the images as they were sent, upright
+    sizes: list[int] = field(default_factory=list)  # in pixels, of each image as it was sent
     batches: list[int] = field(default_factory=list)  # images in each call of the network
     stages: list[Stage] = field(default_factory=list)
     status: str = ""  # of HTTP, or the name of gRPC's; empty before the answer begins
@@ -50,6 +49,20 @@ class Observation:
     def quiet(self) -> bool:
         """Whether it is a probe or a scrape."""
         return self.path in QUIET
+
+    @property
+    def images(self) -> int:
+        """How many images were decoded, or sent as pixels."""
+        return len(self.sizes)
+
+    @property
+    def pixels(self) -> int:
+        """Their pixels together."""
+        return sum(self.sizes)
+
+    def saw(self, pixels: int) -> None:
+        """Note an image. (Threads do at the same time: a list loses none, where a counter would.)"""
+        self.sizes.append(pixels)
 
     def answered_by(self, bundle: Bundle) -> None:
         """Note which bundle answers."""

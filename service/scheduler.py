@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -77,6 +77,20 @@ class Scheduler:
         future = self._pool.submit(begin)
         future.add_done_callback(self._left)
         return await asyncio.wrap_future(future)
+
+    async def run_all(self, works: Iterable[Callable[[], T]], observation: Observation) -> list[T]:
+        """What each of `works` returns, in their order. If one raises, the others leave the queue, and that is raised.
+
+        Raises:
+            OverloadedError: the queue is full.
+        """
+        tasks = [asyncio.ensure_future(self.run(work, observation)) for work in works]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:  # nobody will read the others
+            for task in tasks:
+                task.cancel()
+            raise
 
     def _left(self, future: "Future[T]") -> None:
         if future.cancelled():  # it never began

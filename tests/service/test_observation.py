@@ -44,3 +44,10 @@ def test_each_observation_has_an_id_of_its_own() -> None:
 @pytest.mark.parametrize(("path", "quiet"), [("/livez", True), ("/metrics", True), ("/models", False), ("/", False)])
 def test_probes_and_scrapes_are_quiet(path: str, quiet: bool) -> None:
     assert Observation(path=path).quiet is quiet
+
+
+def test_images_are_counted_that_threads_see_at_the_same_time() -> None:
+    observation = Observation()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(observation.saw, [3] * 1000))
+    assert (observation.images, observation.pixels) == (1000, 3000)

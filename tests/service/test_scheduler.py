@@ -82,3 +82,19 @@ def test_an_error_reaches_who_asked_and_the_thread_goes_on() -> None:
         scheduler.close()
 
     asyncio.run(scenario())
+
+
+def test_of_several_pieces_of_work_one_that_fails_takes_the_waiting_ones_along() -> None:
+    async def scenario() -> None:
+        scheduler = Scheduler(threads=1, max_queue=8)
+
+        def fail() -> None:
+            raise ValueError("no")
+
+        assert await scheduler.run_all([lambda: 1, lambda: 2], Observation()) == [1, 2]
+        with pytest.raises(ValueError, match="no"):
+            await scheduler.run_all([fail, *[lambda: None] * 5], Observation())
+        scheduler.close()
+        assert (scheduler.waiting, scheduler.running) == (0, 0)
+
+    asyncio.run(scenario())
