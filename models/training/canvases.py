@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
+from bundle.images import ReducedImage, pad_and_stack, to_classification_pixels, to_detection_pixels
 from models.training.data import Data
 from models.training.distributed import processes_on_this_machine
 from models.training.errors import DataError
@@ -108,6 +108,9 @@ class _Decoded(Dataset[Decoded | DataError]):
 
     def __getitem__(self, index: int) -> Decoded | DataError:
         try:
+            if isinstance(self.make, _Evaluated):
+                reduced = self.data.image_for(index, self.make.recipe.preprocessing)
+                return self.make(reduced), (reduced.height, reduced.width)
             image = self.data.image(index)
             return self.make(image), (image.height, image.width)
         except DataError as error:
@@ -150,7 +153,7 @@ class _Evaluated:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    def __call__(self, image: Image.Image) -> Canvas:
+    def __call__(self, image: Image.Image | ReducedImage) -> Canvas:
         if isinstance(self.recipe, ClassificationRecipe):
             return to_classification_pixels(image, self.recipe.preprocessing)
         return to_detection_pixels(image, self.recipe.preprocessing)

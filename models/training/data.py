@@ -6,7 +6,7 @@ other processes. Nothing in this module needs torch.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bundle.errors import ImageError
-from bundle.images import decode
+from bundle.images import ReducedImage, decode, decode_for
+from bundle.manifest import Preprocessing
 from models.training.errors import DataError
 
 T = TypeVar("T")
@@ -127,13 +128,24 @@ class _Images:
         return len(self.encoded)
 
     def image(self, index: int) -> Image.Image:
-        """One image, decoded as the service decodes it.
+        """One whole image.
 
         Raises:
             DataError: naming the image that is broken.
         """
+        return self._decoded(index, decode)
+
+    def image_for(self, index: int, preprocessing: Preprocessing) -> ReducedImage:
+        """One image, decoded as the service decodes it for a network.
+
+        Raises:
+            DataError: naming the image that is broken.
+        """
+        return self._decoded(index, lambda data: decode_for(data, preprocessing))
+
+    def _decoded(self, index: int, how: Callable[[bytes], T]) -> T:
         try:
-            return decode(self.encoded[index])
+            return how(self.encoded[index])
         except ImageError as error:
             raise DataError(f"{self.names[index]}: {error}") from error
 

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from bundle.predictors import Classifier, Detection, Detector, Predictor
@@ -318,7 +317,7 @@ def _probabilities(
     predictor: Classifier, data: ClassificationData, indices: NDArray[np.int64], size: int, bar: "tqdm[int]"
 ) -> NDArray[np.float32]:
     answers = [np.zeros((0, len(data.labels)), np.float32)]
-    for prepared in _batches(data, indices, predictor.prepare, size):
+    for prepared in _batches(indices, lambda i: predictor.prepare(data.image_for(i, predictor.preprocessing)), size):
         answers.append(predictor.answer(prepared))
         if not np.isfinite(answers[-1]).all():
             raise DataError(f"{data.name}: the network answers probabilities that are not finite")
@@ -330,7 +329,7 @@ def _detections(
     predictor: Detector, data: DetectionData, indices: NDArray[np.int64], size: int, bar: "tqdm[int]"
 ) -> list[list[Detection]]:
     found: list[list[Detection]] = []
-    for prepared in _batches(data, indices, predictor.prepare, size):
+    for prepared in _batches(indices, lambda i: predictor.prepare(data.image_for(i, predictor.preprocessing)), size):
         found += predictor.answer(prepared, threshold=0.0, max_detections=MOST_DETECTIONS)
         bar.update(len(prepared))
     return found
@@ -351,14 +350,12 @@ def _detection_predictions(
     )
 
 
-def _batches(
-    data: Data, indices: NDArray[np.int64], prepare: Callable[[Image.Image], Prepared], size: int
-) -> Iterator[list[Prepared]]:
+def _batches(indices: NDArray[np.int64], prepare: Callable[[int], Prepared], size: int) -> Iterator[list[Prepared]]:
     """Prepared images in order, `size` at a time, with two batches on the way on threads."""
     threads = min(8, os.cpu_count() or 1)
     pending: deque[Future[Prepared]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        coming = (pool.submit(lambda i: prepare(data.image(i)), i) for i in indices.tolist())
+        coming = (pool.submit(prepare, i) for i in indices.tolist())
         try:
             while True:
                 pending.extend(islice(coming, max(2 * size, 2 * threads) - len(pending)))

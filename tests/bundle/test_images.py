@@ -13,12 +13,13 @@ from bundle.errors import ImageError, ImageTooLargeError, UndecodableImageError,
 from bundle.images import (
     SUPPORTED_FORMATS,
     decode,
+    decode_for,
     detection_size,
     pad_and_stack,
     to_classification_pixels,
     to_detection_pixels,
 )
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
+from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Preprocessing
 
 CHANNELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 ORIENTATION = 0x0112
@@ -226,6 +227,152 @@ def test_any_corruption(form: str, kept: float, changes: list[tuple[float, int]]
         data[int(place * len(data))] = value
     decodes_or_refuses(bytes(data[: round(kept * len(data))]))
     decodes_or_refuses(bytes(data))
+
+
+def oriented(upright: Image.Image, orientation: int, form: str, **options: object) -> bytes:
+    """An image stored under an orientation."""
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(upright))))
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encode(stored, form, exif=exif, **options)
+
+
+def pixels_of(image: object, preprocessing: Preprocessing) -> NDArray[np.int64]:
+    if isinstance(preprocessing, ClassificationPreprocessing):
+        return to_classification_pixels(image, preprocessing).astype(int)
+    return to_detection_pixels(image, preprocessing).astype(int)
+
+
+SMALL: list[Preprocessing] = [
+    ClassificationPreprocessing(input_size=(24, 16), crop_pct=0.8, **CHANNELS),
+    ClassificationPreprocessing(input_size=(16, 24), interpolation="bicubic", **CHANNELS),
+    ClassificationPreprocessing(input_size=(12, 24), crop_mode="squash", **CHANNELS),
+    DetectionPreprocessing(shortest_edge=24, longest_edge=40, **CHANNELS),
+]
+
+
+@given(
+    st.sampled_from(SMALL),
+    st.tuples(st.integers(8, 500), st.integers(8, 500)),
+    st.sampled_from(list(STORED)),
+    st.sampled_from(["JPEG", "MPO"]),
+    st.booleans(),
+    st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_reduced_jpeg(
+    preprocessing: Preprocessing,
+    size: tuple[int, int],
+    orientation: int,
+    form: str,
+    progressive: bool,
+    subsampling: str,
+) -> None:
+    options = {"quality": 95, "progressive": progressive, "subsampling": subsampling}
+    data = oriented(smooth(*size), orientation, form, **options)
+    whole, reduced = decode(data), decode_for(data, preprocessing)
+    assert (reduced.width, reduced.height) == whole.size == size
+    full, found = pixels_of(whole, preprocessing), pixels_of(reduced, preprocessing)
+    if reduced.is_whole:
+        np.testing.assert_array_equal(found, full)
+        return
+    left, top, right, bottom = reduced.box
+    assert 0 <= left < right <= reduced.image.width
+    assert 0 <= top < bottom <= reduced.image.height
+    assert reduced.image.width - (right - left) < 1  # no more is stored than the rest of a last pixel
+    assert reduced.image.height - (bottom - top) < 1
+    assert found.shape == full.shape
+    if min(full.shape[:2]) >= 8:  # a stripe is all edge
+        # The same place of the picture: half a pixel to the side would be more.
+        assert np.abs(found - full).mean() < 1
+
+
+@pytest.mark.parametrize("preprocessing", SMALL, ids=["crop", "bicubic", "squash", "detection"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_reduced_jpeg_whose_edges_no_block_divides(orientation: int, preprocessing: Preprocessing) -> None:
+    data = oriented(smooth(401, 601), orientation, "JPEG", quality=95)
+    reduced = decode_for(data, preprocessing)
+    assert not reduced.is_whole
+    assert (reduced.width, reduced.height) == (401, 601)
+    difference = np.abs(pixels_of(reduced, preprocessing) - pixels_of(decode(data), preprocessing))
+    assert difference.mean() < 0.6
+    assert difference.max() <= 4
+
+
+@given(st.integers(1, 900), st.integers(1, 900), st.integers(1, 100), st.integers(1, 100), st.floats(0.1, 1))
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_reduced_jpeg_is_twice_as_large_as_needed(
+    crop_mode: str, width: int, height: int, input_width: int, input_height: int, crop_pct: float
+) -> None:
+    preprocessing = ClassificationPreprocessing(
+        input_size=(input_height, input_width), crop_mode=crop_mode, crop_pct=crop_pct, **CHANNELS
+    )
+    reduced = decode_for(encode(Image.new("RGB", (width, height), "red"), "JPEG"), preprocessing)
+    assert (reduced.width, reduced.height) == (width, height)
+    assert to_classification_pixels(reduced, preprocessing).shape == (input_height, input_width, 3)
+    if crop_mode == "squash":
+        needed = (input_width, input_height)
+    else:
+        scale = max(int(input_width / crop_pct) / width, int(input_height / crop_pct) / height)
+        needed = (int(width * scale), int(height * scale))
+    left, top, right, bottom = reduced.box
+    if reduced.is_whole:
+        assert min(width / needed[0], height / needed[1]) < 4 * 1.1 or min(needed) < 12  # `needed` is rounded down
+    else:
+        assert right - left >= 2 * needed[0]
+        assert bottom - top >= 2 * needed[1]
+
+
+@pytest.mark.parametrize(
+    ("edge", "stored"),
+    [(32, 32), (127, 127), (128, 64), (255, 128), (256, 64), (511, 128), (512, 64), (513, 65), (4096, 512)],
+)
+def test_how_far_a_jpeg_is_reduced(edge: int, stored: int) -> None:
+    preprocessing = ClassificationPreprocessing(input_size=(32, 32), **CHANNELS)
+    data = encode(Image.new("RGB", (edge, edge)), "JPEG")
+    assert decode_for(data, preprocessing).image.size == (stored, stored)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_reduced_jpeg_of_other_modes(mode: str) -> None:
+    data = encode(smooth(403, 301).convert(mode), "JPEG", quality=95)
+    reduced = decode_for(data, SMALL[3])
+    assert (reduced.image.mode, reduced.is_whole) == ("RGB", False)
+    assert np.abs(pixels_of(reduced, SMALL[3]) - pixels_of(decode(data), SMALL[3])).max() <= 3
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMATS) - {"JPEG", "MPO"}))
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_other_formats_are_decoded_in_full(form: str, orientation: int) -> None:
+    data = oriented(smooth(300, 200), orientation, form)
+    reduced, whole = decode_for(data, SMALL[0]), decode(data)
+    assert (reduced.width, reduced.height) == whole.size
+    np.testing.assert_array_equal(np.asarray(reduced.image), np.asarray(whole))
+    np.testing.assert_array_equal(pixels_of(reduced, SMALL[0]), pixels_of(whole, SMALL[0]))
+
+
+def test_detailed_picture_at_reduced_size() -> None:
+    """Noise is the worst that there is: a photograph has little of the detail that is lost."""
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG", quality=95, subsampling="4:4:4")
+    preprocessing = ClassificationPreprocessing(input_size=(32, 32), **CHANNELS)
+    full, found = pixels_of(decode(data), preprocessing), pixels_of(decode_for(data, preprocessing), preprocessing)
+    assert 0 < np.abs(found - full).mean() < 4
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
+def test_truncated_jpeg_at_reduced_size(kept: float) -> None:
+    data = encode(smooth(400, 300), "JPEG")
+    with pytest.raises(UndecodableImageError):
+        decode_for(data[: int(kept * len(data))], SMALL[0])
+
+
+def test_max_pixels_are_those_that_were_sent() -> None:
+    data = encode(smooth(400, 300), "JPEG")
+    assert decode_for(data, SMALL[0], max_pixels=120_000).width == 400
+    with pytest.raises(ImageTooLargeError, match="at most 119999 pixels are accepted, found 400 x 300"):
+        decode_for(data, SMALL[0], max_pixels=119_999)
 
 
 @given(st.integers(60, 500), st.integers(60, 500), st.sampled_from([0.8, 0.875, 0.9, 0.95, 1.0]))
