@@ -26,6 +26,7 @@ from bundle.manifest import (
     Task,
     TensorSpec,
 )
+from bundle.pace import Pace
 from bundle.predictors import Predictor, make_predictor
 from bundle.runtime import CPU, OnnxNetwork
 from bundle.tolerances import CONFIDENT_SCORE, GOLDEN
@@ -39,6 +40,12 @@ class Bundle:
     predictor: Predictor
     path: Path
     variant: Precision | None = None  # which of its graphs; None for an ONNX file alone
+    pace: Pace | None = None  # how it is best run here, if that has been measured
+
+    @property
+    def file(self) -> Path:
+        """The graph that is run."""
+        return self.path if self.variant is None else self.path / self.variant.file
 
 
 def find_bundles(root: Path) -> list[Path]:
@@ -77,7 +84,12 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def load_bundle(
-    path: Path, *, variant: Precision | None = None, threads: int = 1, providers: Sequence[str] = CPU
+    path: Path,
+    *,
+    variant: Precision | None = None,
+    threads: int = 1,
+    providers: Sequence[str] = CPU,
+    cache: Path | None = None,
 ) -> Bundle:
     """Load a bundle and prove it against its own golden sample.
 
@@ -85,7 +97,7 @@ def load_bundle(
         path: folder `<name>/<version>`.
         variant: which of its graphs; by default the one that the manifest names.
         threads: cores that one prediction uses.
-        providers: where to compute, see `OnnxNetwork`.
+        providers, cache: where to compute, and how to share weights, see `OnnxNetwork`.
 
     Raises:
         BundleError: anything differs from the manifest.
@@ -98,7 +110,7 @@ def load_bundle(
         raise BundleError(path / MANIFEST_FILE, "variants", expected=f"one of {listed}", found=precision.value)
     _check_files(path, manifest)
     file = path / precision.file
-    network = OnnxNetwork(file, threads=threads, providers=providers)
+    network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache)
     _check_tensors(file, manifest, network, manifest.outputs)
     _check_golden(path, manifest, network, precision)
     return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path, precision)
@@ -121,14 +133,14 @@ def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[st
     return network
 
 
-def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU) -> Bundle:
+def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU, cache: Path | None = None) -> Bundle:
     """Load one ONNX file of a bundle alone, by what it says about itself. Nothing proves its answers.
 
     Raises:
         BundleError: it is no file of a bundle, or its graph is not as it says.
         ProviderError: a provider is not there or did not start.
     """
-    network = OnnxNetwork(file, threads=threads, providers=providers)
+    network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache)
     try:
         identity = Identity.model_validate_json(network.metadata.get(METADATA_KEY, ""))
     except ValidationError as error:

@@ -5,7 +5,9 @@ A group's limit holds for all groups in it, so those of every group above this p
 """
 
 import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,3 +98,11 @@ def _groups(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]:
         for root in roots:
             for depth in range(len(parts), -1, -1):
                 yield root.joinpath(*parts[:depth])
+
+
+def give_back_memory() -> None:
+    """Return memory that is free again to the system, where the C library can: loading a network leaves much of it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)

@@ -18,10 +18,10 @@ from PIL import Image
 
 from bundle.drawing import draw_classification, draw_detections
 from bundle.errors import ImageError, ImageTooLargeError, ParameterError, UnsupportedImageError, VitrineError
-from bundle.images import SUPPORTED_FORMATS, decode
+from bundle.images import SUPPORTED_FORMATS, ReducedImage, decode, decode_for
 from bundle.loading import Bundle, hash_file
 from bundle.machine import available_cores
-from bundle.manifest import Manifest
+from bundle.manifest import Manifest, Preprocessing
 from bundle.predictors import Classifier, Detector, Predictor
 from bundle.results import Record, Results, ResultsError
 
@@ -43,8 +43,12 @@ class UnreadableFileError(ImageError):
 class Question(Protocol):
     """What is asked of every image."""
 
-    def answer(self, image: Image.Image, *, draw: bool) -> tuple[Record, Image.Image | None]:
-        """The answer to an RGB image in the service's words, and its picture if `draw`."""
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the images are decoded for."""
+
+    def answer(self, image: ReducedImage, whole: Image.Image | None) -> tuple[Record, Image.Image | None]:
+        """The answer to an image in the service's words, and its picture if there is the whole image to draw in."""
 
     def parameters(self) -> dict[str, object]:
         """What was asked for, as JSON."""
@@ -58,9 +62,13 @@ class ClassQuestion:
     top_k: int
     labels: tuple[str, ...] | None
 
-    def answer(self, image: Image.Image, *, draw: bool) -> tuple[Record, Image.Image | None]:
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.classifier.preprocessing
+
+    def answer(self, image: ReducedImage, whole: Image.Image | None) -> tuple[Record, Image.Image | None]:
         found = self.classifier.classify(image, top_k=self.top_k, labels=self.labels)
-        picture = draw_classification(image, found) if draw else None
+        picture = None if whole is None else draw_classification(whole, found)
         return {"predictions": [asdict(prediction) for prediction in found]}, picture
 
     def parameters(self) -> dict[str, object]:
@@ -76,11 +84,15 @@ class ObjectQuestion:
     max_detections: int
     labels: tuple[str, ...] | None
 
-    def answer(self, image: Image.Image, *, draw: bool) -> tuple[Record, Image.Image | None]:
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.detector.preprocessing
+
+    def answer(self, image: ReducedImage, whole: Image.Image | None) -> tuple[Record, Image.Image | None]:
         found = self.detector.detect(
             image, threshold=self.threshold, max_detections=self.max_detections, labels=self.labels
         )
-        picture = draw_detections(image, found) if draw else None
+        picture = None if whole is None else draw_detections(whole, found)
         return {"detections": [asdict(detection) for detection in found]}, picture
 
     def parameters(self) -> dict[str, object]:
@@ -273,12 +285,13 @@ def _record(source: Source, question: Question, model: Record, picture: Path | N
         data = _read(source.path)
         if not data and not expected:
             return None
-        image = decode(data)
+        image = decode_for(data, question.preprocessing)
+        whole = None if picture is None else image.image if image.is_whole else decode(data)
     except UnsupportedImageError as error:
         return _failure(source, error) if expected else None
     except ImageError as error:
         return _failure(source, error)
-    fields, drawn = question.answer(image, draw=picture is not None)
+    fields, drawn = question.answer(image, whole)
     if drawn is not None and picture is not None:
         _save(drawn, picture)
         fields["annotated"] = name

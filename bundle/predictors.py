@@ -7,14 +7,14 @@ so that both are evaluated by the same code.
 import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from bundle.errors import ParameterError
-from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
+from bundle.images import ReducedImage, pad_and_stack, to_classification_pixels, to_detection_pixels
 from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
 
 
@@ -22,6 +22,10 @@ class Network(Protocol):
     """The serving graph, run by some runtime: named inputs to outputs, in the order of the manifest."""
 
     def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]: ...
+
+
+Row = tuple[NDArray[Any], ...]
+"""What the network says of one image: each of its outputs, without the batch axis."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,21 @@ class Classifier:
         self.preprocessing = preprocessing
         self.labels = tuple(labels)
 
-    def probabilities(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+    def probabilities(self, images: Sequence[Image.Image | ReducedImage]) -> NDArray[np.float32]:
         """RGB images to class probabilities, float32 [batch, classes], as one batch."""
         return self.answer([self.prepare(image) for image in images])
 
-    def prepare(self, image: Image.Image) -> NDArray[np.uint8]:
+    def prepare(self, image: Image.Image | ReducedImage) -> NDArray[np.uint8]:
         """An RGB image to the network's pixels, uint8 [height, width, 3]."""
         return to_classification_pixels(image, self.preprocessing)
 
     def inputs(self, pixels: Sequence[NDArray[np.uint8]]) -> dict[str, NDArray[np.generic]]:
         """Prepared images as one batch of the network's inputs, by name."""
-        return {"pixels": np.stack(pixels)}
+        return {"pixels": pixels[0][np.newaxis] if len(pixels) == 1 else np.stack(pixels)}
+
+    def rows(self, pixels: Sequence[NDArray[np.uint8]]) -> list[Row]:
+        """What the network says of each of the prepared images, computed as one batch."""
+        return list(zip(*self.network(**self.inputs(pixels)), strict=True))
 
     def answer(self, pixels: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
         """Prepared images to class probabilities, float32 [batch, classes]."""
@@ -88,7 +96,11 @@ class Classifier:
         return probabilities.astype(np.float32, copy=False)
 
     def classify(
-        self, image: Image.Image, *, top_k: int = 5, labels: Collection[str] | None = None
+        self,
+        image: Image.Image | ReducedImage,
+        *,
+        top_k: int = 5,
+        labels: Collection[str] | None = None,
     ) -> list[Prediction]:
         """The `top_k` most probable classes (all of them if there are fewer), most probable first.
 
@@ -111,8 +123,10 @@ class Classifier:
         self, probabilities: NDArray[np.float32], *, top_k: int, labels: Collection[str] | None = None
     ) -> list[Prediction]:
         """The predictions in the probabilities of one image, float32 [classes], as `classify` gives them."""
-        order = (int(i) for i in np.argsort(-probabilities, kind="stable"))
-        wanted = [i for i in order if labels is None or self.labels[i] in labels]
+        order = np.argsort(-probabilities, kind="stable")
+        if labels is None:
+            order = order[:top_k]
+        wanted = [i for i in order.tolist() if labels is None or self.labels[i] in labels]
         return [Prediction(self.labels[i], i, float(probabilities[i])) for i in wanted[:top_k]]
 
 
@@ -126,7 +140,7 @@ class Detector:
 
     def detect(
         self,
-        image: Image.Image,
+        image: Image.Image | ReducedImage,
         *,
         threshold: float = 0.5,
         max_detections: int = 100,
@@ -152,7 +166,7 @@ class Detector:
             raise ParameterError("max_detections", expected="an integer of at least 1", found=max_detections)
         _check_labels(labels, self.labels)
 
-    def prepare(self, image: Image.Image) -> PreparedImage:
+    def prepare(self, image: Image.Image | ReducedImage) -> PreparedImage:
         """An RGB image to the network's pixels."""
         return PreparedImage(to_detection_pixels(image, self.preprocessing), image.width, image.height)
 
@@ -160,6 +174,10 @@ class Detector:
         """Prepared images as one padded batch of the network's inputs, by name."""
         pixels, sizes = pad_and_stack([image.pixels for image in images])
         return {"pixels": pixels, "sizes": sizes}
+
+    def rows(self, images: Sequence[PreparedImage]) -> list[Row]:
+        """What the network says of each of the prepared images, computed as one padded batch."""
+        return list(zip(*self.network(**self.inputs(images)), strict=True))
 
     def answer(
         self,
@@ -170,22 +188,30 @@ class Detector:
         labels: Collection[str] | None = None,
     ) -> list[list[Detection]]:
         """The objects in each of the prepared images, as `detect` gives them."""
-        outputs = self.network(**self.inputs(images))
-        found = []
-        for image, scores, class_ids, corners in zip(images, *outputs, strict=True):
-            boxes = corners * np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
-            order = np.argsort(-scores, kind="stable")
-            wanted = [i for i in order if labels is None or self.labels[class_ids[i]] in labels]
-            found.append(
-                [
-                    Detection(
-                        self.labels[class_ids[i]], int(class_ids[i]), float(scores[i]), Box(*map(float, boxes[i]))
-                    )
-                    for i in wanted[:max_detections]
-                    if scores[i] >= threshold
-                ]
-            )
-        return found
+        return [
+            self.objects(row, image, threshold=threshold, max_detections=max_detections, labels=labels)
+            for image, row in zip(images, self.rows(images), strict=True)
+        ]
+
+    def objects(
+        self,
+        row: Row,
+        image: PreparedImage,
+        *,
+        threshold: float,
+        max_detections: int,
+        labels: Collection[str] | None = None,
+    ) -> list[Detection]:
+        """The objects in what the network says of one image, as `detect` gives them."""
+        scores, class_ids, corners = row
+        boxes = corners * np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
+        order = np.argsort(-scores, kind="stable")
+        wanted = [i for i in order if labels is None or self.labels[class_ids[i]] in labels]
+        return [
+            Detection(self.labels[class_ids[i]], int(class_ids[i]), float(scores[i]), Box(*boxes[i].tolist()))
+            for i in wanted[:max_detections]
+            if scores[i] >= threshold
+        ]
 
 
 def _check_labels(wanted: Collection[str] | None, known: Sequence[str]) -> None:

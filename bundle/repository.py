@@ -8,13 +8,15 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
 from bundle.loading import Bundle, find_bundles, load_bundle, load_file
 from bundle.manifest import Manifest, Precision, Task
-from bundle.runtime import CPU
+from bundle.pace import measure_pace
+from bundle.predictors import make_predictor
+from bundle.runtime import CPU, OnnxNetwork
 
 _VERSION = re.compile("[1-9][0-9]{0,8}")  # as the manifest has it
 
@@ -51,19 +53,21 @@ class _Refused:
 class Repository:
     """The bundles under one or several roots, every version of each name."""
 
-    def __init__(self, *roots: Path, threads: int = 1, providers: Sequence[str] = CPU) -> None:
+    def __init__(
+        self, *roots: Path, cores: int | None = None, providers: Sequence[str] = CPU, cache: Path | None = None
+    ) -> None:
         """Load and verify everything.
 
         Args:
             roots: folders of `<name>/<version>`, or single ONNX files of a bundle.
-            threads: cores that one prediction uses.
-            providers: where to compute, see `bundle.runtime.OnnxNetwork`.
+            cores: that this process may use; given, each bundle gets the `Pace` that it has there.
+            providers, cache: where to compute, and how to share weights, see `bundle.runtime.OnnxNetwork`.
 
         Raises:
             BundleError: there is no bundle, or one of them is not as its manifest says, or is there twice.
             ProviderError: a provider is not there or did not start.
         """
-        self._roots, self._threads, self._providers = roots, threads, tuple(providers)
+        self._roots, self._cores, self._providers, self._cache = roots, cores, tuple(providers), cache
         self._changing = threading.Lock()
         self._refused: dict[Path, _Refused] = {}
         self._unloaded: dict[str, list[Entry]] = {}
@@ -139,12 +143,10 @@ class Repository:
             return bundle
         served = self._served.get(bundle.path)
         if served is None or served.bundle is not bundle:  # replaced since it was looked up
-            return load_bundle(bundle.path, variant=chosen, threads=self._threads, providers=self._providers)
+            return self._load_variant(bundle.path, chosen)
         with served.loading:
             if chosen not in served.variants:
-                served.variants[chosen] = load_bundle(
-                    bundle.path, variant=chosen, threads=self._threads, providers=self._providers
-                )
+                served.variants[chosen] = self._load_variant(bundle.path, chosen)
             return served.variants[chosen]
 
     def index(self) -> list[Entry]:
@@ -247,7 +249,7 @@ class Repository:
         start = time.monotonic()
         load = load_file if path.is_file() else load_bundle
         try:
-            bundle = load(path, threads=self._threads, providers=self._providers)
+            bundle = self._paced(load(path, providers=self._providers, cache=self._cache))
         except OSError as error:
             raise BundleError(path, "files", expected="readable files", found=error) from error
         self._names[path] = bundle.manifest.name
@@ -256,6 +258,18 @@ class Repository:
             if other != path and (same.name, same.version) == (bundle.manifest.name, bundle.manifest.version):
                 raise BundleError(path, "name, version", expected="one of each", found=f"the same in {other}")
         return _Served(bundle, fingerprint, time.monotonic() - start)
+
+    def _load_variant(self, path: Path, variant: Precision) -> Bundle:
+        return self._paced(load_bundle(path, variant=variant, providers=self._providers, cache=self._cache))
+
+    def _paced(self, bundle: Bundle) -> Bundle:
+        if self._cores is None:
+            return bundle
+        wide = None
+        if self._cores > 1 and self._providers == CPU:
+            network = OnnxNetwork(bundle.file, threads=self._cores, cache=self._cache)
+            wide = make_predictor(network, bundle.manifest.preprocessing, bundle.manifest.labels)
+        return replace(bundle, pace=measure_pace(bundle.predictor, wide))
 
     def _find(self) -> dict[Path, Fingerprint]:
         """Everything that could be served, with what tells whether it has changed."""

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from bundle.machine import Machine, available_cores, available_memory, cpu_quota, this_machine
+from bundle.machine import (
+    Machine,
+    available_cores,
+    available_memory,
+    cpu_quota,
+    give_back_memory,
+    this_machine,
+)
 
 GIB = 2**30
 
@@ -85,3 +92,17 @@ def test_a_machine_without_any_of_these_files_has_its_own_cores_and_no_known_mem
     assert cpu_quota(tmp_path, tmp_path) is None
     assert available_cores(tmp_path, tmp_path) >= 1
     assert available_memory(tmp_path, tmp_path) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="of Linux")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    held = [bytes(100_000) for _ in range(1000)]  # each below what the C library maps by itself
+    full = resident()
+    last = held.pop()
+    held.clear()
+    give_back_memory()
+    assert full - resident() > 50_000_000
+    assert len(last) == 100_000

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
+from pydantic import TypeAdapter
 
 from bundle.errors import ParameterError, VitrineError
 from bundle.images import decode
@@ -149,8 +150,8 @@ def test_records_have_the_fields_of_the_service(
         for record in records(out):
             path = record.pop("path")
             assert path.startswith(str(photos))
-            answer = (ErrorAnswer if "error" in record else schema).model_validate(record)
-            assert answer.model_dump(mode="json") == record
+            answer = TypeAdapter[object](ErrorAnswer if "error" in record else schema)
+            assert answer.dump_python(answer.validate_python(record), mode="json") == record
 
 
 def test_one_onnx_file_answers_as_its_bundle(

@@ -1,8 +1,10 @@
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -129,3 +131,74 @@ def test_tensors_of_other_types_are_refused(adder: Path) -> None:
         BundleError, match=r"model\.onnx: tensor pixels: expected one of .*tensor\(uint8\).*, found tensor\(int8\)"
     ):
         _ = OnnxNetwork(adder).inputs
+
+
+@pytest.fixture
+def weighty(tmp_path: Path) -> Path:
+    """A graph of `answer = float(pixels) @ weights`, whose weights are worth sharing."""
+    weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["float", "weights"], ["answer"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "weighty",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 64])],
+        [helper.make_tensor_value_info("answer", TensorProto.FLOAT, ["batch", 64])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {"about": "itself"})
+    file = tmp_path / "model.onnx"
+    onnx.save(model, file)
+    return file
+
+
+def test_a_mapped_graph_answers_the_same_and_is_made_once(weighty: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    pixels = np.random.default_rng(1).integers(0, 256, (3, 64), np.uint8)
+    plain, first = OnnxNetwork(weighty), OnnxNetwork(weighty, cache=cache)
+    (made,) = cache.iterdir()
+    state = made.stat()
+    second = OnnxNetwork(weighty, threads=2, cache=cache)
+    assert list(cache.iterdir()) == [made]
+    assert made.stat() == state
+    for mapped in (first, second):
+        np.testing.assert_array_equal(mapped(pixels=pixels)[0], plain(pixels=pixels)[0])
+        assert (mapped.inputs, mapped.outputs, mapped.metadata) == (plain.inputs, plain.outputs, plain.metadata)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(made) in maps.read_text()
+
+
+def test_a_graph_that_has_changed_is_mapped_anew(weighty: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    pixels = np.ones((1, 64), np.uint8)
+    (before,) = OnnxNetwork(weighty, cache=cache)(pixels=pixels)
+    model = onnx.load(weighty)
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "weights"))
+    onnx.save(model, weighty)
+    (after,) = OnnxNetwork(weighty, cache=cache)(pixels=pixels)
+    assert before.any()
+    assert not after.any()
+
+
+def test_processes_that_map_a_graph_at_once_all_get_it(weighty: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with ThreadPoolExecutor(4) as pool:
+        networks = list(pool.map(lambda _: OnnxNetwork(weighty, cache=cache), range(8)))
+    assert len(list(cache.iterdir())) == 1  # nothing unfinished is left
+    answers = [network(pixels=np.ones((1, 64), np.uint8))[0] for network in networks]
+    assert all(np.array_equal(answer, answers[0]) for answer in answers)
+
+
+def test_without_room_a_graph_is_loaded_as_it_is(
+    weighty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=weighty.stat().st_size))
+    assert OnnxNetwork(weighty, cache=tmp_path)(pixels=np.ones((1, 64), np.uint8))[0].any()
+    assert list(tmp_path.iterdir()) == [weighty]
