@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +16,6 @@ from bundle.images import decode
 from bundle.loading import find_bundles, load_bundle, load_explain_network, load_file, read_manifest
 from bundle.machine import available_cores
 from bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
-from bundle.repository import Repository
 from bundle.runtime import parse_providers
 from bundle.tolerances import MAX_DROP
 
@@ -391,6 +389,7 @@ def serve(
 ) -> None:
     """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP and gRPC."""
     from service.access import Keys
+    from service.launch import check_bundles, run
     from service.logs import wants_json
     from service.settings import FILE_VARIABLE, SettingsError, read_settings, shown
 
@@ -409,27 +408,20 @@ def serve(
     if print_settings:
         typer.echo(shown(settings, options))
         return
+    hashes = ",".join(settings.api_keys)
+    if os.environ.get("VITRINE_API_KEYS", hashes) != hashes:  # what a process has begun with can be read in /proc
+        os.environ["VITRINE_API_KEYS"] = hashes
+        os.execv(sys.executable, [sys.executable, "-m", "vitrine", *sys.argv[1:]])
     address = _address(settings.host)
     _check_address(address, settings.port, "--port")
     if settings.grpc_port:
         _check_address(address, settings.grpc_port, "--grpc-port")
     Keys(settings.api_keys, settings.api_keys_file)
-    # Loaded here once to refuse a broken bundle in one sentence: BentoML would restart its workers for ever.
-    repository = Repository(*settings.bundles, providers=parse_providers(settings.providers))
-    manifests = [bundle.manifest for bundle in repository.bundles.values()]
+    manifests = check_bundles(settings)
     if not wants_json(settings.log_format):
         _greet(settings.bundles, settings.host, settings.port, manifests)
     sys.stdout.flush()
-    os.environ["VITRINE_HOST"] = address
-    if settings.api_keys:  # the workers need the hashes alone
-        os.environ["VITRINE_API_KEYS"] = ",".join(settings.api_keys)
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy's pool: nothing here uses it
-        os.environ.setdefault(variable, "1")
-    os.environ["BENTOML_DO_NOT_TRACK"] = "True"
-    # Servers that share BentoML's home share the files behind /metrics, and each deletes them when it starts.
-    os.environ["BENTOML_HOME"] = tempfile.mkdtemp(prefix="vitrine-")
-    where = ["--host", address, "--port", str(settings.port)]
-    os.execv(sys.executable, [sys.executable, "-m", "bentoml", "serve", "service.service:vitrine", *where])
+    run(settings, address)
 
 
 def _greet(roots: Sequence[Path], host: str, port: int, manifests: Sequence[Identity]) -> None:

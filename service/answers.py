@@ -3,8 +3,9 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 
-from pydantic import BaseModel
+import orjson
 from starlette.responses import Response
 
 from service.errors import NotAcceptableError
@@ -54,9 +55,9 @@ def _media_range(text: str) -> tuple[str, float]:
     return name, 1.0
 
 
-def json_response(answer: BaseModel) -> Response:
-    """An answer as JSON."""
-    return Response(answer.model_dump_json(), media_type=JSON)
+def json_response(answer: object) -> Response:
+    """An answer as JSON: dataclasses, dictionaries, lists, texts and numbers, NumPy's included."""
+    return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
 
 
 def rows(answer: ImageClassification | ImageDetections | ErrorAnswer) -> list[list[object]]:
@@ -65,7 +66,7 @@ def rows(answer: ImageClassification | ImageDetections | ErrorAnswer) -> list[li
         return [[entry.label, entry.class_id, entry.probability] for entry in answer.predictions]
     if isinstance(answer, ImageDetections):
         found = answer.detections
-        return [[entry.label, entry.class_id, entry.score, *entry.box.model_dump().values()] for entry in found]
+        return [[entry.label, entry.class_id, entry.score, *astuple(entry.box)] for entry in found]
     return []
 
 

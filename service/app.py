@@ -1,26 +1,30 @@
 """The HTTP application: which route is answered by whom, and what is there while it serves."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from bundle.errors import VitrineError
+from bundle.machine import give_back_memory
 from bundle.repository import Repository
 from bundle.runtime import parse_providers
 from service import metrics
 from service.access import Keys
+from service.bentoml_client import schema
 from service.control import Control
-from service.errors import on_bug, on_disconnect, on_http_exception, on_timeout, on_vitrine_error
+from service.errors import ERROR_HANDLERS
 from service.images import classify, detect
+from service.logs import write_lines
 from service.models import describe_model, list_models
 from service.openapi import DOCS_PAGE, openapi_document
 from service.protocol_grpc import grpc_server
@@ -32,6 +36,10 @@ from service.sizing import Sizing
 from service.tracing import send_spans
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
+
+BUSIEST = {"/classify": classify, "/detect": detect}
+_QUEUE_SECONDS = 0.25
+_COLLECT_AFTER = 50_000, 50, 100
 
 
 async def openapi(request: Request) -> Response:
@@ -50,6 +58,24 @@ async def prometheus(request: Request) -> Response:
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
+async def _show_queue(scheduler: Scheduler) -> None:
+    """Keep the gauges of the queue: a few times a second costs less than with each image."""
+    while True:
+        metrics.queued(scheduler.waiting, scheduler.running)
+        await asyncio.sleep(_QUEUE_SECONDS)
+
+
+def _spare_the_collector() -> None:
+    """Let Python's garbage collector look at requests only, and seldom.
+
+    All that is there by now stays to the end: walking it again and again takes tens of milliseconds each time, which
+    are the slowest answers. Requests leave next to no cycles behind.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_COLLECT_AFTER)
+
+
 class _Route(Route):
     """A route that the request's observation knows."""
 
@@ -66,42 +92,55 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        providers = parse_providers(settings.providers)
-        repository = await asyncio.to_thread(Repository, *settings.bundles, providers=providers)
-        scheduler = Scheduler(sizing.threads, settings.max_queue)
+        metrics.keep_in(shared)
+        begin_loading(app)
+        repository = await asyncio.wrap_future(app.state.loading)
+        scheduler = Scheduler(sizing.threads, settings.max_queue, settings.max_wait_seconds)
         control = await asyncio.to_thread(Control, repository, shared, poll_seconds=settings.poll_seconds)
         app.state.serving = Serving(settings, repository, scheduler, control, keys)
-        watching = asyncio.create_task(control.watch())
+        watching = [asyncio.create_task(control.watch()), asyncio.create_task(_show_queue(scheduler))]
         try:
             async with grpc_server(app.state.serving):
                 metrics.worker_ready()
+                _spare_the_collector()
+                give_back_memory()
                 _log.info("ready: %s", ", ".join(repository.bundles))
                 yield
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             control.close()
             scheduler.close()
-            if settings.traces_endpoint:
-                await asyncio.to_thread(send_spans)
+            await asyncio.to_thread(send_spans, settings)
+            write_lines()
 
-    return Starlette(
+    app = Starlette(
         routes=[
-            _Route("/classify", classify, methods=["POST"]),
-            _Route("/detect", detect, methods=["POST"]),
+            *(_Route(path, endpoint, methods=["POST"]) for path, endpoint in BUSIEST.items()),
             _Route("/models", list_models, methods=["GET"]),
             _Route("/models/{name}", describe_model, methods=["GET"]),
             _Route("/openapi.json", openapi, methods=["GET"]),
             _Route("/docs.json", openapi, methods=["GET"]),  # where BentoML would answer a document of its own
+            _Route("/schema.json", schema, methods=["GET"]),
             _Route("/metrics", prometheus, methods=["GET"]),
             _Route("/", docs, methods=["GET"]),
             *protocol_routes(_Route),
         ],
-        exception_handlers={
-            VitrineError: on_vitrine_error,
-            HTTPException: on_http_exception,
-            TimeoutError: on_timeout,
-            ClientDisconnect: on_disconnect,
-            Exception: on_bug,
-        },
+        exception_handlers=ERROR_HANDLERS,
         lifespan=lifespan,
     )
+    app.state.load = partial(_load, settings, sizing, shared)
+    return app
+
+
+def begin_loading(app: Starlette) -> None:
+    """Have a thread load the bundles, unless one does already; the application's start waits for it."""
+    if not hasattr(app.state, "loading"):
+        pool = ThreadPoolExecutor(1, "loading")
+        app.state.loading = pool.submit(app.state.load)
+        pool.shutdown(wait=False)
+
+
+def _load(settings: Settings, sizing: Sizing, shared: Path) -> Repository:
+    providers = parse_providers(settings.providers)
+    return Repository(*settings.bundles, cores=sizing.threads, providers=providers, cache=shared)

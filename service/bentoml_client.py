@@ -3,28 +3,18 @@
 import json
 from functools import cache
 
+from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.parameters import CLASSIFY_PARAMETERS, DETECT_PARAMETERS, Parameter
 
-_PATH = "/schema.json"
 
-
-class ClientSchemaMiddleware:
-    """Answers `GET /schema.json`, which BentoML would answer with the typed methods of the service: it has none.
+async def schema(request: Request) -> Response:
+    """`GET /schema.json`, which BentoML would answer with the typed methods of the service: it has none.
 
     The fields are those that `_bentoml_impl.client` reads: name, route, input and output of each method.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == _PATH and scope["method"] in ("GET", "HEAD"):
-            await Response(client_schema(), media_type="application/json")(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+    return Response(client_schema(), media_type="application/json")
 
 
 @cache

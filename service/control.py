@@ -1,8 +1,8 @@
 """Loading and unloading while serving: done by one worker, followed by all others, answered when all have followed.
 
 The workers of a server share a folder. A change is done in one worker first, under a lock; only if it succeeds is it
-written to a journal, which every worker reads and repeats. A worker that is started again begins at the journal's end,
-with the models that stand there as unloaded left out.
+written to a journal, which every worker reads and repeats. A worker that joins later begins at the journal's end, with
+the models that stand there as unloaded left out and what was loaded while it started itself.
 """
 
 import asyncio
@@ -63,6 +63,8 @@ class Control:
             for name in unloaded:
                 with contextlib.suppress(VitrineError):  # it is not there any more
                     repository.unload(name)
+            if self._followed:
+                self._refresh()
             self._report("")
 
     async def load(self, name: str) -> None:
@@ -129,15 +131,19 @@ class Control:
         with self._locked("journal.lock"):
             self._follow()
             with self._following:
-                try:
-                    changes = self._repository.refresh()
-                except VitrineError as error:
-                    _log.warning("bundles stay as they are: %s", error)
-                    return
-                for sentence in changes:
-                    _log.warning(sentence) if sentence.startswith("refused") else _log.info(sentence)
-                if changes:
+                if self._refresh():
                     self._publish(_Change("refresh"))
+
+    def _refresh(self) -> list[str]:
+        """`Repository.refresh`, said in the log; without the folders everything stays as it is."""
+        try:
+            changes = self._repository.refresh()
+        except VitrineError as error:
+            _log.warning("bundles stay as they are: %s", error)
+            return []
+        for sentence in changes:
+            _log.warning(sentence) if sentence.startswith("refused") else _log.info(sentence)
+        return changes
 
     def _do(self, change: _Change) -> None:
         if change.do == "refresh":

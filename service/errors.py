@@ -1,10 +1,13 @@
 """Every error in one shape, whoever raised it: one JSON object, and under /v2 that of the Open Inference Protocol."""
 
+import math
 import reprlib
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
+import orjson
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -53,8 +56,14 @@ class OverloadedError(VitrineError):
 
     code = "overloaded"
 
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"{limit} images wait already; try again later")
+    def __init__(self, waiting: int, seconds: float) -> None:
+        """Args: images that wait, and how long they take."""
+        self.retry_after = max(1, math.ceil(seconds))
+        super().__init__(f"{waiting} images wait already, about {seconds:.1f} s of work; try again later")
+
+
+class ClientLeftError(Exception):
+    """The client has closed its connection before its answer was there."""
 
 
 class UnavailableError(VitrineError):
@@ -87,12 +96,9 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     WorkerError: HTTPStatus.SERVICE_UNAVAILABLE,
     ProviderError: HTTPStatus.SERVICE_UNAVAILABLE,
 }
-_HEADERS: dict[type[VitrineError], dict[str, str]] = {
-    UnauthorizedError: {"WWW-Authenticate": "Bearer"},
-    OverloadedError: {"Retry-After": "1"},
-}
 _STATUSES = set(HTTPStatus)
 TIMEOUT = "timeout"
+CLIENT_LEFT = 499
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 100
@@ -111,13 +117,16 @@ def error_response(scope: Scope, status: int, code: str, message: str) -> Respon
     message = message.encode(errors="backslashreplace").decode()  # JSON can name half a character: "\\ud800"
     protocol = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
     answer = ProtocolErrorAnswer(error=message) if protocol else ErrorAnswer(error=Error(code=code, message=message))
-    return Response(answer.model_dump_json(), status_code=status, media_type="application/json")
+    return Response(orjson.dumps(answer), status_code=status, media_type="application/json")
 
 
 def vitrine_error_response(scope: Scope, error: VitrineError) -> Response:
     """The answer to an error that the client, or the operator, can act on."""
     response = error_response(scope, STATUS[type(error)], error.code, str(error))
-    response.headers.update(_HEADERS.get(type(error), {}))
+    if isinstance(error, UnauthorizedError):
+        response.headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, OverloadedError):
+        response.headers["Retry-After"] = str(error.retry_after)
     return response
 
 
@@ -146,10 +155,33 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
     return error_response(request.scope, HTTPStatus.BAD_REQUEST, "incomplete", message)
 
 
+async def on_client_left(request: Request, error: Exception) -> Response:
+    """Nobody reads this: it is for the log, in nginx' terms."""
+    request.scope["vitrine.observation"].error = "client_left"
+    return Response(status_code=CLIENT_LEFT, media_type="application/json")
+
+
 async def on_bug(request: Request, error: Exception) -> Response:
     """Anything else: the client learns nothing of the inside; Starlette raises it on, so that the log gets it all."""
     message = "an unexpected error; see the server's log"
     return error_response(request.scope, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
+
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+ERROR_HANDLERS: dict[type[Exception], Handler] = {
+    VitrineError: on_vitrine_error,
+    HTTPException: on_http_exception,
+    TimeoutError: on_timeout,
+    ClientDisconnect: on_disconnect,
+    ClientLeftError: on_client_left,
+    Exception: on_bug,
+}
+
+
+def error_answer(error: Exception) -> Handler:
+    """Who answers an error, as Starlette would find it."""
+    return next(ERROR_HANDLERS[kind] for kind in type(error).__mro__ if kind in ERROR_HANDLERS)
 
 
 class ErrorShapeMiddleware:

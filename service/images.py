@@ -1,20 +1,23 @@
 """`POST /classify` and `POST /detect`: images in, labels or boxes out."""
 
-import asyncio
 import io
-from collections.abc import Callable
-from functools import partial
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bundle.drawing import draw_detections
 from bundle.errors import ImageError, ParameterError
-from bundle.images import decode
+from bundle.images import decode, decode_for
+from bundle.loading import Bundle
 from bundle.manifest import Task
-from bundle.predictors import Classifier, Detection, Detector
+from bundle.predictors import Classifier, Detection, Detector, Predictor, PreparedImage, Row
+from service import schemas
 from service.answers import (
     CLASSIFICATION_COLUMNS,
     CSV,
@@ -37,26 +40,25 @@ from service.parameters import (
     TOP_K,
     VARIANT,
 )
-from service.requests import ImageRequest, encoded, read_image_request
+from service.requests import encoded, read_image_request
+from service.scheduler import Work, all_of
 from service.schemas import (
     Classification,
     Classifications,
     Detections,
     DetectionsOfSeveral,
-    Error,
     ErrorAnswer,
     ImageClassification,
     ImageDetections,
     Model,
-    class_probabilities,
-    detected_objects,
-    image_size,
 )
-from service.serving import Serving, observation_of, serving_of
+from service.serving import Patience, Serving, observation_of, serving_of
 
 CLASSIFY_FORMS = (JSON, CSV)
 DETECT_FORMS = (JSON, CSV, PNG, JPEG)
 _MOST_JPEG_PIXELS = 65_535  # of an edge: the format has 16 bits for it
+
+_UNSEEN = schemas.Image(width=0, height=0)
 
 A = TypeVar("A")
 
@@ -65,39 +67,37 @@ async def classify(request: Request) -> Response:
     """`POST /classify`."""
     serving, observation = serving_of(request), observation_of(request)
     form = negotiate(request.headers.get("accept"), CLASSIFY_FORMS)
-    async with asyncio.timeout(serving.settings.timeout_seconds):
+    await serving.admit()
+    async with Patience(request, serving.settings.timeout_seconds) as patience:
         asked = await read_image_request(request, CLASSIFY_PARAMETERS, serving.settings)
+        patience.body_is_read()
         reference, variant = asked.text(MODEL), asked.text(VARIANT)
         bundle = await serving.find(reference, observation, task=Task.CLASSIFICATION, variant=variant)
         classifier = cast(Classifier, bundle.predictor)
         top_k, labels = asked.integer(TOP_K), asked.labels(classifier.labels)
         classifier.check(top_k=top_k, labels=labels)
 
-        def work(image: object) -> ImageClassification:
-            with observation.stage("decode"):
-                decoded = _decode(image, serving, observation)
-                pixels = classifier.prepare(decoded)
-            with observation.stage("inference"):
-                probabilities = classifier.answer([pixels])[0]
-            observation.batches.append(1)
-            found = classifier.best(probabilities, top_k=top_k, labels=labels)
-            return ImageClassification(image=image_size(decoded.size), predictions=class_probabilities(found))
+        def classified(image: _Image[ImageClassification], row: Row) -> ImageClassification:
+            return ImageClassification(image.size, classifier.best(row[0], top_k=top_k, labels=labels))
 
-        answers = await _each(serving, observation, asked, work)
+        works = [_Image(sent, serving, observation, classifier, classified) for sent in asked.images]
+        answers = await _each(serving, observation, bundle, works, several=asked.several)
         if form == CSV:
             return csv_response(CLASSIFICATION_COLUMNS, answers, several=asked.several)
         if asked.several:
-            return json_response(Classifications(model=Model.of(bundle), results=answers))
+            return json_response(Classifications(Model.of(bundle), answers))
         (answer,) = cast(list[ImageClassification], answers)
-        return json_response(Classification(model=Model.of(bundle), image=answer.image, predictions=answer.predictions))
+        return json_response(Classification(Model.of(bundle), answer.image, answer.predictions))
 
 
 async def detect(request: Request) -> Response:
     """`POST /detect`."""
     serving, observation = serving_of(request), observation_of(request)
     form = negotiate(request.headers.get("accept"), DETECT_FORMS)
-    async with asyncio.timeout(serving.settings.timeout_seconds):
+    await serving.admit()
+    async with Patience(request, serving.settings.timeout_seconds) as patience:
         asked = await read_image_request(request, DETECT_PARAMETERS, serving.settings)
+        patience.body_is_read()
         reference, variant = asked.text(MODEL), asked.text(VARIANT)
         bundle = await serving.find(reference, observation, task=Task.DETECTION, variant=variant)
         detector = cast(Detector, bundle.predictor)
@@ -107,56 +107,76 @@ async def detect(request: Request) -> Response:
         if asked.several and form in (PNG, JPEG):
             raise NotAcceptableError(offered=f"{JSON}, {CSV} for several images", found=form)
 
-        def find(image: object) -> tuple[Image.Image, list[Detection]]:
-            with observation.stage("decode"):
-                decoded = _decode(image, serving, observation)
-                prepared = detector.prepare(decoded)
-            with observation.stage("inference"):
-                (found,) = detector.answer(
-                    [prepared], threshold=threshold, max_detections=max_detections, labels=labels
-                )
-            observation.batches.append(1)
-            return decoded, found
+        def found(image: _Image[A], row: Row) -> list[Detection]:
+            prepared = cast(PreparedImage, image.prepared)
+            return detector.objects(row, prepared, threshold=threshold, max_detections=max_detections, labels=labels)
 
-        def work(image: object) -> ImageDetections:
-            decoded, found = find(image)
-            return ImageDetections(image=image_size(decoded.size), detections=detected_objects(found))
+        def detected(image: _Image[ImageDetections], row: Row) -> ImageDetections:
+            return ImageDetections(image.size, found(image, row))
 
-        def draw(image: object) -> Response:
-            drawn, buffer = draw_detections(*find(image)), io.BytesIO()
-            if form == JPEG and max(drawn.size) > _MOST_JPEG_PIXELS:
+        def drawn(image: _Image[Response], row: Row) -> Response:
+            assert image.decoded is not None
+            picture, buffer = draw_detections(image.decoded, found(image, row)), io.BytesIO()
+            if form == JPEG and max(picture.size) > _MOST_JPEG_PIXELS:
                 raise NotAcceptableError(offered=f"{JSON}, {CSV}, {PNG} for so large an image", found=form)
-            drawn.save(buffer, "PNG") if form == PNG else drawn.save(buffer, "JPEG", quality=90)
+            picture.save(buffer, "PNG") if form == PNG else picture.save(buffer, "JPEG", quality=90)
             return Response(buffer.getvalue(), media_type=form)
 
         if form in (PNG, JPEG):
-            return await serving.scheduler.run(partial(draw, asked.images[0]), observation)
-        answers = await _each(serving, observation, asked, work)
+            picture = _Image(asked.images[0], serving, observation, detector, drawn, keep=True)
+            return await serving.scheduler.run(picture, bundle, observation)
+        works = [_Image(sent, serving, observation, detector, detected) for sent in asked.images]
+        answers = await _each(serving, observation, bundle, works, several=asked.several)
         if form == CSV:
             return csv_response(DETECTION_COLUMNS, answers, several=asked.several)
         if asked.several:
-            return json_response(DetectionsOfSeveral(model=Model.of(bundle), results=answers))
+            return json_response(DetectionsOfSeveral(Model.of(bundle), answers))
         (answer,) = cast(list[ImageDetections], answers)
-        return json_response(Detections(model=Model.of(bundle), image=answer.image, detections=answer.detections))
+        return json_response(Detections(Model.of(bundle), answer.image, answer.detections))
 
 
-def _decode(image: object, serving: Serving, observation: Observation) -> Image.Image:
-    decoded = decode(encoded(image), max_pixels=serving.settings.max_pixels)
-    observation.saw(decoded.width * decoded.height)
-    return decoded
+@dataclass(eq=False)
+class _Image(Generic[A]):
+    """An image of a request on its way through a computing thread (`scheduler.Work`)."""
+
+    sent: object  # see `requests.encoded`
+    serving: Serving
+    observation: Observation
+    predictor: Predictor
+    answer: "Callable[[_Image[A], Row], A]"
+    keep: bool = False  # the decoded image, to draw in it
+    decoded: Image.Image | None = None
+    size: schemas.Image = _UNSEEN
+    prepared: NDArray[np.uint8] | PreparedImage | None = None
+
+    def prepare(self) -> NDArray[np.uint8] | PreparedImage:
+        """From bytes to the network's pixels."""
+        with self.observation.stage("decode"):
+            data, max_pixels = encoded(self.sent), self.serving.settings.max_pixels
+            image = decode_for(data, self.predictor.preprocessing, max_pixels=max_pixels)
+            self.observation.saw(image.width * image.height)
+            self.size = schemas.Image(image.width, image.height)
+            if self.keep:
+                self.decoded = image.image if image.is_whole else decode(data, max_pixels=max_pixels)
+            self.prepared = self.predictor.prepare(image)
+        return self.prepared
+
+    def finish(self, row: Row) -> A:
+        """From what the network says to the answer."""
+        return self.answer(self, row)
 
 
 async def _each(
-    serving: Serving, observation: Observation, asked: ImageRequest, work: Callable[[object], A]
+    serving: Serving, observation: Observation, bundle: Bundle, works: Sequence[Work[A]], *, several: bool
 ) -> list[A | ErrorAnswer]:
     """The answers to all images, in their order; of several, those that are no good are answered by their error."""
 
-    def answer(image: object) -> A | ErrorAnswer:
+    async def answer(work: Work[A]) -> A | ErrorAnswer:
         try:
-            return work(image)
+            return await serving.scheduler.run(work, bundle, observation)
         except (ImageError, ParameterError) as error:
-            if not asked.several:
+            if not several:
                 raise
-            return ErrorAnswer(error=Error(code=error.code, message=str(error)))
+            return ErrorAnswer(schemas.Error(code=error.code, message=str(error)))
 
-    return await serving.scheduler.run_all([partial(answer, image) for image in asked.images], observation)
+    return await all_of([answer(work) for work in works])

@@ -7,23 +7,22 @@ side.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bundle.errors import ImageTooLargeError, ParameterError
-from bundle.images import decode
+from bundle.images import decode_for
 from bundle.loading import Bundle
 from bundle.manifest import DetectionPreprocessing, TensorSpec
-from bundle.predictors import Classifier
+from bundle.predictors import Classifier, PreparedImage, Row
 from service.errors import shown
 from service.observation import Observation
 from service.requests import encoded
+from service.scheduler import Work
 from service.serving import Serving
 
 SERVER = "vitrine"
@@ -31,8 +30,6 @@ PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ("binary_tensor_data", "classification", "model_repository", "model_repository(unload_dependents)")
 IMAGE = "image"
 DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
-
-Arrays = dict[str, NDArray[np.generic]]
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,6 @@ class ModelMetadata:
     outputs: Sequence[Tensor]
 
 
-def server_version() -> str:
-    """The installed version of Vitrine; "unknown" where it is not installed as a package."""
-    try:
-        return version("vitrine")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def reference(name: str, number: str) -> str:
     """A model's name and version as `Repository.get` takes them; without a version the highest is meant."""
     return f"{name}@{number}" if number else name
@@ -136,12 +125,18 @@ async def infer(serving: Serving, observation: Observation, request: InferenceRe
     if len(inputs) != len(request.inputs):
         raise ParameterError("inputs", expected="each name once", found=", ".join(t.name for t in request.inputs)[:200])
     if set(inputs) == {IMAGE}:
-        work = _image_work(serving, observation, bundle, inputs[IMAGE])
+        works: Sequence[Work[Row]] = _encoded_images(serving, observation, bundle, inputs[IMAGE])
     else:
-        work = _tensor_work(serving, observation, bundle, inputs)
-    parts = await serving.scheduler.run_all(work, observation)
+        works = _pixels(serving, observation, bundle, inputs)
+    try:
+        rows = await serving.scheduler.run_all(works, bundle, observation)
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        found = str(error).splitlines()[0][:300]  # a size, say, that the network's strides do not take
+        raise ParameterError("inputs", expected="tensors that the network can compute with", found=found) from error
     names = [spec.name for spec in bundle.manifest.outputs]
-    outputs = dict(zip(names, (np.concatenate(arrays) for arrays in zip(*parts, strict=True)), strict=True))
+    outputs = dict(zip(names, (np.stack(arrays) for arrays in zip(*rows, strict=True)), strict=True))
     tensors = [_output(bundle, wish, outputs[wish.name]) for wish in wishes]
     return InferenceAnswer(bundle, tensors, request.id)
 
@@ -158,9 +153,41 @@ def _wishes(bundle: Bundle, wanted: Sequence[OutputWish]) -> Sequence[OutputWish
     return wanted or [OutputWish(name) for name in known]
 
 
-def _image_work(
-    serving: Serving, observation: Observation, bundle: Bundle, tensor: Tensor
-) -> list[Callable[[], Sequence[NDArray[np.generic]]]]:
+@dataclass(eq=False)
+class _EncodedImage:
+    """An image that is to be decoded (`scheduler.Work`)."""
+
+    sent: object  # a memoryview, or see `requests.encoded`
+    serving: Serving
+    observation: Observation
+    bundle: Bundle
+
+    def prepare(self) -> NDArray[np.uint8] | PreparedImage:
+        with self.observation.stage("decode"):
+            data = bytes(self.sent) if isinstance(self.sent, memoryview) else encoded(self.sent)
+            predictor = self.bundle.predictor
+            decoded = decode_for(data, predictor.preprocessing, max_pixels=self.serving.settings.max_pixels)
+            self.observation.saw(decoded.width * decoded.height)
+            return predictor.prepare(decoded)
+
+    def finish(self, row: Row) -> Row:
+        return row
+
+
+@dataclass(eq=False)
+class _Pixels:
+    """An image that a client has prepared itself (`scheduler.Work`)."""
+
+    prepared: NDArray[np.uint8] | PreparedImage
+
+    def prepare(self) -> NDArray[np.uint8] | PreparedImage:
+        return self.prepared
+
+    def finish(self, row: Row) -> Row:
+        return row
+
+
+def _encoded_images(serving: Serving, observation: Observation, bundle: Bundle, tensor: Tensor) -> list[_EncodedImage]:
     if not isinstance(tensor.data, Unread):
         raise ParameterError(f"input {IMAGE}: datatype", expected="BYTES", found=tensor.datatype[:20])
     if tensor.shape[1:] not in ((), (1,)) or not tensor.shape:
@@ -168,28 +195,17 @@ def _image_work(
         raise ParameterError(f"input {IMAGE}: shape", expected="[number of images]", found=found)
     _check_count(serving, tensor.shape[0])
     images = _elements(tensor.data, tensor.shape[0])
-
-    def work(image: object) -> Sequence[NDArray[np.generic]]:
-        with observation.stage("decode"):
-            data = bytes(image) if isinstance(image, memoryview) else encoded(image)
-            decoded = decode(data, max_pixels=serving.settings.max_pixels)
-            prepared = bundle.predictor.prepare(decoded)
-            feeds = bundle.predictor.inputs([prepared])  # type: ignore[list-item]  # each predictor takes its own
-        observation.saw(decoded.width * decoded.height)
-        return _run(observation, bundle, feeds, 1)
-
-    return [partial(work, image) for image in images]
+    return [_EncodedImage(image, serving, observation, bundle) for image in images]
 
 
-def _tensor_work(
-    serving: Serving, observation: Observation, bundle: Bundle, inputs: Mapping[str, Tensor]
-) -> list[Callable[[], Sequence[NDArray[np.generic]]]]:
+def _pixels(serving: Serving, observation: Observation, bundle: Bundle, inputs: Mapping[str, Tensor]) -> list[_Pixels]:
     specs = bundle.manifest.inputs
     if set(inputs) != {spec.name for spec in specs}:
         expected = f"{' and '.join(spec.name for spec in specs)}, or {IMAGE} alone"
         raise ParameterError("inputs", expected=expected, found=", ".join(inputs)[:200] or "none")
-    arrays: Arrays = {spec.name: _checked(inputs[spec.name], spec) for spec in specs}
-    count, height, width = arrays["pixels"].shape[:3]
+    arrays = {spec.name: _checked(inputs[spec.name], spec) for spec in specs}
+    pixels = cast(NDArray[np.uint8], arrays["pixels"])
+    count, height, width = pixels.shape[:3]
     _check_count(serving, count)
     preprocessing = bundle.manifest.preprocessing
     longest = preprocessing.longest_edge if isinstance(preprocessing, DetectionPreprocessing) else max(height, width)
@@ -206,15 +222,13 @@ def _tensor_work(
         raise ParameterError("input sizes", expected=expected, found=str(sizes.tolist())[:100])
     for _ in range(count):
         observation.saw(height * width)
-    if sizes is None:  # as many parts as threads
-        bounds = np.linspace(0, count, min(count, serving.scheduler.threads) + 1).astype(int)
-        parts = [{name: array[a:b] for name, array in arrays.items()} for a, b in pairwise(bounds)]
-    else:  # a detector's memory grows with the padded batch: one image each, without its padding
-        parts = [
-            {"pixels": np.ascontiguousarray(arrays["pixels"][i : i + 1, :h, :w]), "sizes": sizes[i : i + 1]}
-            for i, (h, w) in enumerate(sizes.tolist())
-        ]
-    return [partial(_run, observation, bundle, feeds, len(feeds["pixels"])) for feeds in parts]
+    if sizes is None:
+        return [_Pixels(image) for image in pixels]
+    # Each without its padding: the answers are the same, for less work.
+    return [
+        _Pixels(PreparedImage(image[:h, :w], width=w, height=h))
+        for image, (h, w) in zip(pixels, sizes.tolist(), strict=True)
+    ]
 
 
 def _check_count(serving: Serving, count: int) -> None:
@@ -235,18 +249,6 @@ def _checked(tensor: Tensor, spec: TensorSpec) -> NDArray[np.generic]:
     assert isinstance(tensor.data, np.ndarray)
     # Numbers of eight bytes may begin anywhere in a body; the runtime expects them where the processor does.
     return np.require(tensor.data.reshape(tensor.shape), requirements="A")
-
-
-def _run(observation: Observation, bundle: Bundle, feeds: Arrays, count: int) -> Sequence[NDArray[np.generic]]:
-    observation.batches.append(count)
-    try:
-        with observation.stage("inference"):
-            return bundle.predictor.network(**feeds)
-    except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
-        found = str(error).splitlines()[0][:300]  # a size, say, that the network's strides do not take
-        raise ParameterError("inputs", expected="tensors that the network can compute with", found=found) from error
 
 
 def _output(bundle: Bundle, wish: OutputWish, array: NDArray[np.generic]) -> Tensor:

@@ -1,25 +1,29 @@
 """Prometheus metrics: what is counted and measured, and their text at `/metrics`.
 
-The worker processes of a server write into files of one folder, which BentoML names in PROMETHEUS_MULTIPROC_DIR; any of
-them answers the sum. A worker that has ended leaves its counts, not its gauges. No label holds what a client wrote.
+Each worker keeps its numbers in a file of the server's shared folder (`service.tallies`); any of them answers the sum.
+A worker that has ended leaves its counts, not its gauges. No label holds what a client wrote.
 """
 
 import os
-import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
-from prometheus_client.registry import REGISTRY, Collector
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
 
 from bundle.repository import Repository
 from service.observation import Observation
+from service.tallies import Key, Tallies, read_tallies
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"  # the route of all paths that nobody answers
 
@@ -27,73 +31,117 @@ OTHER = "other"  # the route of all paths that nobody answers
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PROCESSES = Path("/proc")
 
-_requests = Counter(
-    "vitrine_requests",
-    "Requests answered, by route (gRPC: method), the model that answered (empty: none) and status (gRPC: its name).",
-    ["route", "model", "version", "status"],
-)
-_seconds = Histogram(
-    "vitrine_request_seconds", "From a request's headers to its answer's end.", ["route", "model"], buckets=_SECONDS
-)
-_stage_seconds = Histogram(
-    "vitrine_stage_seconds",
-    "Parts of the work on an image (or a batch): decode, queue (waiting for a thread), inference.",
-    ["stage", "model"],
-    buckets=_SECONDS,
-)
-_batch_images = Histogram(
-    "vitrine_batch_images", "Images in one call of a network.", ["model"], buckets=(1, 2, 4, 8, 16, 32, 64)
-)
-_images = Counter("vitrine_images", "Images that were decoded, or sent as pixels.", ["model"])
-_pixels = Counter("vitrine_pixels", "Pixels of these images, as they were sent.", ["model"])
-_rejected = Counter("vitrine_rejected", "Requests that were answered with an error, by its code.", ["reason"])
-_in_flight = Gauge(
-    "vitrine_requests_in_flight", "Requests in work, without probes and scrapes.", multiprocess_mode="livesum"
-)
-_waiting = Gauge("vitrine_queue_images", "Images (or batches) that wait for a thread.", multiprocess_mode="livesum")
-_running = Gauge("vitrine_running_images", "Images (or batches) on a thread.", multiprocess_mode="livesum")
-_starts = Counter("vitrine_worker_starts", "Worker processes that have become ready, those that have ended included.")
-_start_seconds = Gauge(
-    "vitrine_start_time_seconds",
-    "When the oldest living worker became ready, in seconds since the epoch.",
-    multiprocess_mode="livemin",
-)
+_COUNTERS = {
+    "vitrine_requests": (
+        "Requests answered, by route (gRPC: method), model (empty: none answered) and status (gRPC: its name).",
+        ("route", "model", "version", "status"),
+    ),
+    "vitrine_images": ("Images that were decoded, or sent as pixels.", ("model",)),
+    "vitrine_pixels": ("Pixels of these images, as they were sent.", ("model",)),
+    "vitrine_rejected": ("Requests that were answered with an error, by its code.", ("reason",)),
+    "vitrine_worker_starts": ("Worker processes that have become ready, those that have ended included.", ()),
+}
+_HISTOGRAMS = {
+    "vitrine_request_seconds": (
+        "From a request's headers to its answer's end.",
+        ("route", "model"),
+        _SECONDS,
+    ),
+    "vitrine_stage_seconds": (
+        "Parts of the work on an image: decode, queue (waiting for a thread), inference (of its batch).",
+        ("stage", "model"),
+        _SECONDS,
+    ),
+    "vitrine_batch_images": (
+        "For each image, how many were in the same call of the network.",
+        ("model",),
+        (1, 2, 4, 8, 16, 32, 64),
+    ),
+}
+_GAUGES = {
+    "vitrine_requests_in_flight": "Requests in work, without probes and scrapes.",
+    "vitrine_queue_images": "Images that wait for a thread.",
+    "vitrine_running_images": "Images (or batches) on a thread.",
+}
+_START_SECONDS = "vitrine_start_time_seconds"
+_START_TEXT = "When the oldest living worker became ready, in seconds since the epoch."
+
+_tallies = Tallies()
+
+
+def keep_in(folder: Path) -> None:
+    """Begin to count, in a file of this process in the folder that the server's workers share."""
+    global _tallies
+    _tallies = Tallies(folder)
+    for name in _GAUGES:
+        _tallies.set((name,), 0)
 
 
 def worker_ready() -> None:
     """This process has loaded everything and begins to answer."""
-    _starts.inc()
-    _start_seconds.set(time.time())
+    _tallies.add(("vitrine_worker_starts",), 1)
+    _tallies.set((_START_SECONDS,), time.time())
 
 
 def began(observation: Observation) -> None:
     """A request has come."""
     if not observation.quiet:
-        _in_flight.inc()
+        _tallies.add(("vitrine_requests_in_flight",), 1)
 
 
 def record(observation: Observation, status: str, seconds: float) -> None:
     """Count a request that is finished."""
+    add, observe = _tallies.add, _tallies.observe
     if not observation.quiet:
-        _in_flight.dec()
+        add(("vitrine_requests_in_flight",), -1)
     route, model = observation.route or OTHER, observation.model
-    _requests.labels(route, model, observation.version, status).inc()
-    _seconds.labels(route, model).observe(seconds)
+    add(("vitrine_requests", route, model, observation.version, status), 1)
+    observe(("vitrine_request_seconds", route, model), seconds, _SECONDS)
     for stage in observation.stages:
-        _stage_seconds.labels(stage.name, model).observe((stage.end - stage.start) / 1e9)
+        observe(("vitrine_stage_seconds", stage.name, model), (stage.end - stage.start) / 1e9, _SECONDS)
     for images in observation.batches:
-        _batch_images.labels(model).observe(images)
-    if observation.images:
-        _images.labels(model).inc(observation.images)
-        _pixels.labels(model).inc(observation.pixels)
+        observe(("vitrine_batch_images", model), images, _HISTOGRAMS["vitrine_batch_images"][2])
+    if observation.sizes:
+        add(("vitrine_images", model), observation.images)
+        add(("vitrine_pixels", model), observation.pixels)
     if observation.error:
-        _rejected.labels(observation.error).inc()
+        add(("vitrine_rejected", observation.error), 1)
 
 
 def queued(waiting: int, running: int) -> None:
     """How much work waits, and how much is on threads, in this process."""
-    _waiting.set(waiting)
-    _running.set(running)
+    _tallies.set(("vitrine_queue_images",), waiting)
+    _tallies.set(("vitrine_running_images",), running)
+
+
+class _Counted(Collector):
+    """The numbers of all workers together, gauges of the living alone."""
+
+    def __init__(self, counts: dict[Key, list[float]], gauges: list[dict[Key, list[float]]]) -> None:
+        self._counts, self._gauges = counts, gauges
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (text, labels) in _COUNTERS.items():
+            counter = CounterMetricFamily(name, text, labels=labels)
+            for (_, *values), (count,) in self._of(name):
+                counter.add_metric(values, count)
+            if counter.samples:
+                yield counter
+        for name, (text, labels, buckets) in _HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(name, text, labels=labels)
+            bounds = [*map(str, map(float, buckets)), "+Inf"]
+            for (_, *values), (*counts, total) in self._of(name):
+                histogram.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), total)
+            if histogram.samples:
+                yield histogram
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(name, text, sum(worker[name,][0] for worker in self._gauges if (name,) in worker))
+        starts = [worker[_START_SECONDS,][0] for worker in self._gauges if (_START_SECONDS,) in worker]
+        if starts:
+            yield GaugeMetricFamily(_START_SECONDS, _START_TEXT, min(starts))
+
+    def _of(self, name: str) -> list[tuple[Key, list[float]]]:
+        return sorted((key, values) for key, values in self._counts.items() if key[0] == name)
 
 
 class _Models(Collector):
@@ -132,32 +180,18 @@ class _Workers(Collector):
 
 def exposition(repository: Repository) -> bytes:
     """All metrics of all workers, in Prometheus' text format."""
+    tallies = read_tallies(_tallies.folder) if _tallies.folder else {os.getpid(): _tallies.read()}
+    counts: dict[Key, list[float]] = {}
+    for worker in tallies.values():
+        for key, values in worker.items():
+            before = counts.get(key)
+            counts[key] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
+    living = {pid: worker for pid, worker in tallies.items() if pid == os.getpid() or _is_worker(pid)}
     registry = CollectorRegistry()
-    folder = os.environ.get(FOLDER)
-    own = b""
-    if folder is None:  # not under BentoML's arbiter
-        own = generate_latest(REGISTRY)
-        registry.register(_Workers({os.getpid()}))
-    else:
-        registry.register(_Workers(_forget_dead_gauges(Path(folder))))
-        MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+    registry.register(_Counted(counts, list(living.values())))
+    registry.register(_Workers(set(living)))
     registry.register(_Models(repository))
-    return own + generate_latest(registry)
-
-
-def _forget_dead_gauges(folder: Path) -> set[int]:
-    """Remove the gauges of workers that were killed and could not do it themselves; the process ids of the others."""
-    living = set()
-    for file in folder.glob("gauge_live*_*.db"):
-        found = re.search(r"_(\d+)\.db$", file.name)
-        if found is None:
-            continue
-        if _is_worker(int(found[1])):
-            living.add(int(found[1]))
-        else:
-            with suppress(FileNotFoundError):  # another worker was faster
-                file.unlink()
-    return living
+    return generate_latest(registry)
 
 
 def _is_worker(pid: int) -> bool:

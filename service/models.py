@@ -3,7 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.answers import json_response
+from service.answers import JSON
 from service.schemas import ModelDescription, ModelDetail, ModelList
 from service.serving import serving_of
 
@@ -12,7 +12,7 @@ async def list_models(request: Request) -> Response:
     """`GET /models`: every model, by name."""
     repository = serving_of(request).repository
     described = [ModelDescription.of(repository.versions(name)) for name in repository.bundles]
-    return json_response(ModelList(models=described))
+    return Response(ModelList(models=described).model_dump_json(), media_type=JSON)
 
 
 async def describe_model(request: Request) -> Response:
@@ -20,4 +20,5 @@ async def describe_model(request: Request) -> Response:
     repository = serving_of(request).repository
     bundle = repository.get(request.path_params["name"])
     versions = [other.manifest.version for other in repository.versions(bundle.manifest.name)]
-    return json_response(ModelDetail(versions=versions, manifest=bundle.manifest))
+    detail = ModelDetail(versions=versions, manifest=bundle.manifest)
+    return Response(detail.model_dump_json(), media_type=JSON)

@@ -4,7 +4,7 @@ import json
 from functools import cache
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from pydantic import TypeAdapter
 
 from bundle.images import SUPPORTED_FORMATS
 from service.parameters import CLASSIFY_PARAMETERS, DETECT_PARAMETERS, Parameter
@@ -55,8 +55,9 @@ _BINARY = {"type": "string", "format": "binary"}
 @cache
 def openapi_document() -> str:
     """The document as JSON."""
-    _, definitions = models_json_schema(
-        [(schema, "serialization") for schema in _SCHEMAS], ref_template="#/components/schemas/{model}"
+    _, definitions = TypeAdapter.json_schemas(
+        [(schema, "serialization", TypeAdapter(schema)) for schema in _SCHEMAS],
+        ref_template="#/components/schemas/{model}",
     )
     document = {
         "openapi": "3.1.0",

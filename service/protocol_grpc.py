@@ -29,7 +29,6 @@ from service.inference import (
     infer,
     model_metadata,
     reference,
-    server_version,
     tensor_of_array,
     tensor_of_bytes,
     tensor_of_values,
@@ -38,6 +37,7 @@ from service.observation import Observation
 from service.observing import observed, request_id
 from service.serving import Serving
 from service.tracing import grpc_span, record_spans
+from service.version import server_version
 
 _log = logging.getLogger("bentoml.vitrine")
 
@@ -207,10 +207,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
                 _log.exception("%s failed", method)
             else:
                 observation.status, observation.bytes_out = grpc.StatusCode.OK.name, answered.ByteSize()
-                record_spans(observation)
+                record_spans(self._serving.settings, observation)
                 return answered
             observation.status = code.name
-            record_spans(observation)
+            record_spans(self._serving.settings, observation)
             await context.abort(code, sentence)
         raise AssertionError("abort raises")
 

@@ -1,13 +1,14 @@
 """`/v2`: the Open Inference Protocol over HTTP, with binary tensors and the model repository."""
 
 import asyncio
-import json
 import re
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import orjson
+from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -27,12 +28,12 @@ from service.inference import (
     infer,
     model_metadata,
     reference,
-    server_version,
     tensor_of_bytes,
     tensor_of_values,
 )
-from service.requests import limited
-from service.serving import observation_of, serving_of
+from service.requests import read_body
+from service.serving import Patience, observation_of, serving_of
+from service.version import server_version
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 Json = dict[str, Any]
@@ -70,8 +71,10 @@ async def model_ready(request: Request) -> Response:
 async def model_infer(request: Request) -> Response:
     """`POST /v2/models/{name}[/versions/{version}]/infer`."""
     serving, observation = serving_of(request), observation_of(request)
-    async with asyncio.timeout(serving.settings.timeout_seconds):
+    await serving.admit()
+    async with Patience(request, serving.settings.timeout_seconds) as patience:
         body = await _body(request, serving.settings.max_body_bytes)
+        patience.body_is_read()
         header_length = request.headers.get(HEADER_LENGTH)
         asked, binary = await asyncio.to_thread(parse, _reference(request), body, header_length)
         answer = await infer(serving, observation, asked)
@@ -214,17 +217,16 @@ def _response(answer: InferenceAnswer, asked: InferenceRequest, binary: bool) ->
     document: Json = {"model_name": manifest.name, "model_version": manifest.version}
     if answer.id:
         document["id"] = answer.id
-    head = json.dumps({**document, "outputs": outputs}, separators=(",", ":")).encode()
+    head = orjson.dumps({**document, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not parts:
         return Response(head, media_type="application/json")
     headers = {HEADER_LENGTH: str(len(head))}
     return Response(b"".join((head, *parts)), headers=headers, media_type="application/octet-stream")
 
 
-def _values(tensor: Tensor) -> list[Any]:
+def _values(tensor: Tensor) -> NDArray[np.generic] | list[str]:
     if isinstance(tensor.data, np.ndarray):
-        values: list[Any] = tensor.data.ravel().tolist()
-        return values
+        return np.ascontiguousarray(tensor.data).ravel()
     assert not isinstance(tensor.data, Unread)
     return [element.decode() for element in tensor.data]
 
@@ -234,7 +236,7 @@ def _reference(request: Request) -> str:
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    body = await Request(request.scope, limited(request, max_bytes)).body()
+    body = await read_body(request, max_bytes)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
         return body
@@ -264,8 +266,8 @@ async def _optional_json(request: Request, max_bytes: int) -> Json:
 
 def _loads(body: bytes) -> object:
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
+        return orjson.loads(body)
+    except ValueError as error:
         raise ParameterError("body", expected="a JSON object", found=f"none: {error}") from error
 
 
@@ -296,4 +298,4 @@ def _shape(entry: Json) -> Sequence[int]:
 
 
 def _json(document: object) -> Response:
-    return Response(json.dumps(document), media_type="application/json")
+    return Response(orjson.dumps(document), media_type="application/json")

@@ -1,17 +1,16 @@
 """From an HTTP request to images' bytes and the parameters beside them."""
 
-import asyncio
 import base64
 import binascii
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import orjson
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
 from bundle.errors import ImageTooLargeError, ParameterError
@@ -101,27 +100,30 @@ async def read_image_request(request: Request, known: Sequence[Parameter], setti
         ParameterError: there is no image, or there are too many, or a field is unknown or sent with two values.
     """
     names = tuple(parameter.name for parameter in known)
-    bounded = Request(request.scope, limited(request, settings.max_body_bytes))
-    content_type = bounded.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     images: list[object]
+    fields: list[tuple[str, object]] = []
     several = False
     if content_type == "multipart/form-data":
-        images, fields = await _read_form(bounded, settings)
+        images, fields = await _read_form(request, settings)
         several = len(images) > 1
     elif content_type == "application/json":
-        images, fields, several = await _read_json(bounded)
+        images, fields, several = await _read_json(await read_body(request, settings.max_body_bytes))
     else:
-        images, fields = [await bounded.body()], []
+        images = [await read_body(request, settings.max_body_bytes)]
     if len(images) > settings.max_images:
         raise ParameterError("images", expected=f"at most {settings.max_images} images", found=len(images))
-    return ImageRequest(tuple(images), several, _merged([*request.query_params.multi_items(), *fields], names))
+    if request.scope["query_string"]:
+        fields = [*request.query_params.multi_items(), *fields]
+    return ImageRequest(tuple(images), several, _merged(fields, names))
 
 
 async def _read_form(request: Request, settings: Settings) -> tuple[list[object], list[tuple[str, object]]]:
+    bounded = Request(request.scope, limited(request, settings.max_body_bytes))
     images: list[object] = []
     fields: list[tuple[str, object]] = []
     try:
-        async with request.form(max_files=settings.max_images + 1, max_fields=_MOST_FIELDS) as form:
+        async with bounded.form(max_files=settings.max_images + 1, max_fields=_MOST_FIELDS) as form:
             for name, value in form.multi_items():
                 if name == IMAGE and isinstance(value, UploadFile):
                     images.append(await value.read())
@@ -145,16 +147,15 @@ def _unquoted(value: str) -> object:
     """BentoML's client sends form fields as JSON: "colours" with quotes, and lists."""
     if value[:1] in ('"', "["):
         try:
-            return json.loads(value)
+            return orjson.loads(value)
         except ValueError:
             pass
     return value
 
 
-async def _read_json(request: Request) -> tuple[list[object], list[tuple[str, object]], bool]:
-    body = await request.body()
+async def _read_json(body: bytes) -> tuple[list[object], list[tuple[str, object]], bool]:
     try:
-        document = await asyncio.to_thread(json.loads, body)
+        document = orjson.loads(body)
     except (ValueError, RecursionError) as error:
         raise ParameterError("body", expected="JSON", found=f"none: {error}") from error
     if not isinstance(document, dict) or len(document.keys() & {IMAGE, IMAGES}) != 1:
@@ -208,6 +209,27 @@ def _merged(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[st
 
 def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """A request's body.
+
+    Raises:
+        ImageTooLargeError: see `limited`.
+        ClientDisconnect: the client was gone before its end.
+    """
+    receive = limited(request, max_bytes)
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message.get("more_body", False):
+        parts = [body]
+        while message.get("more_body", False):
+            message = await receive()
+            parts.append(message.get("body", b""))
+        body = b"".join(parts)
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return body
 
 
 def limited(request: Request, max_bytes: int) -> Receive:

@@ -1,18 +1,26 @@
-"""The JSON bodies of HTTP answers."""
+"""The JSON bodies of HTTP answers.
 
-from pydantic import BaseModel, ConfigDict, Field
+What each request is answered with are plain dataclasses, which `orjson` writes as they are; pydantic describes them in
+the OpenAPI document.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
 
 from bundle.loading import Bundle
 from bundle.manifest import Identity, Manifest, Metrics, Precision, Task
 from bundle.predictors import Detection, Prediction
 
-
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", from_attributes=True)
+_STRICT = ConfigDict(extra="forbid")
 
 
-class Model(_Schema):
+@dataclass(frozen=True, slots=True)
+class Model:
     """Which bundle answered, and with which of its graphs."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     name: str
     version: str
@@ -23,100 +31,108 @@ class Model(_Schema):
         return cls(name=bundle.manifest.name, version=bundle.manifest.version, variant=bundle.variant)
 
 
-class Image(_Schema):
+@dataclass(frozen=True, slots=True)
+class Image:
     """The upright image as it was understood, in pixels."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     width: int
     height: int
 
 
-class ClassProbability(_Schema):
-    """One class."""
-
-    label: str
-    class_id: int
-    probability: float = Field(ge=0, le=1)
-
-
-class Box(_Schema):
-    """A rectangle in pixels of the upright image, from its top-left corner."""
-
-    x_min: float
-    y_min: float
-    x_max: float
-    y_max: float
-
-
-class DetectedObject(_Schema):
-    """One object."""
-
-    label: str
-    class_id: int
-    score: float = Field(ge=0, le=1)
-    box: Box
-
-
-class Error(_Schema):
+@dataclass(frozen=True, slots=True)
+class Error:
     """What went wrong."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     code: str  # stable and machine-readable
     message: str  # for people: what, where, expected, found
 
 
-class ErrorAnswer(_Schema):
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
     """The body of every answer with a status of 400 or above, outside /v2."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     error: Error
 
 
-class ProtocolErrorAnswer(_Schema):
+@dataclass(frozen=True, slots=True)
+class ProtocolErrorAnswer:
     """The body of every answer with a status of 400 or above under /v2."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     error: str
 
 
-class ImageClassification(_Schema):
+@dataclass(frozen=True, slots=True)
+class ImageClassification:
     """Of one of several images: its classes by falling probability."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     image: Image
-    predictions: list[ClassProbability]
+    predictions: list[Prediction]
 
 
-class Classification(_Schema):
+@dataclass(frozen=True, slots=True)
+class Classification:
     """Answer of `POST /classify` for one image: classes by falling probability."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     model: Model
     image: Image
-    predictions: list[ClassProbability]
+    predictions: list[Prediction]
 
 
-class Classifications(_Schema):
+@dataclass(frozen=True, slots=True)
+class Classifications:
     """Answer of `POST /classify` for several images, in their order; an image that is no good has an error."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     model: Model
     results: list[ImageClassification | ErrorAnswer]
 
 
-class ImageDetections(_Schema):
-    """Of one of several images: its objects by falling score."""
+@dataclass(frozen=True, slots=True)
+class ImageDetections:
+    """Of one of several images: its objects by falling score, boxes in pixels of the upright image."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     image: Image
-    detections: list[DetectedObject]
+    detections: list[Detection]
 
 
-class Detections(_Schema):
-    """Answer of `POST /detect` for one image: objects by falling score."""
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """Answer of `POST /detect` for one image: objects by falling score, boxes in pixels of the upright image."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     model: Model
     image: Image
-    detections: list[DetectedObject]
+    detections: list[Detection]
 
 
-class DetectionsOfSeveral(_Schema):
+@dataclass(frozen=True, slots=True)
+class DetectionsOfSeveral:
     """Answer of `POST /detect` for several images, in their order; an image that is no good has an error."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     model: Model
     results: list[ImageDetections | ErrorAnswer]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
 
 
 class ModelDescription(_Schema):
@@ -158,18 +174,3 @@ class ModelDetail(_Schema):
 
     versions: list[str]  # all that are served, ascending
     manifest: Manifest | Identity  # an Identity where one ONNX file alone is served
-
-
-def image_size(size: tuple[int, int]) -> Image:
-    """Of Pillow's (width, height)."""
-    return Image(width=size[0], height=size[1])
-
-
-def class_probabilities(predictions: list[Prediction]) -> list[ClassProbability]:
-    """Of what a classifier answers."""
-    return [ClassProbability.model_validate(prediction) for prediction in predictions]
-
-
-def detected_objects(detections: list[Detection]) -> list[DetectedObject]:
-    """Of what a detector answers."""
-    return [DetectedObject.model_validate(detection) for detection in detections]

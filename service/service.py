@@ -1,30 +1,28 @@
-"""The BentoML service: BentoML runs the processes, health checks and tracing; `service.app` has the routes."""
+"""The BentoML service: BentoML runs the processes and the health checks; `service.app` has the routes."""
 
 import logging
 import os
-import tempfile
-from pathlib import Path
+from typing import Any
 
 import bentoml
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from service.access import AccessMiddleware, Keys
-from service.app import create_app
-from service.bentoml_client import ClientSchemaMiddleware
+from service.app import BUSIEST, begin_loading, create_app
 from service.errors import ErrorShapeMiddleware
+from service.front import Front
+from service.launch import shared_folder
 from service.logs import configure
 from service.observing import ObservationMiddleware
 from service.protocol_http import HEADER_LENGTH
 from service.serving import Serving
 from service.settings import read_settings
 from service.sizing import size
-from service.tracing import bentoml_tracing
 
-# The arbiter imports this module before it starts the workers, which inherit its environment. Not a setting.
-_SHARED = "_VITRINE_SHARED"
-_is_first = _SHARED not in os.environ
-if _is_first:
-    os.environ[_SHARED] = tempfile.mkdtemp(prefix="vitrine-")
+_STARTED = "_VITRINE_STARTED"  # set by the first process, and inherited by the workers; not a setting
+_is_first = _STARTED not in os.environ
+os.environ[_STARTED] = "1"
 
 _settings = read_settings()
 configure(_settings.log_format, probes=_settings.log_probes)
@@ -37,7 +35,7 @@ if _is_first:  # once, not in every worker
         _log.warning("%s", _sizing.warning)
     if not (_settings.only_here or _keys.needed):
         _log.warning("everybody who reaches %s may ask: no VITRINE_API_KEYS are set", _settings.host)
-_app = create_app(_settings, _sizing, _keys, Path(os.environ[_SHARED]))
+_app = create_app(_settings, _sizing, _keys, shared_folder())
 
 
 class Vitrine:
@@ -52,28 +50,38 @@ class Vitrine:
     __is_ready__ = __is_alive__
 
 
-# BentoML's own timeout cannot be switched off and answers in another shape: it only has to be the later one.
-# Its access log decodes a request's content type as UTF-8: any other would break the answer. Its metrics have a label
-# for every path that anybody asks for, without end. Ours are in `service.metrics`.
+def _front(bentoml_app: ASGIApp) -> ASGIApp:
+    """Our routes beside BentoML's, and what every request passes first; the last line is the outermost."""
+    app: ASGIApp = Front(_app, bentoml_app, BUSIEST)
+    app = AccessMiddleware(app, keys=_keys, metrics_need_key=_settings.metrics_need_key)
+    if _settings.cors_origins:  # outside of access: a browser asks for permission without a key
+        app = CORSMiddleware(
+            app,
+            allow_origins=_settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID", HEADER_LENGTH],
+            expose_headers=["X-Request-ID", "Server-Timing", "Retry-After", HEADER_LENGTH],
+        )
+    return ObservationMiddleware(ErrorShapeMiddleware(app), _settings)
+
+
+class _Service(bentoml.Service[Any]):  # type: ignore[misc]  # BentoML is not typed
+    """BentoML's service, whose ASGI application is `_front`."""
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        begin_loading(_app)  # while BentoML imports what its application needs
+        return _front(super().to_asgi(is_main))
+
+
+# BentoML's access log decodes a request's content type as UTF-8: any other would break the answer. Its metrics have a
+# label for every path that anybody asks for, without end. Its tracing makes a span for each part of each body, for
+# every request, even if none is ever sent. Ours are in `service.observing`.
 vitrine = bentoml.service(
     name="vitrine",
     workers=_sizing.workers,
-    traffic={"timeout": 90},
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},
-    tracing=bentoml_tracing(_settings),
+    tracing={"excluded_urls": ".*"},
+    service_class=_Service,
 )(Vitrine)
-vitrine.mount_asgi_app(_app, path="/")
-# The first is the outermost.
-vitrine.add_asgi_middleware(ObservationMiddleware)
-vitrine.add_asgi_middleware(ErrorShapeMiddleware)
-if _settings.cors_origins:  # outside of access: a browser asks for permission without a key
-    vitrine.add_asgi_middleware(
-        CORSMiddleware,
-        allow_origins=_settings.cors_origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID", HEADER_LENGTH],
-        expose_headers=["X-Request-ID", "Server-Timing", "Retry-After", HEADER_LENGTH],
-    )
-vitrine.add_asgi_middleware(AccessMiddleware, keys=_keys, metrics_need_key=_settings.metrics_need_key)
-vitrine.add_asgi_middleware(ClientSchemaMiddleware)
+vitrine.mount_asgi_app(_app, path="/")  # BentoML starts and ends it; requests do not come this way

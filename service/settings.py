@@ -63,6 +63,7 @@ class Settings(BaseSettings):
     workers: int | None = Field(None, ge=1, description="processes; by default as cores and memory allow")
     threads: int | None = Field(None, ge=1, description="images in work at once, in each process, one core each")
     max_queue: int = Field(256, ge=1, description="images that may wait for a thread; the next ones get 503")
+    max_wait_seconds: float = Field(10.0, gt=0, description="that an image may wait, as far as can be told; else 503")
     timeout_seconds: float = Field(30.0, gt=0, le=60, description="of one request, from its headers to its answer")
     stuck_seconds: float = Field(120.0, gt=0, description="after which a computing thread counts as stuck: `/livez`")
 

@@ -15,9 +15,8 @@ from bundle.manifest import MODEL_FILE
 from service.settings import Settings
 
 CORES_A_WORKER = 4
-"""The event loop takes 0.8 to 1 ms of a core for a request with one image (and 1.8 for a photograph's): about 1000
-requests a second. On four cores that is enough for all that needs 4 ms or more to compute; DETR and ViT at 224 pixels
-need 20 and more. (The smallest shipped networks need 1.6 ms: for them alone, three cores a worker would do as well.)"""
+"""One process answers about 1300 requests with an image a second, whatever its network costs. On four cores that is
+enough for all that needs 3 ms or more to compute; DETR and ViT at 224 pixels need 20 and more."""
 
 # As measured: BentoML's own process has 80 MiB of its own and a worker 120, what they share counts once. ONNX Runtime
 # takes 1.5 bytes for a byte of float32 weights. Photographs of 12 megapixels took less than 10 MiB a thread; a PNG of

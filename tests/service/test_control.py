@@ -1,5 +1,6 @@
 """Models that are loaded, replaced and unloaded while real servers of one and two workers answer."""
 
+import asyncio
 import os
 import shutil
 import signal
@@ -138,8 +139,7 @@ def test_an_answer_in_work_is_finished_although_its_model_is_unloaded(
             target=lambda: answers.append(httpx.post(f"{url}/classify", content=bright(255), timeout=60))
         )
         thread.start()
-        metrics = "vitrine_requests_in_flight"
-        until(lambda: any(line.startswith(metrics) for line in httpx.get(f"{url}/metrics").text.splitlines()))
+        until(lambda: "vitrine_requests_in_flight 1.0" in httpx.get(f"{url}/metrics").text.splitlines())
         assert httpx.post(f"{url}/v2/repository/models/slow/unload", timeout=60).status_code == 200
         assert httpx.post(f"{url}/classify", content=bright(0)).status_code == 404
         thread.join()
@@ -171,8 +171,6 @@ def test_a_thread_that_is_stuck_is_seen_by_livez(
 
 def test_a_change_that_fails_is_not_told_to_the_others(bundles: Path, tmp_path: Path) -> None:
     control = Control(Repository(bundles), tmp_path / "shared")
-    import asyncio
-
     with pytest.raises(UnknownModelError):
         asyncio.run(control.load("cats"))
     assert not (tmp_path / "shared" / "journal").exists()
@@ -181,3 +179,16 @@ def test_a_change_that_fails_is_not_told_to_the_others(bundles: Path, tmp_path: 
     late = Repository(bundles)
     Control(late, tmp_path / "shared")
     assert list(late.bundles) == ["squares"]
+
+
+def test_what_is_loaded_while_a_worker_starts_is_served_by_it_too(
+    bundles: Path, tmp_path: Path, new_version: NewVersion
+) -> None:
+    first = Control(Repository(bundles), tmp_path / "shared")
+    late = Repository(bundles)  # and then
+    new_version(bundles / "colours" / "1", "2")
+    asyncio.run(first.load("colours"))
+    asyncio.run(first.unload("squares"))
+    Control(late, tmp_path / "shared")
+    assert [bundle.manifest.version for bundle in late.versions("colours")] == ["1", "2"]
+    assert list(late.bundles) == ["colours"]

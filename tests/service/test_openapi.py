@@ -38,7 +38,7 @@ CHECKS = [
 def test_the_document_is_valid_and_names_every_route(server: str, root: Path, tmp_path: Path) -> None:
     document = httpx.get(f"{server}/openapi.json").json()
     validate(document)
-    own = {"/", "/openapi.json", "/docs.json"}  # the document and its page
+    own = {"/", "/openapi.json", "/docs.json", "/schema.json"}  # the document, its page, and BentoML's client
     program = f"""
 from pathlib import Path
 from typing import Any

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from bundle.images import decode
+from bundle.images import decode_for
 from bundle.loading import load_bundle
 from bundle.manifest import Precision
 
@@ -79,7 +79,7 @@ def test_both_transports_and_the_predictor_give_the_same_answer(
     classifier = load_bundle(tiny_bundles / "colours" / "1", variant=variant).predictor
     answer = client.infer("colours", [tensor], model_version="1", parameters=parameters, request_id="mine")
     assert answer.get_response().id == "mine"
-    expected = classifier.probabilities([decode(photograph)])
+    expected = classifier.probabilities([decode_for(photograph, classifier.preprocessing)])
     np.testing.assert_allclose(answer.as_numpy("probabilities"), np.repeat(expected, 2, axis=0), atol=1e-6)
     over_http = httpx.post(f"{server}/classify?variant={variant.value}", content=photograph).json()["predictions"]
     by_class = sorted(over_http, key=lambda entry: entry["class_id"])

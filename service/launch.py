@@ -1,0 +1,60 @@
+"""How the server's processes start: everything is loaded and checked once, then BentoML takes over."""
+
+import atexit
+import importlib
+import os
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bundle.machine import give_back_memory
+from bundle.manifest import Identity
+from bundle.repository import Repository
+from bundle.runtime import parse_providers
+from service.settings import Settings
+
+_SHARED = "_VITRINE_SHARED"  # inherited by the workers; not a setting
+
+
+def shared_folder() -> Path:
+    """The folder that the processes of this server share; the first that asks makes it, and removes it when it ends."""
+    if _SHARED not in os.environ:
+        folder = tempfile.mkdtemp(prefix="vitrine-")
+        os.environ[_SHARED] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(os.environ[_SHARED])
+
+
+def check_bundles(settings: Settings) -> list[Identity]:
+    """Load and verify all bundles, and return their manifests: a broken one is refused in one sentence.
+
+    (BentoML would restart its workers for ever.) The workers find the graphs made ready, see `bundle.runtime`.
+
+    Raises:
+        BundleError, ProviderError: as `Repository`.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds; BentoML sets its own later
+    os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+    # Servers that share BentoML's home share the files of its metrics, and each deletes them when it starts.
+    os.environ["BENTOML_HOME"] = str(shared_folder() / "bentoml")
+    providers = parse_providers(settings.providers)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(Repository, *settings.bundles, providers=providers, cache=shared_folder())
+        importlib.import_module("_bentoml_impl.server.serving")  # takes as long, and has to be done in any case
+        manifests = [bundle.manifest for bundle in loading.result().bundles.values()]
+    del loading
+    give_back_memory()  # this process does not compute
+    return manifests
+
+
+def run(settings: Settings, address: str) -> None:
+    """Serve until a signal comes. `address` is the host's in digits."""
+    os.environ["VITRINE_HOST"] = address
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy's pool: nothing here uses it
+        os.environ.setdefault(variable, "1")
+    sys.argv = ["bentoml", "serve", "service.service:vitrine", "--host", address, "--port", str(settings.port)]
+    runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
