@@ -5,11 +5,11 @@ NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
-.PHONY: help serve test check image lock proto clean browser
+.PHONY: help serve test check bench-serving image lock proto clean browser
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 serve: $(SERVE)/installed  ## serve the bundles on port 3000 (installs what serving needs, without torch)
 	@$(SERVE)/bin/vitrine serve
@@ -22,6 +22,10 @@ check: $(DEV)/installed  ## lint, types, import rules
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
+
+bench-serving: $(SERVE)/installed $(DEV)/installed  ## compare the server with the machine's limit and with other servers
+	@command -v wrk >/dev/null || { echo "make bench-serving: needs wrk (apt-get install wrk)" >&2; exit 1; }
+	$(DEV)/bin/python -m benchmarks.serving $(BENCH)
 
 image:  ## build the container image
 	@test -n "$(ENGINE)" || { echo "make image: needs docker, podman or buildah" >&2; exit 1; }
