@@ -108,7 +108,7 @@ def mapped_graph(file: Path, cache: Path) -> Path | None:
     """A graph as ONNX Runtime runs it on this machine, in a file that is mapped into memory instead of read.
 
     It is optimised, and its weights are packed for the processor: sessions and processes that load it share one copy
-    of them, and start sooner. Made once, under `cache`; None where there is no room for it.
+    of them, and start sooner. Made once, under `cache`; None where that fails, as without room for it.
     """
     state = file.stat()
     known = f"{file.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
@@ -123,12 +123,12 @@ def mapped_graph(file: Path, cache: Path) -> Path | None:
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _MAPPED_WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    onnxruntime.InferenceSession(str(file), options, providers=list(CPU))
     try:
+        onnxruntime.InferenceSession(str(file), options, providers=list(CPU))
         unfinished.rename(folder)
-    except OSError:  # another process was faster
+    except Exception:  # the disk is full, another process was faster, or it is no graph: who loads it will say so
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder / _MAPPED_GRAPH
+    return folder / _MAPPED_GRAPH if folder.is_dir() else None
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

@@ -15,15 +15,22 @@ from bundle.machine import give_back_memory
 from bundle.manifest import Identity
 from bundle.repository import Repository
 from bundle.runtime import parse_providers
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 _SHARED = "_VITRINE_SHARED"  # inherited by the workers; not a setting
 
 
 def shared_folder() -> Path:
-    """The folder that the processes of this server share; the first that asks makes it, and removes it when it ends."""
+    """The folder that the processes of this server share; the first that asks makes it, and removes it when it ends.
+
+    Raises:
+        SettingsError: no folder for temporary files can be written to.
+    """
     if _SHARED not in os.environ:
-        folder = tempfile.mkdtemp(prefix="vitrine-")
+        try:
+            folder = tempfile.mkdtemp(prefix="vitrine-")
+        except OSError as error:
+            raise SettingsError(f"TMPDIR: expected a folder that can be written to, found: {error}") from error
         os.environ[_SHARED] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(os.environ[_SHARED])
@@ -36,6 +43,7 @@ def check_bundles(settings: Settings) -> list[Identity]:
 
     Raises:
         BundleError, ProviderError: as `Repository`.
+        SettingsError: see `shared_folder`.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds; BentoML sets its own later
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"

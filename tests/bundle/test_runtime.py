@@ -1,4 +1,5 @@
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,20 @@ def test_a_mapped_graph_answers_the_same_and_is_made_once(weighty: Path, tmp_pat
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert str(made) in maps.read_text()
+
+
+def test_a_graph_that_there_is_no_room_to_map_is_read(weighty: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    pixels = np.ones((1, 64), np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        network = OnnxNetwork(weighty, cache=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(cache.iterdir()) == []
+    np.testing.assert_array_equal(network(pixels=pixels)[0], OnnxNetwork(weighty)(pixels=pixels)[0])
 
 
 def test_a_graph_that_has_changed_is_mapped_anew(weighty: Path, tmp_path: Path) -> None:

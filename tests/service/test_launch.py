@@ -1,0 +1,16 @@
+"""What the processes of a server share."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from service.launch import shared_folder
+from service.settings import SettingsError
+
+
+def test_a_server_that_can_write_nowhere_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("_VITRINE_SHARED", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(SettingsError, match=r"TMPDIR: expected a folder that can be written to, found: .*nowhere"):
+        shared_folder()
