@@ -26,6 +26,7 @@ class Model:
 
 def models() -> dict[str, Model]:
     """All models, by name; those that do not ship with the project are made once."""
+    WORK.mkdir(exist_ok=True)
     photograph = WORK / "photograph.jpg"
     if not photograph.exists():
         _photograph().save(photograph, quality=90)
