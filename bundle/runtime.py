@@ -1,5 +1,6 @@
 """ONNX Runtime behind the `Network` call of `bundle.predictors`."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -18,7 +19,7 @@ from bundle.errors import BundleError, ProviderError
 from bundle.manifest import TensorSpec
 
 CPU = ("CPUExecutionProvider",)
-_MAPPED_GRAPH, _MAPPED_WEIGHTS = "graph.onnx", "weights.bin"
+_MAPPED_GRAPH, _MAPPED_WEIGHTS, _MAPPED_OF = "graph.onnx", "weights.bin", "of"
 _MAPPED_ROOM = 4  # times its size: a mapped graph holds its weights twice, as they are and packed
 _DATATYPES = {"tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(float)": "FP32"}
 
@@ -110,12 +111,12 @@ def mapped_graph(file: Path, cache: Path) -> Path | None:
     It is optimised, and its weights are packed for the processor: sessions and processes that load it share one copy
     of them, and start sooner. Made once, under `cache`; None where that fails, as without room for it.
     """
-    state = file.stat()
-    known = f"{file.resolve()} {state.st_ino} {state.st_size} {state.st_mtime_ns}"
-    folder = cache / hashlib.sha256(known.encode()).hexdigest()[:32]
+    state = _state(file)
+    folder = _mapped_folder(cache, state)
     if folder.is_dir():
         return folder / _MAPPED_GRAPH
-    if shutil.disk_usage(cache).free < _MAPPED_ROOM * state.st_size:
+    _remove_stale(cache)
+    if shutil.disk_usage(cache).free < _MAPPED_ROOM * file.stat().st_size:
         return None
     unfinished = Path(tempfile.mkdtemp(dir=cache))
     options = _options(threads=1)
@@ -124,11 +125,33 @@ def mapped_graph(file: Path, cache: Path) -> Path | None:
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
+        (unfinished / _MAPPED_OF).write_bytes(os.fsencode(state))
         onnxruntime.InferenceSession(str(file), options, providers=list(CPU))
         unfinished.rename(folder)
     except Exception:  # the disk is full, another process was faster, or it is no graph: who loads it will say so
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder / _MAPPED_GRAPH if folder.is_dir() else None
+
+
+def _state(file: Path) -> str:
+    found = file.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {file.resolve()}"
+
+
+def _mapped_folder(cache: Path, state: str) -> Path:
+    return cache / hashlib.sha256(os.fsencode(state)).hexdigest()[:32]
+
+
+def _remove_stale(cache: Path) -> None:
+    """Remove mapped graphs of files that have changed or are gone; who has mapped one keeps it to the end."""
+    for note in cache.glob(f"*/{_MAPPED_OF}"):
+        with contextlib.suppress(OSError):
+            state = os.fsdecode(note.read_bytes())
+            if note.parent != _mapped_folder(cache, state):  # it is being made
+                continue
+            source = Path(state.split(" ", 3)[3])
+            if not source.exists() or _state(source) != state:
+                shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def _options(threads: int) -> onnxruntime.SessionOptions:

@@ -192,13 +192,22 @@ def test_a_graph_that_has_changed_is_mapped_anew(weighty: Path, tmp_path: Path) 
     cache = tmp_path / "cache"
     cache.mkdir()
     pixels = np.ones((1, 64), np.uint8)
-    (before,) = OnnxNetwork(weighty, cache=cache)(pixels=pixels)
+    old = OnnxNetwork(weighty, cache=cache)
+    (before,) = old(pixels=pixels)
+    other = Path(shutil.copy(weighty, tmp_path / "other.onnx"))
+    OnnxNetwork(other, cache=cache)
     model = onnx.load(weighty)
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "weights"))
     onnx.save(model, weighty)
     (after,) = OnnxNetwork(weighty, cache=cache)(pixels=pixels)
     assert before.any()
     assert not after.any()
+    assert len(list(cache.iterdir())) == 2  # the new one, and the other file's
+    np.testing.assert_array_equal(old(pixels=pixels)[0], before)
+    other.unlink()
+    os.utime(weighty, (0, 0))
+    OnnxNetwork(weighty, cache=cache)
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_processes_that_map_a_graph_at_once_all_get_it(weighty: Path, tmp_path: Path) -> None:
