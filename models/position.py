@@ -5,10 +5,14 @@ Shapes: B batch, h x w grid, N = h w tokens, D embedding.
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# How a ViT's tokens know their places.
+PositionEncoding = Literal["learned", "sine_1d", "sine_2d", "none"]
 
 
 class LearnedPositions(nn.Module):
@@ -25,6 +29,39 @@ class LearnedPositions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         return x + self.embedding
+
+
+class SinePositions(nn.Module):
+    """Fixed vectors: `sine` of a patch's number in its row-by-row order (1-D), or `sincos_2d` of its place (2-D).
+
+    A class token has no place and none added.
+    """
+
+    embedding: Tensor
+
+    def __init__(self, grid: tuple[int, int], embed_dim: int, *, class_token: bool, dimensions: Literal[1, 2]) -> None:
+        super().__init__()
+        if embed_dim % (2 * dimensions) or (dimensions == 2 and embed_dim < 8):
+            expected = "an even one" if dimensions == 1 else "a multiple of 4 from 8 on"
+            raise ValueError(f"embed_dim: expected {expected} for sine_{dimensions}d, found {embed_dim}")
+        numbers = torch.arange(grid[0] * grid[1], dtype=torch.float32)
+        embedding = sine(numbers, embed_dim)[None] if dimensions == 1 else sincos_2d(grid, embed_dim)
+        self.register_buffer("embedding", F.pad(embedding, (0, 0, int(class_token), 0)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return x + self.embedding
+
+
+def make_positions(
+    encoding: PositionEncoding, grid: tuple[int, int], embed_dim: int, *, class_token: bool
+) -> LearnedPositions | SinePositions | nn.Identity:
+    """The module that adds positions to the tokens of a grid."""
+    if encoding == "none":
+        return nn.Identity()
+    if encoding == "learned":
+        return LearnedPositions(grid, embed_dim, class_token=class_token)
+    return SinePositions(grid, embed_dim, class_token=class_token, dimensions=1 if encoding == "sine_1d" else 2)
 
 
 def interpolate_positions(embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

@@ -29,6 +29,7 @@ class ResNetV2Config:
     layers: tuple[int, ...] = (3, 4, 6, 3)
     width_factor: float = 1
     stem: Literal["large", "small"] = "large"
+    num_groups: int = 32  # of every group norm
     drop_path: float = 0.0
 
 
@@ -43,8 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "resnetv2_26x1_32": {"image_size": 32, "layers": (2, 2, 2, 2), "width_factor": 1, "stem": "small"},
     "resnetv2_26x05_32": {"image_size": 32, "layers": (2, 2, 2, 2), "width_factor": 0.5, "stem": "small"},
 }
-
-_GROUPS = 32  # of every group norm
 
 
 class StdConv2d(nn.Conv2d):
@@ -70,14 +69,14 @@ def std_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) 
 class PreActBottleneck(nn.Module):
     """Norm and ReLU before each convolution: 1x1 to narrow, 3x3 with the stride, 1x1 to widen by four."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, drop_path: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int, drop_path: float) -> None:
         super().__init__()
         channels = out_channels // 4
-        self.norm1 = nn.GroupNorm(_GROUPS, in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels)
         self.conv1 = std_conv(in_channels, channels, 1)
-        self.norm2 = nn.GroupNorm(_GROUPS, channels)
+        self.norm2 = nn.GroupNorm(groups, channels)
         self.conv2 = std_conv(channels, channels, 3, stride)
-        self.norm3 = nn.GroupNorm(_GROUPS, channels)
+        self.norm3 = nn.GroupNorm(groups, channels)
         self.conv3 = std_conv(channels, out_channels, 1)
         self.relu = nn.ReLU()
         projected = stride != 1 or in_channels != out_channels
@@ -114,10 +113,10 @@ class ResNetV2(nn.Module):
             for i in range(units):
                 stride = 2 if i == 0 and index > 0 else 1
                 rate = config.drop_path * unit / max(1, depth - 1)
-                stage.append(PreActBottleneck(channels, out_channels, stride, rate))
+                stage.append(PreActBottleneck(channels, out_channels, stride, config.num_groups, rate))
                 channels, unit = out_channels, unit + 1
             self.stages.append(stage)
-        self.norm = nn.GroupNorm(_GROUPS, channels)
+        self.norm = nn.GroupNorm(config.num_groups, channels)
         self.relu = nn.ReLU()
         self.head = nn.Linear(channels, config.num_classes)
         nn.init.zeros_(self.head.weight)  # as in the paper's code

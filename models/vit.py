@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.position import LearnedPositions
+from models.position import PositionEncoding, make_positions
 from models.transformer import Block, Gelu
 
 
@@ -31,6 +31,7 @@ class ViTConfig:
     num_heads: int = 3
     mlp_ratio: float = 4.0
     stem: Literal["patch", "conv"] = "patch"
+    pos_embed: PositionEncoding = "learned"
     global_pool: Literal["token", "avg"] = "token"
     representation_size: int | None = None
     norm: Literal["pre", "post"] = "pre"
@@ -122,7 +123,7 @@ class ViT(nn.Module):
         self.patch_embed = stem(config.patch_size, dim)
         has_token = config.global_pool == "token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if has_token else None
-        self.pos_embed = LearnedPositions(config.grid, dim, class_token=has_token)
+        self.pos_embed = make_positions(config.pos_embed, config.grid, dim, class_token=has_token)
         mlp_dim = int(dim * config.mlp_ratio)
         rates = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(

@@ -87,6 +87,10 @@ TINY_VIT = (
     "epochs=6",
     "batch_size=12",
     "seed=1",
+    "optimizer=adamw",
+    "lr=2e-3",
+    "precision=float32",
+    "augmentation.randaugment_ops=0",
 )
 TINY_DETR = (
     "model.num_queries=8",

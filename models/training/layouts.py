@@ -16,12 +16,13 @@ from bundle.images import SUPPORTED_FORMATS
 from bundle.manifest import Task
 from models.training import classification_layouts, detection_layouts
 from models.training.classification_layouts import LabelledImages, unknown_label
-from models.training.data import Data, DetectionData, Files, Names, Ragged
+from models.training.data import ClassificationData, Data, DetectionData, Files, Names, Ragged
 from models.training.detection_layouts import AnnotatedImage, Annotations
 from models.training.errors import DataError
 
 SPLITS = ("train", "val", "test")
 
+_HELD_OUT = 0.04  # of train
 _ALIASES = {"val": ("val", "valid")}
 _EXPECTED = {
     Task.CLASSIFICATION: "{0}.npz, {0}.csv, {0}.jsonl or {0}/<label>/*",
@@ -86,19 +87,43 @@ def find_task(path: Path, split: str) -> Task | None:
     return None if _find_classification(path, split) is None else Task.CLASSIFICATION
 
 
-def load_training_splits(path: Path, task: Task, *, held_out: float, seed: int) -> tuple[Data, Data]:
-    """The images to train on, and those to watch progress with: the split `val`, else a random part of `train`."""
+def load_training_splits(
+    path: Path, task: Task, *, held_out: float | None, seed: int, fraction: float = 1.0
+) -> tuple[Data, Data]:
+    """The images to train on, and those to watch progress with.
+
+    Args:
+        path: a data set.
+        task: what it is for.
+        held_out: the part of `train` to watch progress with; None for the split `val`, or 4 % where there is none.
+        seed: of the random choice of these parts.
+        fraction: the part of the other images to train on, as near as can be the same of every class.
+
+    Raises:
+        DataError: the data cannot be read, or no image would be left to train on.
+    """
     train = load_split(path, task, "train")
-    if has_split(path, "val", task):
+    if held_out is None and has_split(path, "val", task):
         val = load_split(path, task, "val")
         if val.labels != train.labels:
             raise DataError(f"{path}: the labels of train are {train.labels}, those of val {val.labels}")
-        return train, val
+        return _part(train, fraction, seed), val
     order = np.random.default_rng(seed).permutation(len(train))
-    count = max(1, round(held_out * len(train)))
+    count = max(1, round((held_out or _HELD_OUT) * len(train)))
     if count >= len(train):
         raise DataError(f"{path}: expected more images in train than the {count} held out, found {len(train)}")
-    return train.subset(order[count:]), train.subset(order[:count])
+    return _part(train.subset(order[count:]), fraction, seed), train.subset(order[:count])
+
+
+def _part(data: Data, fraction: float, seed: int) -> Data:
+    """A random part of the images, one or more of each class."""
+    if fraction == 1:
+        return data
+    order = np.random.default_rng(seed).permutation(len(data))
+    classes = data.class_ids[order] if isinstance(data, ClassificationData) else np.zeros(len(data), np.int64)
+    of_each = [order[classes == class_id] for class_id in np.unique(classes)]
+    chosen = [images[: max(1, round(fraction * len(images)))] for images in of_each]
+    return data.subset(np.sort(np.concatenate(chosen)))
 
 
 def _find_detection(path: Path, split: str) -> detection_layouts.Source | None:

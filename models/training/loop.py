@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -73,7 +74,7 @@ def train(
         RecipeError: the network cannot be built or filled, or a step cannot be split among the processes.
         CheckpointError: a checkpoint cannot be read or written.
     """
-    with listening() as interruption, joined_processes() as processes, _kernels(recipe.deterministic):
+    with listening() as interruption, joined_processes() as processes, _kernels(recipe, processes):
         trainer = Trainer(recipe, data_path, run, processes, resume, start, changes)
         if resume and trainer.step == trainer.epoch == 0:
             trainer.say(f"there is no run in {run} to resume: a new one begins")
@@ -105,7 +106,9 @@ class Trainer:
         changes: Sequence[str],
     ) -> None:
         previous = _previous(recipe, run, resume, start)
-        data, self.val = load_training_splits(data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed)
+        data, self.val = load_training_splits(
+            data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed, fraction=recipe.train_fraction
+        )
         if isinstance(self.val, DetectionData) and not any(map(len, self.val.class_ids)):
             raise DataError(f"{self.val.name}: none of the {len(self.val)} validation images has a box")
         labels = list(data.labels)
@@ -423,14 +426,14 @@ def _parallel(network: nn.Module, recipe: Recipe, processes: Processes) -> Distr
 
 
 @contextmanager
-def _kernels(deterministic: bool) -> Iterator[None]:
-    if not deterministic:
-        yield
-        return
+def _kernels(recipe: Recipe, processes: Processes) -> Iterator[None]:
+    """Plain attention in bfloat16 on a CPU (decision 18); kernels that repeat, if asked for."""
+    plain = processes.device.type == "cpu" and recipe.precision == "bfloat16"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(recipe.deterministic)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
 

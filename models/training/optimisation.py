@@ -1,4 +1,4 @@
-"""How weights move: AdamW's parameter groups, the learning rate over time, the moving average of the weights."""
+"""How weights move: parameter groups, the learning rate over time, the moving average of the weights."""
 
 import math
 from typing import Any
@@ -14,28 +14,84 @@ _EMBEDDINGS = ("cls_token", "pos_embed", "query_embed", "query_boxes.boxes", "la
 _HEADS = ("head.", "class_embed.", "bbox_embed.")
 
 
-def make_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over the weights that the recipe trains.
+class MuonWithAdamW:
+    """Muon for the weights of hidden layers and AdamW for all else, behind the calls of one optimiser.
 
-    Weight decay acts on matrices, not on biases, norms and embeddings. The backbone's groups have their own learning
-    rate; each group's is `lr_scale` times the schedule's.
+    Args:
+        muon: groups of weights; a convolution's filters [out, in, h, w] are moved as a matrix [out, in * h * w].
+        adamw: groups of weights.
+        lr: learning rate of both.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+
+    def __init__(self, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], lr: float) -> None:
+        self._hidden = [weight for group in muon for weight in group["params"]]
+        views = [{**group, "params": [nn.Parameter(w.detach().flatten(1)) for w in group["params"]]} for group in muon]
+        self._matrices = [matrix for group in views for matrix in group["params"]]
+        self._muon = torch.optim.Muon(views, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self._adamw = torch.optim.AdamW(adamw, lr=lr, fused=True)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of both."""
+        return [*self._muon.param_groups, *self._adamw.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for weight in self._hidden:
+            weight.grad = None
+        self._adamw.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """Move the weights against their gradients."""
+        for weight, matrix in zip(self._hidden, self._matrices, strict=True):
+            matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
+        self._muon.step()
+        self._adamw.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both states by name."""
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._muon.load_state_dict(state["muon"])
+        self._adamw.load_state_dict(state["adamw"])
+
+
+Optimizer = torch.optim.AdamW | MuonWithAdamW
+
+
+def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
+    """The recipe's optimiser over the weights that it trains.
+
+    AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
+    networks") for the matrices and filters between the first layer and the heads, with AdamW for the rest. Muon's
+    steps are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so both take
+    one learning rate. Weight decay acts on matrices, not on biases, norms and embeddings. The backbone's groups have
+    their own learning rate; each group's is `lr_scale` times the schedule's.
+    """
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(recipe.trainable == "all" or name.startswith(_HEADS))
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.startswith(_EMBEDDINGS)
-            groups.setdefault((name.startswith("backbone."), decays), []).append(parameter)
+            sees_pixels = parameter.ndim == 4 and parameter.shape[1] == 3
+            hidden = decays and not sees_pixels and not name.startswith(_HEADS)
+            key = (recipe.optimizer == "muon" and hidden, name.startswith("backbone."), decays)
+            groups.setdefault(key, []).append(parameter)
     scale = 1.0 if recipe.backbone_lr is None else recipe.backbone_lr / recipe.lr
-    described: list[dict[str, Any]] = [
-        {
-            "params": parameters,
-            "weight_decay": recipe.weight_decay if decays else 0.0,
-            "lr_scale": scale if in_backbone else 1.0,
-        }
-        for (in_backbone, decays), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(described, lr=recipe.lr, fused=True)
+    described: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for (by_muon, in_backbone, decays), parameters in groups.items():
+        described[by_muon].append(
+            {
+                "params": parameters,
+                "weight_decay": recipe.weight_decay if decays else 0.0,
+                "lr_scale": scale if in_backbone else 1.0,
+            }
+        )
+    if described[True]:
+        return MuonWithAdamW(described[True], described[False], recipe.lr)
+    return torch.optim.AdamW(described[False], lr=recipe.lr, fused=True)
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
@@ -46,7 +102,7 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Set every group's learning rate for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -33,7 +33,8 @@ class _Recipe(BaseModel):
     model: dict[str, Setting] = {}  # settings of the architecture, without num_classes
     epochs: Positive
     batch_size: Positive  # images per step, of all processes and micro-batches together
-    lr: Annotated[float, Field(gt=0)]  # peak learning rate of AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of hidden layers, beside AdamW
+    lr: Annotated[float, Field(gt=0)]  # peak learning rate
     backbone_lr: Annotated[float, Field(gt=0)] | None = None  # peak of the backbone's; null: `lr`
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, then cosine to zero
@@ -41,7 +42,9 @@ class _Recipe(BaseModel):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the averaged weights that are kept; 0: none
     trainable: Literal["all", "head"] = "all"  # "head": a linear probe
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass (autocast)
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.04  # of train, where the data has no split "val"
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, alike for every class
+    # Part of train that progress is watched with; null: the split "val" if there is one, else 4 %.
+    held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     evaluate_every: Positive = 1  # epochs
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     deterministic: bool = False  # only kernels that repeat to the last bit, on a GPU too

@@ -204,8 +204,8 @@ def _load(checkpoint: Checkpoint, run: Path, path: Path | None, split: str) -> t
         if progress is None:
             raise DataError(f"{run}: it was imported and names no data set; say which with --data")
         path = Path(progress.data_path)
-    if split == "val" and not has_split(path, "val") and progress is not None:
-        recipe = progress.read_recipe()
+    recipe = None if progress is None else progress.read_recipe()
+    if split == "val" and recipe is not None and (recipe.held_out is not None or not has_split(path, "val")):
         _, held_out = load_training_splits(path, checkpoint.task, held_out=recipe.held_out, seed=recipe.seed)
         return held_out, "held out of train"
     return load_split(path, checkpoint.task, split), split

@@ -38,7 +38,7 @@ def take_over(network: nn.Module, recipe: Recipe, labels: list[str], run: Path) 
                 f"{run}: a {checkpoint.architecture} has no backbone that a {recipe.architecture} can use"
             )
     else:
-        if isinstance(network, ViT):
+        if isinstance(network, ViT) and _POSITIONS in weights:
             weights[_POSITIONS] = _interpolated(checkpoint, network.config)
         if checkpoint.labels != labels:
             weights = {name: value for name, value in weights.items() if not name.startswith(_PER_LABEL)}

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from models.position import (
     LearnedPositions,
+    PositionEncoding,
     grid_points,
     interpolate_positions,
+    make_positions,
     nearest_valid_cells,
+    sincos_2d,
     sine,
     sine_2d,
     valid_cells,
@@ -63,6 +66,42 @@ def test_learned_positions_are_added_to_every_image(class_token: bool, tokens: i
     x = torch.randn(5, tokens, 4)
     torch.testing.assert_close(positions(x) - x, positions.embedding.expand(5, -1, -1))
     assert positions.embedding.std().item() == pytest.approx(0.02, rel=0.5)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("encoding", ["sine_1d", "sine_2d"])
+def test_sine_positions_are_fixed_and_leave_a_class_token_as_it_is(
+    encoding: PositionEncoding, class_token: bool
+) -> None:
+    positions = make_positions(encoding, (2, 3), 8, class_token=class_token)
+    assert not list(positions.parameters())
+    assert not positions.state_dict()
+    x = torch.randn(5, class_token + 6, 8)
+    added = positions(x) - x
+    places = added[:, int(class_token) :]
+    expected = sine(torch.arange(6.0), 8)[None] if encoding == "sine_1d" else sincos_2d((2, 3), 8)
+    torch.testing.assert_close(places, expected.expand(5, -1, -1))
+    assert (added[:, : int(class_token)] == 0).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(grid=GRIDS)
+def test_sine_positions_tell_every_place_from_every_other(grid: tuple[int, int]) -> None:
+    for embedding in (sine(torch.arange(float(grid[0] * grid[1])), 16), sincos_2d(grid, 16)[0]):
+        distances = torch.cdist(embedding, embedding) + torch.eye(len(embedding))
+        assert distances.min() > 1e-2
+
+
+def test_no_positions() -> None:
+    x = torch.randn(2, 6, 8)
+    assert torch.equal(make_positions("none", (2, 3), 8, class_token=False)(x), x)
+    assert isinstance(make_positions("learned", (2, 3), 8, class_token=False), LearnedPositions)
+
+
+@pytest.mark.parametrize(("encoding", "dim"), [("sine_1d", 7), ("sine_2d", 10), ("sine_2d", 4)])
+def test_dimension_that_sines_cannot_fill(encoding: PositionEncoding, dim: int) -> None:
+    with pytest.raises(ValueError, match=f"embed_dim: expected .* for {encoding}, found {dim}"):
+        make_positions(encoding, (2, 2), dim, class_token=False)
 
 
 @settings(deadline=None, max_examples=20)

@@ -135,15 +135,18 @@ def test_scaling_and_shifting_the_filters_changes_no_logit(stem: Any, scale: flo
 
 
 @pytest.mark.parametrize(("stride", "projected"), [(1, False), (1, True), (2, True)])
-def test_unit_norms_before_each_convolution_and_projects_what_is_normed(stride: int, projected: bool) -> None:
+@pytest.mark.parametrize("groups", [32, 8])
+def test_unit_norms_before_each_convolution_and_projects_what_is_normed(
+    stride: int, projected: bool, groups: int
+) -> None:
     in_channels = 64 if projected else 128
-    unit, x = PreActBottleneck(in_channels, 128, stride, 0.0), torch.randn(2, in_channels, 7, 9)
+    unit, x = PreActBottleneck(in_channels, 128, stride, groups, 0.0), torch.randn(2, in_channels, 7, 9)
     for norm in (unit.norm1, unit.norm2, unit.norm3):
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
 
     def normed(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-        return F.relu(F.group_norm(x, 32, norm.weight, norm.bias, 1e-5))
+        return F.relu(F.group_norm(x, groups, norm.weight, norm.bias, 1e-5))
 
     first = normed(x, unit.norm1)
     out = F.conv2d(first, standardised(unit.conv1.weight))
@@ -205,7 +208,7 @@ def test_drop_path_rises_with_depth() -> None:
 
 @pytest.mark.parametrize(("in_channels", "stride"), [(128, 1), (128, 2), (64, 1)])
 def test_unit_whose_branch_is_dropped_is_its_shortcut(in_channels: int, stride: int) -> None:
-    unit, x = PreActBottleneck(in_channels, 128, stride, 0.999999).train(), torch.randn(2, in_channels, 6, 6)
+    unit, x = PreActBottleneck(in_channels, 128, stride, 32, 0.999999).train(), torch.randn(2, in_channels, 6, 6)
     shortcut = x if unit.downsample is None else unit.downsample(F.relu(unit.norm1(x)))
     torch.testing.assert_close(unit(x), shortcut)
     assert not torch.allclose(unit.eval()(x), shortcut, atol=0.1)

@@ -189,11 +189,14 @@ def test_patches_must_tile_the_image(image_size: Any, found: str) -> None:
 
 
 def test_without_positions_the_order_of_patches_is_invisible() -> None:
-    network = ViT(ViTConfig(**TINY)).eval()
     x = torch.randn(1, 3, 16, 16)
     swapped = torch.cat((x[..., 8:], x[..., :8]), dim=-1)  # whole patches change places
-    assert not torch.allclose(network(x), network(swapped), atol=1e-4)
+    for pos_embed in ("sine_1d", "sine_2d", "learned"):
+        network = ViT(ViTConfig(**TINY, pos_embed=pos_embed)).eval()
+        assert not torch.allclose(network(x), network(swapped), atol=1e-4)
     torch.nn.init.zeros_(network.pos_embed.embedding)
+    torch.testing.assert_close(network(x), network(swapped), atol=1e-5, rtol=1e-4)
+    network = ViT(ViTConfig(**TINY, pos_embed="none")).eval()
     torch.testing.assert_close(network(x), network(swapped), atol=1e-5, rtol=1e-4)
 
 

@@ -121,7 +121,7 @@ def test_other_places_of_coco(tmp_path: Path, name: str, images: str) -> None:
 def test_valid_is_val(tmp_path: Path) -> None:
     coco(tmp_path, "train/_annotations.coco.json", "train")
     coco(tmp_path, "valid/_annotations.coco.json", "valid")
-    train, val = load_training_splits(tmp_path, Task.DETECTION, held_out=0.5, seed=0)
+    train, val = load_training_splits(tmp_path, Task.DETECTION, held_out=None, seed=0)
     assert (len(train), len(val), val.split, val.names[0]) == (3, 3, "val", f"{tmp_path}/valid/b.png")
 
 

@@ -26,6 +26,9 @@ VIT = (
     "model.num_heads=2",
     "augmentation.mixup=0.2",
     "batch_size=24",
+    "optimizer=adamw",
+    "precision=float32",
+    "lr=2e-3",
     "held_out=0.2",
     "epochs=1",
 )

@@ -22,6 +22,25 @@ def test_held_out_part_is_disjoint_and_follows_the_seed(colours: Path) -> None:
     assert len(load(0, held_out=0.0001)[1]) == 1
 
 
+def test_part_of_the_training_images_is_that_part_of_every_class(colours: Path) -> None:
+    def load(fraction: float, seed: int = 0) -> tuple[ClassificationData, ClassificationData]:
+        train, val = load_training_splits(colours, Task.CLASSIFICATION, held_out=0.1, seed=seed, fraction=fraction)
+        assert isinstance(train, ClassificationData)
+        assert isinstance(val, ClassificationData)
+        return train, val
+
+    whole, held_out = load(1.0)
+    counts = np.bincount(whole.class_ids)
+    for fraction in (0.001, 0.1, 0.5):
+        part, val = load(fraction)
+        assert list(val.names) == list(held_out.names)
+        assert set(part.names) < set(whole.names)
+        assert np.bincount(part.class_ids).tolist() == [max(1, round(fraction * count)) for count in counts]
+    assert list(load(0.5)[0].names) == list(load(0.5)[0].names)
+    assert set(load(0.1)[0].names) < set(load(0.5)[0].names)
+    assert set(load(0.5)[0].names) != set(load(0.5, seed=1)[0].names)
+
+
 @pytest.mark.parametrize("held_out", [0.999, 1.5])
 def test_nothing_left_to_train_on(colours: Path, held_out: float) -> None:
     with pytest.raises(DataError, match=r"expected more images in train than the .* held out, found 120"):
@@ -34,8 +53,10 @@ def test_split_val_is_used_where_there_is_one(colours: Path, tmp_path: Path, nam
     (tmp_path / "train").symlink_to(colours / "train")
     (tmp_path / name).symlink_to(colours / "test")
     assert has_split(tmp_path, "val")
-    train, val = load_training_splits(tmp_path, Task.CLASSIFICATION, held_out=0.5, seed=0)
+    train, val = load_training_splits(tmp_path, Task.CLASSIFICATION, held_out=None, seed=0)
     assert (len(train), len(val), val.split) == (120, 36, "val")
+    train, val = load_training_splits(tmp_path, Task.CLASSIFICATION, held_out=0.1, seed=0)  # `val` is kept for the end
+    assert (len(train), len(val), val.split) == (108, 12, "train")
 
 
 def test_splits_of_another_task_are_none(squares: Path, tmp_path: Path) -> None:
@@ -60,7 +81,7 @@ def test_train_and_val_of_different_labels(tmp_path: Path) -> None:
             f'"categories": [{{"id": 1, "name": "{label}"}}]}}'
         )
     with pytest.raises(DataError, match=r"labels of train are \('cat',\), those of val \('dog',\)"):
-        load_training_splits(tmp_path, Task.DETECTION, held_out=0.5, seed=0)
+        load_training_splits(tmp_path, Task.DETECTION, held_out=None, seed=0)
 
 
 @pytest.mark.parametrize("task", list(Task))

@@ -32,6 +32,8 @@ VIT = (
     "model.num_heads=2",
     "model.drop_path=0.2",
     "preprocessing.input_size=[16, 16]",
+    "precision=float32",
+    "lr=2e-3",
     "batch_size=8",
     "epochs=4",
 )

@@ -1,12 +1,22 @@
 """Parameter groups, the schedule, and the average of the weights."""
 
+import math
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from models.build import build_model
-from models.training.optimisation import averaged, learning_rate, make_optimizer, set_learning_rate, training_mode
+from models.training.optimisation import (
+    MuonWithAdamW,
+    averaged,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    training_mode,
+)
 from models.training.recipe import Recipe, load_recipe
 
 TINY = ("model.embed_dim=16", "model.num_heads=2", "model.dropout=0.1", "model.backbone_width=4")
@@ -36,7 +46,7 @@ def test_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    recipe = load_recipe("vit_cifar10", ["weight_decay=0.3", "model.global_pool=token"])
+    recipe = load_recipe("vit_cifar10", ["optimizer=adamw", "weight_decay=0.3", "model.global_pool=token"])
     groups = named_groups(build_model(recipe.architecture, recipe.model, 3), recipe)
     assert groups.keys() == {(0.3, 1.0), (0.0, 1.0)}
     assert {"head.weight", "blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= groups[0.3, 1.0]
@@ -50,6 +60,40 @@ def test_backbone_has_its_own_rate() -> None:
     for (_, rate), names in groups.items():
         assert {name.startswith("backbone.") for name in names} == {rate == 0.1}
     assert {"query_embed.weight", "query_boxes.boxes"} <= groups[0.0, 1.0]
+
+
+def shapes(groups: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    return sorted(tuple(weight.shape) for group in groups for weight in group["params"])
+
+
+def test_muon_moves_what_lies_between_the_pixels_and_the_head() -> None:
+    recipe = load_recipe("vit_cifar10", ["optimizer=muon", "model.depth=1", "model.embed_dim=16"])
+    network = build_model(recipe.architecture, recipe.model, 3)
+    optimizer = make_optimizer(network, recipe)
+    assert isinstance(optimizer, MuonWithAdamW)
+    by_muon = [group for group in optimizer.param_groups if "ns_steps" in group]
+    assert shapes(by_muon) == sorted([(16, 8 * 9), (16, 16), (48, 16), (16, 16), (32, 16), (16, 32)])
+    by_adamw = [group for group in optimizer.param_groups if "betas" in group]
+    assert {(3, 16), (8, 3, 3, 3)} <= set(shapes(by_adamw))
+    assert len(shapes(by_muon) + shapes(by_adamw)) == len(list(network.parameters()))
+
+
+def test_a_step_of_muon_is_orthogonal_and_as_large_as_one_of_adamw() -> None:
+    recipe = load_recipe("claim_bit", ["optimizer=muon", "lr=0.5", "weight_decay=0"])
+    network = build_model(recipe.architecture, recipe.model, 3)
+    optimizer = make_optimizer(network, recipe)
+    weight = network.stages[0][0].conv2.weight  # [16, 16, 3, 3]
+    before = weight.detach().clone()
+    network(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    weight.grad = torch.randn(weight.shape)
+    optimizer.step()
+    moved = (before - weight).detach().flatten(1)
+    values = torch.linalg.svdvals(moved) / 0.5
+    scale = 0.2 * math.sqrt(max(moved.shape))
+    assert ((values > 0.6 * scale) & (values < 1.3 * scale)).all()
+    assert (moved / 0.5).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2)  # AdamW's, as measured by Liu
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in network.parameters())
 
 
 def test_linear_probe_moves_the_head_alone() -> None:

@@ -70,7 +70,7 @@ def test_differences_leave_out_what_changes_no_result() -> None:
     other = load_recipe("vit_cifar10", ["lr=0.1", "model.depth=2", "augmentation.flip=0.25"])
     assert CLASSIFIER.differences(other) == [
         "augmentation.flip: expected 0.5, found 0.25",
-        "lr: expected 0.002, found 0.1",
+        "lr: expected 0.003, found 0.1",
         "model.depth: expected 6, found 2",
     ]
 
