@@ -212,7 +212,7 @@ def export(
     ] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = NOT_STATED,
     data_licence: Annotated[str, typer.Option(help="Terms of the data, for the model card.")] = NOT_STATED,
-    data_notes: Annotated[str, typer.Option(help="What a reader of the figures must know about the data.")] = "",
+    notes: Annotated[str, typer.Option(help="What a reader of the figures must know, for the model card.")] = "",
     variant: Annotated[
         list[Precision] | None,
         typer.Option(help="Smaller or faster graph to add; may be repeated.", show_default=False),
@@ -237,7 +237,7 @@ def export(
         out,
         data_path=data,
         licences=Licences(weights=licence, data=data_licence),
-        data_notes=data_notes,
+        notes=notes,
         variants=variant or (),
         max_drop=max_drop,
         default=default,

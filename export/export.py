@@ -81,7 +81,7 @@ def export_run(
     *,
     data_path: Path | None = None,
     licences: Licences | None = None,
-    data_notes: str = "",
+    notes: str = "",
     variants: Sequence[Precision] = (),
     max_drop: float = MAX_DROP,
     default: Precision = Precision.FP32,
@@ -96,7 +96,7 @@ def export_run(
     Args:
         data_path: the data set; by default where it was when the run was trained.
         licences: terms of the weights and of the data, for manifest and card.
-        data_notes: what a reader of the figures must know about the data.
+        notes: what a reader of the figures must know.
         variants: graphs to write beside the float32 one; they need data, int8 its training images.
         max_drop: points of top-1 accuracy or AP that a variant may lose.
         default: the variant that is served where no other is asked for.
@@ -156,7 +156,7 @@ def export_run(
         _write_golden(bundle / GOLDEN_FILE, networks, identity, images)
 
         predictions = _predictions(networks, identity, data)
-        metrics = None if data is None else measure_accuracy(predictions[Precision.FP32], data, data_notes)
+        metrics = None if data is None else measure_accuracy(predictions[Precision.FP32], data, notes)
         if data is not None and metrics is not None:
             parity = _with_torch_metrics(parity, checkpoint, data, metrics)
             _write_pictures(bundle, networks[Precision.FP32], identity, data, metrics)

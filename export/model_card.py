@@ -367,7 +367,7 @@ def _stated(manifest: Manifest) -> str:
     options = {
         "--licence": (manifest.licences.weights, NOT_STATED),
         "--data-licence": (manifest.licences.data, NOT_STATED),
-        "--data-notes": ("" if manifest.metrics is None else manifest.metrics.notes, ""),
+        "--notes": ("" if manifest.metrics is None else manifest.metrics.notes, ""),
     }
     stated = [(option, value) for option, (value, default) in options.items() if value != default]
     stated += [("--variant", variant.value) for variant in manifest.variants if variant is not Precision.FP32]

@@ -3,9 +3,8 @@
     vitrine train mixer_cifar10 --data DATA/cifar10
 
 Data: 32 x 32 pixels, 10 classes, 48,000 images to train on and 2,000 held out.
-Time: 33 minutes on one core of a shared two-core AVX2 machine.
-Result: 75.2 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships, made
-before the trainer's augmentation was rewritten).
+Time: 95 minutes on one core of a shared two-core AVX2 machine.
+Result: 82.6 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships).
 """
 
 from bundle.manifest import ClassificationPreprocessing
@@ -19,18 +18,21 @@ RECIPE = ClassificationRecipe(
         "image_size": 32,
         "patch_size": 4,
         "embed_dim": 128,
-        "depth": 6,
+        "depth": 8,
         "tokens_mlp_dim": 64,
-        "channels_mlp_dim": 256,
+        "channels_mlp_dim": 384,
     },
     preprocessing=ClassificationPreprocessing(
         input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     ),
-    augmentation=ClassificationAugmentation(crop="shift", flip=0.5),
-    epochs=11,
-    batch_size=100,
-    lr=2e-3,
+    augmentation=ClassificationAugmentation(crop="shift", flip=0.5, randaugment_ops=1),
+    epochs=28,
+    batch_size=128,
+    optimizer="muon",
+    lr=3e-3,
     weight_decay=0.05,
     warmup_epochs=1.0,
     label_smoothing=0.1,
+    precision="bfloat16",
+    compile=True,
 )

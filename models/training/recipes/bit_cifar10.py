@@ -1,0 +1,29 @@
+"""A BiT (ResNetV2, 26 layers at half width) on CIFAR-10, from random weights.
+
+    vitrine train bit_cifar10 --data DATA/cifar10
+
+Data: 32 x 32 pixels, 10 classes, 48,000 images to train on and 2,000 held out.
+"""
+
+from bundle.manifest import ClassificationPreprocessing
+from models.training.augment import ClassificationAugmentation
+from models.training.recipe import ClassificationRecipe
+
+RECIPE = ClassificationRecipe(
+    name="bit_cifar10",
+    architecture="resnetv2",
+    model={"image_size": 32, "layers": (2, 2, 2, 2), "width_factor": 0.5, "stem": "small", "num_groups": 8},
+    preprocessing=ClassificationPreprocessing(
+        input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    ),
+    augmentation=ClassificationAugmentation(crop="shift", flip=0.5),
+    epochs=16,
+    batch_size=128,
+    optimizer="muon",
+    lr=3e-3,
+    weight_decay=0.05,
+    warmup_epochs=1.0,
+    label_smoothing=0.1,
+    precision="bfloat16",
+    compile=True,
+)

@@ -1,0 +1,31 @@
+"""A ViT of 44 MFLOP an image on CIFAR-10, one of three networks that `docs/claims.md` compares.
+
+    vitrine train claim_vit --data DATA/cifar10 train_fraction=0.1 epochs=20
+
+The other two are `claim_mixer` and `claim_bit`; `python -m benchmarks.claims` runs them all.
+"""
+
+from bundle.manifest import ClassificationPreprocessing
+from models.training.augment import ClassificationAugmentation
+from models.training.recipe import ClassificationRecipe
+
+RECIPE = ClassificationRecipe(
+    name="claim_vit",
+    architecture="vit",
+    model={
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 64,
+        "depth": 6,
+        "num_heads": 2,
+        "global_pool": "avg",
+    },
+    preprocessing=ClassificationPreprocessing(
+        input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    ),
+    augmentation=ClassificationAugmentation(crop="none", flip=0.0),
+    epochs=10,
+    batch_size=64,
+    lr=1e-3,
+    precision="bfloat16",
+)
