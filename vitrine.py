@@ -98,6 +98,26 @@ def fetch_data(
     typer.echo(f"{done}: {folder}  {SOURCES[name].terms}")
 
 
+@data_app.command("crops")
+def crop_data(
+    path: Annotated[Path, typer.Argument(help="Data set with boxes.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="Part of the data set.")] = "train",
+    margin: Annotated[float, typer.Option(min=0, help="Seen around a box, as a part of its edge.")] = 0.1,
+    smallest: Annotated[int, typer.Option(min=1, help="Pixels; objects with a shorter edge are left out.")] = 16,
+) -> None:
+    """Cut the objects out of a detection set: a classification set to train a detector's backbone on first."""
+    from bundle.manifest import Task
+    from models.training.crops import write_crops
+    from models.training.data import DetectionData
+    from models.training.layouts import load_split
+
+    data = load_split(path, Task.DETECTION, split)
+    assert isinstance(data, DetectionData)
+    count = write_crops(data, out / f"{split}.npz", margin=margin, smallest=smallest, show=True)
+    typer.echo(f"{count:,} objects of {len(data):,} images: {out}")
+
+
 @app.command("import")
 def import_(
     checkpoint: Annotated[Path, typer.Argument(help="Published weights: safetensors, .pth, .bin, .npz, or a folder.")],

@@ -118,6 +118,12 @@ def tiny_vit() -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
+def tiny_detr() -> tuple[str, ...]:
+    """The settings that `detector_run` was trained with."""
+    return TINY_DETR
+
+
+@pytest.fixture(scope="session")
 def classifier_run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ViT trained on `colours` by `vitrine train`."""
     run = tmp_path_factory.mktemp("runs") / "colours"

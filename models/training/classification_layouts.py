@@ -83,6 +83,13 @@ def read(path: Path, source: Path, split: str, train: Path | None) -> LabelledIm
     return LabelledImages(data, problems, listed=not source.is_dir())
 
 
+def write_packed(file: Path, encoded: Sequence[bytes], class_ids: NDArray[np.integer], labels: Sequence[str]) -> None:
+    """Write a packed split: image files, the class id of each, and the labels."""
+    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    files = np.frombuffer(b"".join(encoded), np.uint8)
+    np.savez(file, jpeg=files, offsets=offsets, labels=class_ids, classes=np.array(labels))
+
+
 def listed_labels(path: Path) -> tuple[str, ...] | None:
     """The lines of `labels.txt` or `classes.txt`, if there is one.
 

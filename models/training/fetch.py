@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from models.training.classification_layouts import write_packed
 from models.training.errors import DataError
 
 _SOURCE_FILE = "SOURCE.txt"
@@ -188,14 +189,14 @@ def _cifar(
         for split, parts in (("train", train), ("test", [test])):
             records = np.frombuffer(b"".join(map(content, parts)), np.uint8).reshape(-1, ids + 3072)
             pixels = records[:, ids:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            _write_packed(folder / f"{split}.npz", pixels, records[:, ids - 1], names)
+            _write_pixels(folder / f"{split}.npz", pixels, records[:, ids - 1], names)
     return folder
 
 
 def _idx(files: Sequence[Path], folder: Path, *, labels: Sequence[str]) -> Path:
     """MNIST's format: gzipped images and labels of train, then of test."""
     for split, (images, class_ids) in (("train", files[:2]), ("test", files[2:])):
-        _write_packed(folder / f"{split}.npz", _read_idx(images), _read_idx(class_ids), labels)
+        _write_pixels(folder / f"{split}.npz", _read_idx(images), _read_idx(class_ids), labels)
     return folder
 
 
@@ -206,16 +207,14 @@ def _read_idx(file: Path) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(np.frombuffer(content, ">i4", axes, 4))
 
 
-def _write_packed(file: Path, pixels: NDArray[np.uint8], class_ids: NDArray[np.uint8], labels: Sequence[str]) -> None:
+def _write_pixels(file: Path, pixels: NDArray[np.uint8], class_ids: NDArray[np.uint8], labels: Sequence[str]) -> None:
     """A packed split of PNG files: no pixel changes."""
     encoded = []
     for image in pixels:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         encoded.append(buffer.getvalue())
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    files = np.frombuffer(b"".join(encoded), np.uint8)
-    np.savez(file, jpeg=files, offsets=offsets, labels=class_ids, classes=np.array(labels))
+    write_packed(file, encoded, class_ids, labels)
 
 
 def _pets(files: Sequence[Path], folder: Path) -> Path:

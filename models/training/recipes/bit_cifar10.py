@@ -17,13 +17,12 @@ RECIPE = ClassificationRecipe(
         input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     ),
     augmentation=ClassificationAugmentation(crop="shift", flip=0.5),
-    epochs=16,
+    epochs=9,
     batch_size=128,
     optimizer="muon",
-    lr=3e-3,
+    lr=5e-3,
     weight_decay=0.05,
     warmup_epochs=1.0,
     label_smoothing=0.1,
     precision="bfloat16",
-    compile=True,
 )

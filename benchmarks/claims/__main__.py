@@ -1,0 +1,74 @@
+"""Put the claims of `docs/claims.md` to the test: train what is missing, then draw the plots and fill the tables.
+
+    python -m benchmarks.claims run --data DATA --jobs 2
+    python -m benchmarks.claims plot
+
+DATA holds `cifar10` and `bccd`. Each training takes one core; one that was interrupted goes on where it was.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.claims import measure
+from benchmarks.claims.report import RESULTS, read_results, write_report
+from benchmarks.claims.trials import Trial, trials
+
+RUNS = Path("runs/claims")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="train what results.jsonl does not have yet")
+    known = list(dict.fromkeys(trial.claim for trial in trials()))
+    run.add_argument("claims", nargs="*", metavar="CLAIM", help=f"all by default: {', '.join(known)}")
+    run.add_argument("--data", type=Path, required=True, help="folder with cifar10 and bccd")
+    run.add_argument("--jobs", type=int, default=1, help="trainings side by side, a core each")
+    commands.add_parser("plot", help="write docs/claims/*.svg and the tables of docs/claims.md")
+    chosen = parser.parse_args()
+    if chosen.command == "plot":
+        write_report(read_results())
+        return
+    for claim in chosen.claims:
+        if claim not in known:
+            parser.error(f"CLAIM: expected {' or '.join(known)}, found {claim!r}")
+    done = read_results()
+    missing = [t for t in trials() if t not in done and t.claim in (chosen.claims or known)]
+    with ProcessPoolExecutor(
+        chosen.jobs,
+        multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+        max_tasks_per_child=1,
+    ) as pool:
+        futures = {pool.submit(measure.run, trial, chosen.data, RUNS): trial for trial in missing}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                outcome = future.result()
+                if outcome is None:
+                    break
+                _append(futures[future], outcome)
+                shown = {key: value for key, value in outcome.items() if not isinstance(value, list)}
+                print(time.strftime("%H:%M"), f"{number}/{len(missing)}", futures[future].name, shown, flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _append(trial: Trial, outcome: dict[str, Any]) -> None:
+    row = {**vars(trial), "factors": dict(trial.factors), "outcome": outcome, "torch": torch.__version__}
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

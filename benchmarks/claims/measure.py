@@ -1,0 +1,166 @@
+"""Train one network and measure what its claim asks for."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.claims.trials import Trial
+from bundle.manifest import Task
+from bundle.predictors import Network, make_predictor
+from models.serving import served
+from models.training.checkpoint import METRICS_FILE, Checkpoint
+from models.training.data import DetectionData
+from models.training.errors import TrainingError
+from models.training.evaluation import DetectionPredictions, evaluate, measure, predict
+from models.training.layouts import load_split, load_training_splits
+from models.training.loop import train
+from models.training.mistakes import detection_mistakes, iou
+from models.training.network import TorchNetwork, checkpoint_predictor, default_device
+from models.training.recipe import load_recipe
+
+NMS_IOU = 0.5
+Outcome = dict[str, Any]
+
+
+def run(trial: Trial, data: Path, runs: Path) -> Outcome | None:
+    """The figures of a trial, going on from what an earlier call left in `runs`; None if this one was interrupted."""
+    recipe = load_recipe(trial.recipe, trial.settings)
+    folder = runs / trial.name
+    try:
+        checkpoint = train(recipe, data / trial.data, folder, resume=True, changes=trial.settings)
+    except TrainingError as error:
+        if trial.measure != "survival":
+            raise
+        return {"diverged": True, "top1": None, "why": str(error).split(";")[0]}
+    progress = checkpoint.progress
+    assert progress is not None
+    if progress.epoch < recipe.epochs:
+        return None
+    outcome = MEASURES[trial.measure](checkpoint, data / trial.data, folder)
+    shutil.rmtree(folder)
+    return {
+        **outcome,
+        "parameters": sum(p.numel() for p in checkpoint.build().parameters()),
+        "training_seconds": round(progress.seconds, 1),
+    }
+
+
+def held_out(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
+    """Accuracy on images held out of train, after the last epoch."""
+    assert checkpoint.progress is not None
+    return {"top1": checkpoint.progress.metrics["top1"]}
+
+
+def survival(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
+    """That it did not diverge, and its accuracy on images held out of train."""
+    return {"diverged": False, **held_out(checkpoint, data, folder)}
+
+
+def accuracy(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
+    """Accuracy on test."""
+    return {
+        "top1": evaluate(checkpoint_predictor(checkpoint)[0], load_split(data, Task.CLASSIFICATION, "test"))["top1"]
+    }
+
+
+def gap(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
+    """Accuracy on test and on the images it was trained on, as they are; losses after each epoch."""
+    assert checkpoint.progress is not None
+    recipe = checkpoint.progress.read_recipe()
+    trained_on, _ = load_training_splits(
+        data, recipe.task, held_out=recipe.held_out, seed=recipe.seed, fraction=recipe.train_fraction
+    )
+    epochs = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return {
+        **accuracy(checkpoint, data, folder),
+        "train_top1": evaluate(checkpoint_predictor(checkpoint)[0], trained_on)["top1"],
+        "train_loss": [epoch["loss"] for epoch in epochs],
+        "held_out_loss": [epoch["NLL"] for epoch in epochs],
+    }
+
+
+def accuracy_without_order(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
+    """Accuracy on test, and on test with the patches of each image in a random order."""
+    preprocessing = checkpoint.read_preprocessing()
+    network = TorchNetwork(served(checkpoint.build(), preprocessing.mean, preprocessing.std), default_device())
+    shuffled = ShuffledPatches(network, int(checkpoint.settings["patch_size"]))
+    test = load_split(data, Task.CLASSIFICATION, "test")
+    return {
+        **accuracy(checkpoint, data, folder),
+        "shuffled_top1": evaluate(make_predictor(shuffled, preprocessing, checkpoint.labels), test)["top1"],
+    }
+
+
+class ShuffledPatches:
+    """A network that gets the patches of each image in a random order, another for each image."""
+
+    def __init__(self, network: Network, patch_size: int) -> None:
+        self.network, self.patch_size = network, patch_size
+        self._generator = np.random.default_rng(0)
+
+    def __call__(self, **inputs: NDArray[np.generic]) -> Any:
+        return self.network(pixels=shuffle_patches(inputs["pixels"], self.patch_size, self._generator))
+
+
+def shuffle_patches(pixels: NDArray[np.generic], size: int, generator: np.random.Generator) -> NDArray[np.generic]:
+    """The same patches of `size` x `size` pixels in other places, of images [n, height, width, 3]."""
+    n, height, width, channels = pixels.shape
+    rows, columns = height // size, width // size
+    patches = pixels.reshape(n, rows, size, columns, size, channels).swapaxes(2, 3)
+    patches = patches.reshape(n, rows * columns, size, size, channels)
+    order = generator.random((n, rows * columns)).argsort(axis=1)
+    patches = np.take_along_axis(patches, order[:, :, None, None, None], axis=1)
+    patches = patches.reshape(n, rows, columns, size, size, channels).swapaxes(2, 3)
+    return patches.reshape(pixels.shape)
+
+
+def detection(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
+    """Average precision and second boxes of an object on `val`, of what DETR answers and of that after NMS."""
+    val = load_split(data, Task.DETECTION, "val")
+    predictor, _ = checkpoint_predictor(checkpoint)
+    found = predict(predictor, val)
+    assert isinstance(val, DetectionData)
+    assert isinstance(found, DetectionPredictions)
+    return {**_found(found, val), "after_nms": _found(without_overlaps(found, NMS_IOU), val)}
+
+
+def _found(predictions: DetectionPredictions, data: DetectionData) -> Outcome:
+    metrics = measure(predictions, data)
+    mistakes = detection_mistakes(predictions, data, 0)
+    return {
+        "AP": metrics["AP"],
+        "AP50": metrics["AP50"],
+        "duplicates": mistakes.false.get("duplicate", 0),
+        "right": mistakes.right,
+        "missed": mistakes.missed,
+        "threshold": mistakes.threshold,
+    }
+
+
+def without_overlaps(predictions: DetectionPredictions, most: float) -> DetectionPredictions:
+    """Greedy non-maximum suppression: no box overlaps one of its image and label with a higher score by more."""
+    kept = np.zeros(len(predictions.scores), bool)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i in np.argsort(-predictions.scores, kind="stable").tolist():
+        better = groups.setdefault((int(predictions.image[i]), int(predictions.class_ids[i])), [])
+        if not better or iou(predictions.boxes[i : i + 1], predictions.boxes[better]).max() <= most:
+            better.append(i)
+            kept[i] = True
+    return DetectionPredictions(
+        predictions.indices,
+        predictions.image[kept],
+        predictions.scores[kept],
+        predictions.class_ids[kept],
+        predictions.boxes[kept],
+        predictions.seconds,
+    )
+
+
+MEASURES: dict[str, Callable[[Checkpoint, Path, Path], Outcome]] = {
+    function.__name__: function for function in (held_out, survival, accuracy, gap, accuracy_without_order, detection)
+}

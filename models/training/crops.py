@@ -1,0 +1,50 @@
+"""The objects of a detection set as a classification set: what a detector's backbone can learn before the detector."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from models.training.classification_layouts import write_packed
+from models.training.data import DetectionData
+from models.training.errors import DataError
+
+_QUALITY = 95  # of the JPEG files
+
+
+def write_crops(data: DetectionData, file: Path, *, margin: float, smallest: int, show: bool = False) -> int:
+    """Write a packed split with an image for each object, and answer how many there are.
+
+    Args:
+        data: images with boxes.
+        file: `<split>.npz`, to be written.
+        margin: what is seen around a box on each side, as a part of the box's edge; less at the image's edge.
+        smallest: objects whose box has an edge below this many pixels are left out.
+        show: a progress bar.
+
+    Raises:
+        DataError: an image is broken, or no object is large enough.
+    """
+    crops = list(_crops(data, margin, smallest, show))
+    if not crops:
+        raise DataError(f"{data.name}: expected an object of {smallest} x {smallest} pixels or more, found none")
+    encoded, class_ids = zip(*crops, strict=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_packed(file, encoded, np.array(class_ids, dtype=np.int64), data.labels)
+    return len(crops)
+
+
+def _crops(data: DetectionData, margin: float, smallest: int, show: bool) -> Iterator[tuple[bytes, int]]:
+    for index in tqdm(range(len(data)), unit=" images", dynamic_ncols=True, disable=None if show else True):
+        image = data.image(index)
+        for class_id, box in zip(data.class_ids[index], data.boxes[index], strict=True):
+            edges = box[2:] - box[:2]
+            if edges.min() < smallest:
+                continue
+            left, top = np.maximum(np.floor(box[:2] - margin * edges), 0).astype(int).tolist()
+            right, bottom = np.minimum(np.ceil(box[2:] + margin * edges), image.size).astype(int).tolist()
+            buffer = io.BytesIO()
+            image.crop((left, top, right, bottom)).save(buffer, "JPEG", quality=_QUALITY)
+            yield buffer.getvalue(), int(class_id)
