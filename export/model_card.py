@@ -52,7 +52,9 @@ def model_card(manifest: Manifest) -> str:
         "",
         f"- Architecture: `{manifest.architecture}` ({settings}), {provenance.parameters:,} parameters",
         f"- Labels: {_labels(manifest)}",
-        f"- Licence of the weights: {manifest.licences.weights}. Terms of the training data: {manifest.licences.data}.",
+        f"- Licence of the weights: {manifest.licences.weights}. Terms of the training data: {manifest.licences.data}. "
+        "Whether terms of images reach the weights that were trained on them is not settled: who needs to be sure asks "
+        "the owners of the data, or trains the recipe on other images.",
         "",
         "## Measured",
         "",

@@ -9,6 +9,7 @@ DATA holds `cifar10` and `bccd`. Each training takes one core; one that was inte
 import argparse
 import json
 import multiprocessing
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -58,6 +59,7 @@ def main() -> None:
                 if outcome is None:
                     break
                 _append(futures[future], outcome)
+                shutil.rmtree(RUNS / futures[future].name, ignore_errors=True)
                 shown = {key: value for key, value in outcome.items() if not isinstance(value, list)}
                 print(time.strftime("%H:%M"), f"{number}/{len(missing)}", futures[future].name, shown, flush=True)
         finally:

@@ -1,7 +1,6 @@
 """Train one network and measure what its claim asks for."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from bundle.predictors import Network, make_predictor
 from models.serving import served
 from models.training.checkpoint import METRICS_FILE, Checkpoint
 from models.training.data import DetectionData
-from models.training.errors import TrainingError
+from models.training.errors import DivergedError
 from models.training.evaluation import DetectionPredictions, evaluate, measure, predict
 from models.training.layouts import load_split, load_training_splits
 from models.training.loop import train
@@ -33,7 +32,7 @@ def run(trial: Trial, data: Path, runs: Path) -> Outcome | None:
     folder = runs / trial.name
     try:
         checkpoint = train(recipe, data / trial.data, folder, resume=True, changes=trial.settings)
-    except TrainingError as error:
+    except DivergedError as error:
         if trial.measure != "survival":
             raise
         return {"diverged": True, "top1": None, "why": str(error).split(";")[0]}
@@ -41,10 +40,8 @@ def run(trial: Trial, data: Path, runs: Path) -> Outcome | None:
     assert progress is not None
     if progress.epoch < recipe.epochs:
         return None
-    outcome = MEASURES[trial.measure](checkpoint, data / trial.data, folder)
-    shutil.rmtree(folder)
     return {
-        **outcome,
+        **MEASURES[trial.measure](checkpoint, data / trial.data, folder),
         "parameters": sum(p.numel() for p in checkpoint.build().parameters()),
         "training_seconds": round(progress.seconds, 1),
     }
@@ -69,13 +66,16 @@ def accuracy(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
 
 
 def gap(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
-    """Accuracy on test and on the images it was trained on, as they are; losses after each epoch."""
+    """Accuracy on test and on the images it was trained on, as they are; losses of each epoch but the last.
+
+    The loop calibrates on the held-out images after the last epoch, and measures what comes out.
+    """
     assert checkpoint.progress is not None
     recipe = checkpoint.progress.read_recipe()
     trained_on, _ = load_training_splits(
         data, recipe.task, held_out=recipe.held_out, seed=recipe.seed, fraction=recipe.train_fraction
     )
-    epochs = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    epochs = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()][:-1]
     return {
         **accuracy(checkpoint, data, folder),
         "train_top1": evaluate(checkpoint_predictor(checkpoint)[0], trained_on)["top1"],
@@ -126,12 +126,13 @@ def detection(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
     found = predict(predictor, val)
     assert isinstance(val, DetectionData)
     assert isinstance(found, DetectionPredictions)
-    return {**_found(found, val), "after_nms": _found(without_overlaps(found, NMS_IOU), val)}
+    answered = _found(found, val)
+    return {**answered, "after_nms": _found(without_overlaps(found, NMS_IOU), val, answered["threshold"])}
 
 
-def _found(predictions: DetectionPredictions, data: DetectionData) -> Outcome:
+def _found(predictions: DetectionPredictions, data: DetectionData, threshold: float | None = None) -> Outcome:
     metrics = measure(predictions, data)
-    mistakes = detection_mistakes(predictions, data, 0)
+    mistakes = detection_mistakes(predictions, data, 0, threshold)
     return {
         "AP": metrics["AP"],
         "AP50": metrics["AP50"],

@@ -33,14 +33,13 @@ Rows = list[tuple[Factors, Outcome]]
 
 def read_results() -> Results:
     """The outcomes of today's trials; rows of trials that are no more are left out."""
-    known, found = set(trials.trials()), {}
+    found = {}
     for line in RESULTS.read_text().splitlines() if RESULTS.exists() else []:
         row = json.loads(line)
         fields = {name: row[name] for name in ("claim", "measure", "recipe", "data")}
         trial = Trial(**fields, factors=tuple(row["factors"].items()), settings=tuple(row["settings"]))
-        if trial in known:
-            found[trial] = row["outcome"]
-    return found
+        found[trial] = row["outcome"]
+    return {trial: found[trial] for trial in trials.trials() if trial in found}
 
 
 def write_report(results: Results) -> None:
@@ -70,8 +69,8 @@ def _filled(page: str, claim: str, table: str) -> str:
 def interval(values: Sequence[float], images: int = TEST_IMAGES) -> tuple[float, float]:
     """The mean of accuracies and the half width of its 95 % interval.
 
-    Of several seeds, Student's t: how far another seed (weights, images, order) moves it. Of one, the binomial
-    interval: how far other test images would move it, which is narrower.
+    Of several seeds, Student's t: where the mean of all seeds (weights, images, order) lies. Of one, the binomial
+    interval: where the accuracy on all images of the kind lies, which is narrower.
     """
     mean = fmean(values)
     if len(values) > 1:
@@ -103,13 +102,15 @@ def draw_little_data(rows: Rows) -> Figure:
                     )
                 )
             ]
+            if not points:
+                continue
             x, y, error = zip(*points, strict=True)
             axes.errorbar(
                 *(x, [100 * value for value in y], [100 * value for value in error]),
                 **{"color": COLOURS[architecture], "label": NAMES[architecture], "marker": "o", "ms": 3, "capsize": 2},
             )
         axes.set(xscale="log", title=f"augmentation: {augmentation}", xlabel="part of the 48,000 training images")
-        axes.set_xticks(list(trials.FRACTIONS), [f"{fraction:.0%}" for fraction in trials.FRACTIONS])
+        axes.set_xticks(list(trials.FRACTIONS), [f"{f:.0%}\n{epochs} epochs" for f, epochs in trials.FRACTIONS.items()])
     panels[0].set_ylabel("top-1 accuracy on test, %")
     panels[0].legend()
     return figure
@@ -135,16 +136,17 @@ def little_data_table(rows: Rows) -> str:
 
 
 def draw_overfitting(rows: Rows) -> Figure:
-    """Losses after each epoch, a panel for each width."""
+    """Losses of each epoch, a panel for each width; on what was trained on they are a mean over the epoch."""
     figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True)
     for axes, width in zip(panels, trials.WIDTHS, strict=True):
-        of_width = [(factors, outcome) for factors, outcome in rows if factors["width"] == width]
-        for (factors, outcome), colour in zip(of_width, SERIES, strict=False):
+        for (factors, outcome), colour in zip(_chosen(rows, width=width), SERIES, strict=False):
+            if not outcome["train_loss"]:
+                continue
             epochs = range(1, len(outcome["train_loss"]) + 1)
             axes.plot(epochs, outcome["train_loss"], color=colour, ls="--")
             axes.plot(epochs, outcome["held_out_loss"], color=colour, label=factors["regularisation"])
         axes.set(title=f"width {width}", xlabel="epoch")
-    panels[0].set_ylabel("cross-entropy, nats\n(dashed: training)")
+    panels[0].set_ylabel("cross-entropy, nats\n(dashed: training, as augmented)")
     panels[0].legend(title="regularisation")
     return figure
 
@@ -159,13 +161,16 @@ def overfitting_table(rows: Rows) -> str:
             _percent([outcome["train_top1"]]),
             _percent([outcome["top1"]]),
             f"{100 * (outcome['train_top1'] - outcome['top1']):.1f}",
-            f"{min(outcome['held_out_loss']):.2f}",
-            f"{outcome['held_out_loss'][-1]:.2f}",
+            *_lowest_and_last(outcome["held_out_loss"]),
         )
         for factors, outcome in rows
     ]
     head = ("width", "parameters", "regularisation", "training images", "test", "gap, points")
     return _table((*head, "lowest held-out loss", "last"), lines)
+
+
+def _lowest_and_last(losses: Sequence[float]) -> tuple[str, str]:
+    return (f"{min(losses):.2f}", f"{losses[-1]:.2f}") if losses else ("", "")
 
 
 def draw_stability(rows: Rows) -> Figure:
@@ -208,12 +213,13 @@ def draw_positions(rows: Rows) -> Figure:
     """Accuracy with the patches in order and out of order."""
     figure, axes = plt.subplots(figsize=(6, 3))
     for place, (metric, label) in enumerate((("top1", "patches in order"), ("shuffled_top1", "patches shuffled"))):
-        points = [interval(_values(rows, metric, positions=kind)) for kind in trials.POSITIONS]
+        found = [(i, _values(rows, metric, positions=kind)) for i, kind in enumerate(trials.POSITIONS)]
+        points = [(i, *interval(values)) for i, values in found if values]
         axes.bar(
-            [i + 0.4 * place for i in range(len(points))],
-            [100 * mean for mean, _ in points],
+            [i + 0.4 * place for i, _, _ in points],
+            [100 * mean for _, mean, _ in points],
             0.38,
-            yerr=[100 * error for _, error in points],
+            yerr=[100 * error for _, _, error in points],
             **{"color": SERIES[place], "label": label, "capsize": 3},
         )
     axes.set_xticks([i + 0.2 for i in range(len(trials.POSITIONS))], [_positions(kind) for kind in trials.POSITIONS])
@@ -277,7 +283,7 @@ def queries_table(rows: Rows) -> str:
 
 
 def draw_cost(_: Rows) -> Figure:
-    """Parameters, compute and memory against the image's edge."""
+    """Parameters, compute and memory against the number of patches."""
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.2))
     tokens = [(size // 4) ** 2 for size in IMAGE_SIZES]
     for (name, series), colour in zip(costs().items(), SERIES, strict=False):
@@ -307,7 +313,7 @@ def cost_table(_: Rows) -> str:
             f"{cost.parameters:,}",
             f"{cost.flops / 1e6:,.0f}",
             f"{cost.saved / 1e6:,.1f}",
-            f"{cost.saved_fused / 1e6:,.1f}",
+            f"{cost.saved_fused / 1e6:,.1f}" if name.startswith("ViT") else "",
         )
         for name, series in costs().items()
         for size, cost in zip(IMAGE_SIZES, series, strict=True)

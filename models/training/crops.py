@@ -21,7 +21,7 @@ def write_crops(data: DetectionData, file: Path, *, margin: float, smallest: int
         data: images with boxes.
         file: `<split>.npz`, to be written.
         margin: what is seen around a box on each side, as a part of the box's edge; less at the image's edge.
-        smallest: objects whose box has an edge below this many pixels are left out.
+        smallest: objects of which fewer pixels than this are seen in width or height are left out; at least 1.
         show: a progress bar.
 
     Raises:
@@ -40,11 +40,12 @@ def _crops(data: DetectionData, margin: float, smallest: int, show: bool) -> Ite
     for index in tqdm(range(len(data)), unit=" images", dynamic_ncols=True, disable=None if show else True):
         image = data.image(index)
         for class_id, box in zip(data.class_ids[index], data.boxes[index], strict=True):
-            edges = box[2:] - box[:2]
+            seen = box.clip(0, image.size * 2)
+            edges = seen[2:] - seen[:2]
             if edges.min() < smallest:
                 continue
-            left, top = np.maximum(np.floor(box[:2] - margin * edges), 0).astype(int).tolist()
-            right, bottom = np.minimum(np.ceil(box[2:] + margin * edges), image.size).astype(int).tolist()
+            left, top = np.floor((seen[:2] - margin * edges).clip(0)).astype(int).tolist()
+            right, bottom = np.ceil((seen[2:] + margin * edges).clip(max=image.size)).astype(int).tolist()
             buffer = io.BytesIO()
             image.crop((left, top, right, bottom)).save(buffer, "JPEG", quality=_QUALITY)
             yield buffer.getvalue(), int(class_id)

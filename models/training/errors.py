@@ -9,6 +9,12 @@ class TrainingError(VitrineError):
     code = "training_error"
 
 
+class DivergedError(TrainingError):
+    """The loss, its gradient or a weight is not finite or has exploded."""
+
+    code = "diverged"
+
+
 class DataError(TrainingError):
     """A data set is missing, broken or of another layout."""
 

@@ -30,7 +30,7 @@ from models.training.canvases import Canvases
 from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, PREVIOUS_FILE, Checkpoint, Progress
 from models.training.data import ClassificationData, DetectionData
 from models.training.distributed import Processes, job_id, joined_processes
-from models.training.errors import DataError, RecipeError, TrainingError
+from models.training.errors import DataError, DivergedError, RecipeError, TrainingError
 from models.training.evaluation import ClassificationPredictions, Predictions, measure, merge, predict
 from models.training.interruption import Interrupted, Interruption, listening
 from models.training.layouts import load_training_splits
@@ -198,7 +198,7 @@ class Trainer:
         """The rest of one pass over the images in random order; those that fill no step are left out.
 
         Raises:
-            TrainingError: the loss, its gradient or a weight is not finite or has exploded.
+            DivergedError: the loss, its gradient or a weight is not finite or has exploded.
             Interrupted: a process was asked to end.
         """
         recipe = self.recipe
@@ -359,7 +359,7 @@ class Trainer:
                 with _written(self.run):
                     (self.run / DIVERGED_FILE).write_text("".join(f"{name}\n" for name in names))
             shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-            raise TrainingError(
+            raise DivergedError(
                 f"epoch {self.epoch + 1}, step {step}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}; "
                 f"{self._advice()}; its images (all in {self.run / DIVERGED_FILE}): {shown}"
             )
@@ -373,7 +373,7 @@ class Trainer:
     def _check_weights(self) -> None:
         largest = torch.stack([parameter.detach().abs().max() for parameter in self.network.parameters()]).max().item()
         if not largest < _EXPLODED:
-            raise TrainingError(
+            raise DivergedError(
                 f"epoch {self.epoch + 1}, step {self.step}: a weight has grown to {largest:.4g}; {self._advice()}"
             )
 

@@ -80,11 +80,17 @@ def wrong_answers(predictions: ClassificationPredictions, data: ClassificationDa
     ]
 
 
-def detection_mistakes(predictions: DetectionPredictions, data: DetectionData, count: int) -> DetectionMistakes:
-    """Mistakes at the threshold with the best F1 score, and the `count` images with the most and the surest of them."""
+def detection_mistakes(
+    predictions: DetectionPredictions, data: DetectionData, count: int, threshold: float | None = None
+) -> DetectionMistakes:
+    """Mistakes at a threshold, and the `count` images with the most and the surest of them.
+
+    Without `threshold` it is the one with the best F1 score.
+    """
     matched = match_objects(predictions, data)
     objects = sum(len(data.class_ids[i]) for i in predictions.indices.tolist())
-    threshold = _best_threshold(predictions.scores, matched >= 0, objects)
+    if threshold is None:
+        threshold = _best_threshold(predictions.scores, matched >= 0, objects)
     shown = predictions.scores >= threshold
     kinds: Counter[str] = Counter()
     images: list[tuple[float, WrongImage]] = []

@@ -36,7 +36,7 @@ def test_the_page_has_a_table_and_a_plot_for_every_claim() -> None:
             assert f"(claims/{claim}.svg)" in page
 
 
-def test_every_result_is_of_a_trial_that_there_is() -> None:
+def test_every_trial_has_a_result() -> None:
     assert set(read_results()) == set(trials())
 
 
@@ -53,7 +53,6 @@ def test_a_classifier_is_trained_and_measured(colours: Path, tiny_vit: tuple[str
         assert outcome is not None
         assert set(outcome) == metrics | {"parameters", "training_seconds"}
     assert outcome["shuffled_top1"] == outcome["top1"] > 0.9  # without positions the order does not count
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_that_diverges_is_an_outcome(colours: Path, tiny_vit: tuple[str, ...], tmp_path: Path) -> None:

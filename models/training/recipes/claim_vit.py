@@ -1,6 +1,6 @@
 """A ViT of 30 MFLOP an image on CIFAR-10, one of three networks that `docs/claims.md` compares.
 
-vitrine train claim_vit --data DATA/cifar10 train_fraction=0.1 epochs=20
+    vitrine train claim_vit --data DATA/cifar10 train_fraction=0.1 epochs=20
 
 The other two are `claim_mixer` and `claim_bit`; `python -m benchmarks.claims` runs them all.
 """

@@ -4,8 +4,8 @@
     vitrine train resnet_voc --data data/voc-objects
     vitrine train detr_voc --data DATA/voc2007 --from runs/resnet_voc
 
-Data: 4,006 photographs of at most 384 pixels, 20 classes, at 256 x 192; 4 % of `train` are held out to watch progress
-with, `val` is kept for the end.
+Data: 4,006 photographs of at most 384 pixels, 20 classes, at 256 x 192; 4 % of `train` (whose objects the backbone has
+seen) are held out to watch progress with, `val` is kept for the end.
 """
 
 from bundle.manifest import DetectionPreprocessing

@@ -1,6 +1,7 @@
 """Objects that are cut out of a detection set."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,16 @@ def test_small_objects_are_left_out(objects: DetectionData, tmp_path: Path) -> N
     with pytest.raises(DataError, match="squares: expected an object of 500 x 500 pixels or more, found none"):
         write_crops(objects, tmp_path / "none" / "train.npz", margin=0, smallest=500)
     assert not (tmp_path / "none").exists()
+
+
+def test_what_lies_beyond_the_image_is_not_seen(objects: DetectionData, tmp_path: Path) -> None:
+    image = objects.image(0)
+    boxes = np.array([[-5, -5, 20, 30], [image.width - 3, 0, image.width + 40, 50], [500, 500, 600, 600]], np.float32)
+    one = objects.subset(np.array([0]))
+    outside = replace(one, class_ids=[np.array([2, 0, 1])], boxes=[boxes])
+    assert write_crops(outside, tmp_path / "train.npz", margin=0.5, smallest=10) == 1
+    assert read(tmp_path).image(0).size == (30, 45)
+    assert read(tmp_path).class_ids.tolist() == [2]
 
 
 def test_a_backbone_is_trained_on_objects_before_the_detector(

@@ -18,7 +18,7 @@ from PIL import Image
 
 from models.training import checkpoint as checkpoints
 from models.training.checkpoint import METRICS_FILE, load
-from models.training.errors import DataError, RecipeError, TrainingError
+from models.training.errors import DataError, DivergedError, RecipeError, TrainingError
 from models.training.loop import DIVERGED_FILE, train
 from models.training.recipe import Recipe, load_recipe
 
@@ -292,7 +292,7 @@ def test_resume_with_another_recipe(data: Path, tmp_path: Path) -> None:
     ids=["vit", "vit, last step", "detr", "detr, last step"],
 )
 def test_divergence_is_an_error_and_leaves_no_checkpoint(data: Path, tmp_path: Path, recipe: Recipe) -> None:
-    with pytest.raises(TrainingError, match=r"epoch 1, step \d+: .*there is no checkpoint yet; try a smaller lr"):
+    with pytest.raises(DivergedError, match=r"epoch 1, step \d+: .*there is no checkpoint yet; try a smaller lr"):
         train(recipe, data, tmp_path / "run")
     assert not list(tmp_path.rglob("*.pt"))
 
@@ -303,7 +303,7 @@ def test_divergence_names_the_images_and_the_last_good_checkpoint(data: Path, tm
     progress = replace(checkpoint.progress, recipe={**checkpoint.progress.recipe, "epochs": 4})
     broken = {**checkpoint.weights, "norm.weight": checkpoint.weights["norm.weight"] * float("nan")}
     checkpoints.save(replace(checkpoint, weights=broken, progress=progress), tmp_path)
-    with pytest.raises(TrainingError, match=r"epoch 2, step 0: the loss is nan.* after epoch 1, step 0;.*npz\[\d+\]"):
+    with pytest.raises(DivergedError, match=r"epoch 2, step 0: the loss is nan.* after epoch 1, step 0;.*npz\[\d+\]"):
         train(vit("epochs=4", "warmup_epochs=0"), data, tmp_path, resume=True)
     assert len((tmp_path / DIVERGED_FILE).read_text().splitlines()) == 8
 

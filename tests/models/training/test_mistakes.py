@@ -77,6 +77,8 @@ def test_every_kind_of_mistake_is_counted() -> None:
     assert [image.index for image in mistakes.worst] == [1, 2, 3]  # a miss and 0.9, the same, 0.9
     kinds = [(box.kind, box.label, box.score is None) for box in mistakes.worst[0].boxes]
     assert kinds == [("false", "dog", False), ("missed", "cat", True)]
+    below = detection_mistakes(predictions, data, 0, threshold=0.5)
+    assert (below.threshold, below.right, below.false["duplicate"]) == (0.5, 2, 1)
 
 
 def as_list(predictions: DetectionPredictions) -> list[tuple[int, float, int, Box]]:
