@@ -44,8 +44,9 @@ class SinePositions(nn.Module):
         if embed_dim % (2 * dimensions) or (dimensions == 2 and embed_dim < 8):
             expected = "an even one" if dimensions == 1 else "a multiple of 4 from 8 on"
             raise ValueError(f"embed_dim: expected {expected} for sine_{dimensions}d, found {embed_dim}")
-        numbers = torch.arange(grid[0] * grid[1], dtype=torch.float32)
-        embedding = sine(numbers, embed_dim)[None] if dimensions == 1 else sincos_2d(grid, embed_dim)
+        with torch.device("cpu"):  # also where a network is built on "meta": no checkpoint brings these values
+            numbers = torch.arange(grid[0] * grid[1], dtype=torch.float32)
+            embedding = sine(numbers, embed_dim)[None] if dimensions == 1 else sincos_2d(grid, embed_dim)
         self.register_buffer("embedding", F.pad(embedding, (0, 0, int(class_token), 0)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

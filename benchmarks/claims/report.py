@@ -46,7 +46,9 @@ def write_report(results: Results) -> None:
     """Draw every plot and fill every table."""
     matplotlib.use("svg")
     plt.rcParams.update({"svg.hashsalt": "vitrine", "svg.fonttype": "none", "font.size": 9, "axes.grid": True})
-    plt.rcParams.update({"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {"grid.alpha": 0.3, "figure.constrained_layout.use": True, "axes.spines.top": False, "axes.spines.right": False}
+    )
     page = (DOCS / "claims.md").read_text()
     for claim, (draw, table) in CLAIMS.items():
         rows = [(dict(trial.factors), outcome) for trial, outcome in results.items() if trial.claim == claim]
@@ -109,8 +111,12 @@ def draw_little_data(rows: Rows) -> Figure:
                 *(x, [100 * value for value in y], [100 * value for value in error]),
                 **{"color": COLOURS[architecture], "label": NAMES[architecture], "marker": "o", "ms": 3, "capsize": 2},
             )
-        axes.set(xscale="log", title=f"augmentation: {augmentation}", xlabel="part of the 48,000 training images")
-        axes.set_xticks(list(trials.FRACTIONS), [f"{f:.0%}\n{epochs} epochs" for f, epochs in trials.FRACTIONS.items()])
+        axes.set(
+            xscale="log",
+            title=f"augmentation: {augmentation}",
+            xlabel="part of the 48,000 training images, how often each is seen",
+        )
+        axes.set_xticks(list(trials.FRACTIONS), [f"{f:.0%}\n{epochs} x" for f, epochs in trials.FRACTIONS.items()])
     panels[0].set_ylabel("top-1 accuracy on test, %")
     panels[0].legend()
     return figure
@@ -190,6 +196,7 @@ def draw_stability(rows: Rows) -> Figure:
             axes.plot(*_columns(lost), color=COLOURS[norm], marker="x", ms=9, ls="")
         axes.axhline(100 * STUCK, color="#888888", ls=":")
         axes.set(xscale="log", title=f"{depth} blocks, warm-up {warmup} epochs", xlabel="learning rate")
+        axes.set_xlim(trials.LEARNING_RATES[0] / 1.5, trials.LEARNING_RATES[-1] * 1.5)
     panels[0].set_ylabel("held-out top-1, %\n(×: diverged)")
     panels[0].legend()
     return figure
@@ -299,6 +306,7 @@ def draw_cost(_: Rows) -> Figure:
         axes.set(xlabel="patches of 4 x 4 pixels", ylabel=label, xscale="log", yscale="log")
         axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
         axes.minorticks_off()
+    panels[0].set(yscale="linear", ylim=(0, None))
     panels[0].legend()
     return figure
 

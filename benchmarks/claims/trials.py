@@ -133,7 +133,7 @@ def queries() -> Iterator[Trial]:
             "detr_bccd",
             "bccd",
             (
-                *(f"model.num_queries={count}", "epochs=12", "evaluate_every=12"),
+                *(f"model.num_queries={count}", "epochs=8", "evaluate_every=8"),
                 *("optimizer=muon", "lr=1e-3", "precision=bfloat16"),
             ),
         )

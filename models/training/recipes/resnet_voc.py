@@ -4,6 +4,8 @@
     vitrine train resnet_voc --data data/voc-objects
 
 Data: 11,292 objects of the 4,006 training images, 64 x 64 pixels, 20 classes; 4 % are held out.
+Time: 4 minutes on one core of an AMD EPYC with bfloat16 instructions.
+Result: 65.5 % top-1 on the objects held out.
 """
 
 from bundle.manifest import ClassificationPreprocessing

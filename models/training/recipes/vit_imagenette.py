@@ -29,7 +29,7 @@ RECIPE = ClassificationRecipe(
     augmentation=ClassificationAugmentation(
         crop="resized", scale=(0.25, 1.0), flip=0.5, randaugment_ops=2, erasing=0.25
     ),
-    epochs=55,
+    epochs=48,
     batch_size=64,
     optimizer="muon",
     lr=4e-3,

@@ -73,6 +73,16 @@ def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert all(torch.equal(network.state_dict()[name], value) for name, value in checkpoint.weights.items())
 
 
+@pytest.mark.parametrize("positions", ["none", "learned", "sine_1d", "sine_2d"])
+def test_what_no_checkpoint_holds_is_built(checkpoint: Checkpoint, positions: str) -> None:
+    settings = {**checkpoint.settings, "pos_embed": positions}
+    network = build_model(checkpoint.architecture, settings, 2).eval()
+    built = replace(checkpoint, settings=settings, weights=network.state_dict()).build()
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(built(image), network(image))
+
+
 def test_start_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
     start = Start("vit-b", "0" * 64, ["head.weight", "head.bias"])
     save(later(checkpoint, start=start), tmp_path)
