@@ -6,6 +6,8 @@
 
 Data: 4,006 photographs of at most 384 pixels, 20 classes, at 256 x 192; 4 % of `train` (whose objects the backbone has
 seen) are held out to watch progress with, `val` is kept for the end.
+Time: 26 minutes on one core of an AMD EPYC with bfloat16 instructions: the beginning of what it can learn.
+Result: 4.3 % AP, 11.0 % AP50 on `val` (measured on the bundle that ships).
 """
 
 from bundle.manifest import DetectionPreprocessing

@@ -3,6 +3,8 @@
     vitrine train vit_imagenette --data DATA/imagenette144
 
 Data: 112 x 112 pixels, 10 classes; 5 % of `train` are held out to watch progress with, `val` is kept for the end.
+Time: 35 minutes on one core of an AMD EPYC with bfloat16 instructions.
+Result: 83.6 % top-1 on `val` (measured on the bundle that ships).
 """
 
 from bundle.manifest import ClassificationPreprocessing
