@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +153,8 @@ def without_overlaps(predictions: DetectionPredictions, most: float) -> Detectio
         if not better or iou(predictions.boxes[i : i + 1], predictions.boxes[better]).max() <= most:
             better.append(i)
             kept[i] = True
-    return DetectionPredictions(
-        predictions.indices,
-        predictions.image[kept],
-        predictions.scores[kept],
-        predictions.class_ids[kept],
-        predictions.boxes[kept],
-        predictions.seconds,
-    )
+    own = {name: getattr(predictions, name)[kept] for name in ("image", "scores", "class_ids", "boxes")}
+    return replace(predictions, **own)
 
 
 MEASURES: dict[str, Callable[[Checkpoint, Path, Path], Outcome]] = {

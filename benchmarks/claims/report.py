@@ -15,6 +15,7 @@ from scipy import stats
 
 from benchmarks.claims import trials
 from benchmarks.claims.cost import IMAGE_SIZES, costs
+from benchmarks.claims.measure import Outcome
 from benchmarks.claims.trials import Trial
 
 RESULTS = Path(__file__).with_name("results.jsonl")
@@ -25,7 +26,6 @@ NAMES = {"vit": "ViT", "mixer": "MLP-Mixer", "bit": "BiT", "pre": "pre-norm", "p
 COLOURS = {"vit": "#0072b2", "mixer": "#e69f00", "bit": "#009e73", "pre": "#0072b2", "post": "#d55e00"}
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#d55e00")
 
-Outcome = dict[str, Any]
 Results = dict[Trial, Outcome]
 Factors = dict[str, trials.Factor]
 Rows = list[tuple[Factors, Outcome]]

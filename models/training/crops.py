@@ -25,14 +25,21 @@ def write_crops(data: DetectionData, file: Path, *, margin: float, smallest: int
         show: a progress bar.
 
     Raises:
-        DataError: an image is broken, or no object is large enough.
+        DataError: an image is broken, no object is large enough, or the file is there already or cannot be written.
     """
+    if file.exists():
+        raise DataError(f"{file}: is there already; choose another folder")
     crops = list(_crops(data, margin, smallest, show))
     if not crops:
         raise DataError(f"{data.name}: expected an object of {smallest} x {smallest} pixels or more, found none")
     encoded, class_ids = zip(*crops, strict=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_packed(file, encoded, np.array(class_ids, dtype=np.int64), data.labels)
+    partial = file.with_suffix(".partial.npz")  # so that what was interrupted is not taken for a split
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_packed(partial, encoded, np.array(class_ids, dtype=np.int64), data.labels)
+        partial.replace(file)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written: {error}") from error
     return len(crops)
 
 
@@ -40,7 +47,7 @@ def _crops(data: DetectionData, margin: float, smallest: int, show: bool) -> Ite
     for index in tqdm(range(len(data)), unit=" images", dynamic_ncols=True, disable=None if show else True):
         image = data.image(index)
         for class_id, box in zip(data.class_ids[index], data.boxes[index], strict=True):
-            seen = box.clip(0, image.size * 2)
+            seen = box.clip(0, (*image.size, *image.size))
             edges = seen[2:] - seen[:2]
             if edges.min() < smallest:
                 continue

@@ -64,6 +64,17 @@ def test_what_lies_beyond_the_image_is_not_seen(objects: DetectionData, tmp_path
     assert read(tmp_path).class_ids.tolist() == [2]
 
 
+def test_a_file_is_not_overwritten(objects: DetectionData, tmp_path: Path) -> None:
+    file = tmp_path / "train.npz"
+    file.write_bytes(b"precious")
+    with pytest.raises(DataError, match=r"train\.npz: is there already; choose another folder"):
+        write_crops(objects, file, margin=0, smallest=1)
+    assert file.read_bytes() == b"precious"
+    with pytest.raises(DataError, match="cannot be written: "):
+        write_crops(objects, file / "train.npz", margin=0, smallest=1)
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_a_backbone_is_trained_on_objects_before_the_detector(
     squares: Path, tiny_detr: tuple[str, ...], run_vitrine: Callable[..., str], tmp_path: Path
 ) -> None:
