@@ -34,8 +34,9 @@ image:  ## build the container image
 lock:  ## pin requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: the newest of everything)
 	$(PYTHON) requirements/lock.py $(UPGRADE)
 
-proto: $(DEV)/installed  ## make Python of service/open_inference.proto
-	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. service/open_inference.proto
+proto: $(DEV)/installed  ## regenerate Python from service/open_inference/open_inference.proto
+	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		vitrine/service/open_inference/open_inference.proto
 
 clean:  ## remove all that was installed
 	rm -rf $(SERVE) $(DEV) $(NODE)/node_modules

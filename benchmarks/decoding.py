@@ -17,8 +17,8 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from bundle.images import decode, decode_for, to_classification_pixels
-from bundle.manifest import ClassificationPreprocessing
+from vitrine.bundle.images import decode, decode_for, to_classification_pixels
+from vitrine.bundle.manifest import ClassificationPreprocessing
 
 CHANNELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SECONDS = 1.0

@@ -18,11 +18,11 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from bundle.images import pad_and_stack
-from export.graph import export_graph
-from export.latency import in_turns
-from models.build import VARIANTS, build_model
-from models.serving import ServedDetector
+from vitrine.bundle.images import pad_and_stack
+from vitrine.export.graph import export_graph
+from vitrine.export.latency import in_turns
+from vitrine.models.build import VARIANTS, build_model
+from vitrine.models.serving import ServedDetector
 
 SIZE = 480, 640
 SIZES = (480, 640), (480, 600), (450, 640), (400, 560)

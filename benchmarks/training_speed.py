@@ -30,18 +30,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Task
-from models import detr, vit
-from models.boxes import xyxy_to_cxcywh
-from models.training.augment import NOISE, ClassificationAugmentation, DetectionAugmentation
-from models.training.data import ClassificationData, DetectionData
-from models.training.distributed import Processes
-from models.training.interruption import Interruption
-from models.training.layouts import load_split
-from models.training.loop import Trainer
-from models.training.losses import SetCriterion
-from models.training.matcher import Target
-from models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Task
+from vitrine.models import detr, vit
+from vitrine.models.boxes import xyxy_to_cxcywh
+from vitrine.models.training.augmentation.augment import NOISE, ClassificationAugmentation, DetectionAugmentation
+from vitrine.models.training.data.dataset import ClassificationData, DetectionData
+from vitrine.models.training.data.layouts import load_split
+from vitrine.models.training.distributed import Processes
+from vitrine.models.training.interruption import Interruption
+from vitrine.models.training.loop import Trainer
+from vitrine.models.training.objectives.losses import SetCriterion
+from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+from vitrine.models.training.targets import Target
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WORKERS = 2  # processes that decode, of either side

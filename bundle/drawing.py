@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from bundle.predictors import Detection, Prediction
+from vitrine.bundle.predictors import Detection, Prediction
 
 READABLE_EDGE = 320
 LARGEST_EDGE = 4096

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from bundle.errors import ParameterError
-from bundle.manifest import Explanation
-from bundle.predictors import Classifier, Detection, Detector, Network, Prediction, Predictor
+from vitrine.bundle.errors import ParameterError
+from vitrine.bundle.manifest import Explanation
+from vitrine.bundle.predictors import Classifier, Detection, Detector, Network, Prediction, Predictor
 
 _HIDDEN_AT_ONCE = 32  # images in one call of the network
 _OPACITY = 0.6

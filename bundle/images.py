@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from bundle.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Interpolation, Preprocessing
+from vitrine.bundle.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Interpolation, Preprocessing
 
 MAX_PIXELS = 50_000_000  # a 50-megapixel photograph; three bytes a pixel once decoded
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from bundle.errors import BundleError
-from bundle.manifest import (
+from vitrine.bundle.errors import BundleError
+from vitrine.bundle.manifest import (
     EXPLAIN_FILE,
     GOLDEN_FILE,
     MANIFEST_FILE,
@@ -26,10 +26,10 @@ from bundle.manifest import (
     Task,
     TensorSpec,
 )
-from bundle.pace import Pace
-from bundle.predictors import Predictor, make_predictor
-from bundle.runtime import CPU, OnnxNetwork
-from bundle.tolerances import CONFIDENT_SCORE, GOLDEN
+from vitrine.bundle.pace import Pace
+from vitrine.bundle.predictors import Predictor, make_predictor
+from vitrine.bundle.runtime import CPU, OnnxNetwork
+from vitrine.bundle.tolerances import CONFIDENT_SCORE, GOLDEN
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle.manifest import ClassificationPreprocessing
-from bundle.predictors import Classifier, Predictor
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.bundle.predictors import Classifier, Predictor
 
 _SHORT_CALL = 0.015  # seconds; longer ones keep a core busy by themselves
 _BATCH = 8  # images in one call; more of them gained nothing further

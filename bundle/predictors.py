@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle.errors import ParameterError
-from bundle.images import ReducedImage, pad_and_stack, to_classification_pixels, to_detection_pixels
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
+from vitrine.bundle.errors import ParameterError
+from vitrine.bundle.images import ReducedImage, pad_and_stack, to_classification_pixels, to_detection_pixels
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
 
 
 class Network(Protocol):

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
-from bundle.loading import Bundle, find_bundles, load_bundle, load_file
-from bundle.manifest import Manifest, Precision, Task
-from bundle.pace import measure_pace
-from bundle.predictors import make_predictor
-from bundle.runtime import CPU, OnnxNetwork
+from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
+from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_file
+from vitrine.bundle.manifest import Manifest, Precision, Task
+from vitrine.bundle.pace import measure_pace
+from vitrine.bundle.predictors import make_predictor
+from vitrine.bundle.runtime import CPU, OnnxNetwork
 
 _VERSION = re.compile("[1-9][0-9]{0,8}")  # as the manifest has it
 

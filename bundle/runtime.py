@@ -15,8 +15,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime sends usage data by de
 
 import onnxruntime
 
-from bundle.errors import BundleError, ProviderError
-from bundle.manifest import TensorSpec
+from vitrine.bundle.errors import BundleError, ProviderError
+from vitrine.bundle.manifest import TensorSpec
 
 CPU = ("CPUExecutionProvider",)
 _MAPPED_GRAPH, _MAPPED_WEIGHTS, _MAPPED_OF = "graph.onnx", "weights.bin", "of"

@@ -3,7 +3,7 @@
 Probabilities, scores and corners of boxes all lie in 0..1, so that one number serves for all of them.
 """
 
-from bundle.manifest import Precision
+from vitrine.bundle.manifest import Precision
 
 # The serving graph against torch, on the exporting machine. Float32 sums taken in another order move the answers by
 # some 1e-7, at most 1e-5 in deep detectors; a wrong constant, layout or mask moves them by more than 1e-2.

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bundle.manifest import Metrics, ReliabilityBin
-from models.training.calibration import calibration_error, negative_log_likelihood, reliability
-from models.training.data import ClassificationData, Data, DetectionData
-from models.training.evaluation import (
+from vitrine.bundle.manifest import Metrics, ReliabilityBin
+from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
+from vitrine.models.training.evaluation.calibration import calibration_error, negative_log_likelihood, reliability
+from vitrine.models.training.evaluation.metrics import (
     ClassificationPredictions,
     DetectionPredictions,
     Predictions,
@@ -21,7 +21,7 @@ from models.training.evaluation import (
     precision_metrics,
     ranks,
 )
-from models.training.mistakes import IOU, iou
+from vitrine.models.training.evaluation.mistakes import IOU, iou
 
 _LEAST_SAMPLES, _MOST_SAMPLES = 200, 1000  # of the bootstrap
 _MOST_ANSWERS = 10**8  # in all samples together: a minute for a detector
@@ -34,8 +34,8 @@ Resampled = Callable[[NDArray[np.int64]], Values]
 
 
 def measure_accuracy(predictions: Predictions, data: Data, notes: str) -> Metrics:
-    """The metrics of `models.training.evaluation.measure` over the predicted images, with what a reader needs to judge
-    them: 95 % intervals, the confusion matrix of up to 20 labels, and the reliability of a classifier.
+    """The metrics of `evaluation.metrics.measure` over the predicted images, with what a reader needs to judge them:
+    95 % intervals, the confusion matrix of up to 20 labels, and the reliability of a classifier.
 
     The intervals are percentiles over bootstrap samples of the images (Efron & Tibshirani 1993, chapter 13): how far
     the figures would move with other images of the same kind. They say nothing about another training.

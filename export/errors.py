@@ -1,6 +1,6 @@
 """Errors of export: an export is a verified bundle or one of these."""
 
-from bundle.errors import VitrineError
+from vitrine.bundle.errors import VitrineError
 
 
 class ExportError(VitrineError):

@@ -5,8 +5,8 @@ from pathlib import Path
 import onnx
 from onnx.external_data_helper import set_external_data
 
-from export.graph import export_graph
-from models.serving import ServedClassifier, ServedDetector
+from vitrine.export.graph import export_graph
+from vitrine.models.serving import ServedClassifier, ServedDetector
 
 _SMALLEST = 1024  # bytes of a tensor that is worth sharing
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from bundle.loading import golden_name, hash_file, load_bundle, load_explain_network
-from bundle.manifest import (
+from vitrine.bundle.loading import golden_name, hash_file, load_bundle, load_explain_network
+from vitrine.bundle.manifest import (
     CARD_FILE,
     EXPLAIN_FILE,
     GATE_METRIC,
@@ -42,29 +42,29 @@ from bundle.manifest import (
     Variant,
     Version,
 )
-from bundle.predictors import make_predictor
-from bundle.runtime import CPU, OnnxNetwork
-from bundle.tolerances import MAX_DROP, METRIC
-from export.accuracy import agreement, measure_accuracy
-from export.errors import AccuracyError, ExportError, ParityError
-from export.explain import export_explain_graph
-from export.graph import export_graph, fuse_transformer, write_metadata
-from export.latency import Timing, measure_latency
-from export.model_card import model_card
-from export.parity import Inputs, check_parity, generated_images, make_inputs
-from export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
-from export.provenance import describe, provenance
-from export.variants import make_variant
-from models.explaining import explained
-from models.mlp_mixer import MlpMixer
-from models.serving import ServedClassifier, ServedDetector, served
-from models.training import checkpoint as checkpoints
-from models.training.calibration import calibration_error, with_temperature
-from models.training.checkpoint import Checkpoint
-from models.training.data import ClassificationData, Data, check_labels
-from models.training.evaluation import ClassificationPredictions, Predictions, measure, predict
-from models.training.layouts import has_split, load_split
-from models.training.network import torch_predictor
+from vitrine.bundle.predictors import make_predictor
+from vitrine.bundle.runtime import CPU, OnnxNetwork
+from vitrine.bundle.tolerances import MAX_DROP, METRIC
+from vitrine.export.accuracy import agreement, measure_accuracy
+from vitrine.export.errors import AccuracyError, ExportError, ParityError
+from vitrine.export.explain import export_explain_graph
+from vitrine.export.graph import export_graph, fuse_transformer, write_metadata
+from vitrine.export.latency import Timing, measure_latency
+from vitrine.export.model_card import model_card
+from vitrine.export.parity import Inputs, check_parity, generated_images, make_inputs
+from vitrine.export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
+from vitrine.export.provenance import describe, provenance
+from vitrine.export.variants import make_variant
+from vitrine.models.explaining import explained
+from vitrine.models.mlp_mixer import MlpMixer
+from vitrine.models.serving import ServedClassifier, ServedDetector, served
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.data.dataset import ClassificationData, Data, check_labels
+from vitrine.models.training.data.layouts import has_split, load_split
+from vitrine.models.training.evaluation.calibration import calibration_error, with_temperature
+from vitrine.models.training.evaluation.metrics import ClassificationPredictions, Predictions, measure, predict
+from vitrine.models.training.network import torch_predictor
 
 _LARGEST_FILE = 2**31 - 2**20  # bytes of weights: protobuf's limit, less the graph
 _PARITY_IMAGES = 48

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from models.resnet import thaw_frozen_norm
-from models.resnetv2 import fold_weight_standardisation
-from models.serving import ServedClassifier, ServedDetector
+from vitrine.models.resnet import thaw_frozen_norm
+from vitrine.models.resnetv2 import fold_weight_standardisation
+from vitrine.models.serving import ServedClassifier, ServedDetector
 
 OPSET = 20  # has Gelu and LayerNormalization as single nodes
 _SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules that it was traced in, outermost first
@@ -91,7 +91,7 @@ def _name_after_modules(model: onnx.ModelProto, module: nn.Module) -> None:
     named = {
         name
         for name, part in modules.items()
-        if name and (type(part).__module__.startswith("models.") or isinstance(part, _NAMED))
+        if name and (type(part).__module__.startswith("vitrine.models.") or isinstance(part, _NAMED))
     }
     answers: dict[str, str] = {}  # by module, the value that its last node gives
     counts: Counter[str] = Counter()

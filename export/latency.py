@@ -16,11 +16,11 @@ import numpy as np
 import onnxruntime
 import torch
 
-from bundle.machine import available_cores
-from bundle.manifest import Latency, LatencyRow
-from export.errors import ExportError
-from export.parity import Inputs
-from models.serving import ServedClassifier, ServedDetector
+from vitrine.bundle.machine import available_cores
+from vitrine.bundle.manifest import Latency, LatencyRow
+from vitrine.export.errors import ExportError
+from vitrine.export.parity import Inputs
+from vitrine.models.serving import ServedClassifier, ServedDetector
 
 _BATCHES = 1, 8
 _SECONDS = 2.0  # for each way and setting, at least _LEAST calls

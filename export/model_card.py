@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bundle.manifest import (
+from vitrine.bundle.manifest import (
     GATE_METRIC,
     GENERATED,
     NOT_STATED,
@@ -16,9 +16,9 @@ from bundle.manifest import (
     Precision,
     Task,
 )
-from bundle.tolerances import MAX_DROP
-from export.pictures import RELIABILITY_FILE, SAMPLES_FILE
-from models.training.evaluation import label_metric, most_confused
+from vitrine.bundle.tolerances import MAX_DROP
+from vitrine.export.pictures import RELIABILITY_FILE, SAMPLES_FILE
+from vitrine.models.training.evaluation.metrics import label_metric, most_confused
 
 _MOST_LABELS = 100  # that a card lists
 _MOST_COLUMNS = 12  # of a confusion matrix that a card shows

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
-from bundle.manifest import ClassificationPreprocessing, Parity, Preprocessing
-from bundle.runtime import CPU, OnnxNetwork
-from bundle.tolerances import CONFIDENT_SCORE, DIVERGENCE, MIN_AGREEMENT, PARITY, SMALLEST_RELATIVE
-from export.errors import ParityError
-from models.serving import ServedClassifier, ServedDetector
-from models.training.network import TorchNetwork
+from vitrine.bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
+from vitrine.bundle.manifest import ClassificationPreprocessing, Parity, Preprocessing
+from vitrine.bundle.runtime import CPU, OnnxNetwork
+from vitrine.bundle.tolerances import CONFIDENT_SCORE, DIVERGENCE, MIN_AGREEMENT, PARITY, SMALLEST_RELATIVE
+from vitrine.export.errors import ParityError
+from vitrine.models.serving import ServedClassifier, ServedDetector
+from vitrine.models.training.network import TorchNetwork
 
 _BATCHES = (1, 3, 8)
 _MOST_PIXELS = 8 * 480 * 640  # of a batch: a dilated DETR's attention on eight large pictures takes 16 GB

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from bundle.manifest import ReliabilityBin
-from bundle.predictors import Classifier, Predictor
-from models.training.calibration import Reliability
-from models.training.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, reliability_chart
-from models.training.contact_sheet import Answer, DrawnBox, sheet_of_answers, sheet_of_boxes
-from models.training.data import ClassificationData, Data
+from vitrine.bundle.manifest import ReliabilityBin
+from vitrine.bundle.predictors import Classifier, Predictor
+from vitrine.models.training.data.contact_sheet import Answer, DrawnBox, sheet_of_answers, sheet_of_boxes
+from vitrine.models.training.data.dataset import ClassificationData, Data
+from vitrine.models.training.evaluation.calibration import Reliability
+from vitrine.models.training.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, reliability_chart
 
 SAMPLES_FILE = "samples.jpg"
 RELIABILITY_FILE = "reliability.svg"

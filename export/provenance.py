@@ -7,10 +7,10 @@ from pathlib import Path
 import onnx
 import torch
 
-from bundle.manifest import Import, Provenance, Start, Training
-from export.graph import OPSET
-from models.training import checkpoint as checkpoints
-from models.training.checkpoint import Checkpoint
+from vitrine.bundle.manifest import Import, Provenance, Start, Training
+from vitrine.export.graph import OPSET
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import Checkpoint
 
 _FULL_NAMES = {
     "vit": "Vision Transformer",

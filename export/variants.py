@@ -20,11 +20,11 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from bundle.manifest import Precision
-from bundle.runtime import CPU
-from bundle.tolerances import CONFIDENT_SCORE
-from export.errors import ExportError
-from export.parity import Inputs
+from vitrine.bundle.manifest import Precision
+from vitrine.bundle.runtime import CPU
+from vitrine.bundle.tolerances import CONFIDENT_SCORE
+from vitrine.export.errors import ExportError
+from vitrine.export.parity import Inputs
 
 # How much the answers to the calibration images may change on average before layers are left in float32, see `damage`.
 MOST_DAMAGE = 0.02

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from models import detr, mlp_mixer, resnet_classifier, resnetv2, vit
+from vitrine.models import detr, mlp_mixer, resnet_classifier, resnetv2, vit
 
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "vit": (vit.ViT, vit.ViTConfig),

@@ -19,10 +19,10 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from models.position import grid_points, nearest_valid_cells, sine_2d, valid_cells
-from models.resnet import VARIANTS as RESNETS
-from models.resnet import Norm, ResNet, ResNetConfig
-from models.transformer import DetrDecoderBlock, DetrEncoderBlock, SpatialPrior
+from vitrine.models.position import grid_points, nearest_valid_cells, sine_2d, valid_cells
+from vitrine.models.resnet import VARIANTS as RESNETS
+from vitrine.models.resnet import Norm, ResNet, ResNetConfig
+from vitrine.models.transformer import DetrDecoderBlock, DetrEncoderBlock, SpatialPrior
 
 
 @dataclass(frozen=True)

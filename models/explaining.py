@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import attention_rollout
-from models.detr import Detr
-from models.resnet_classifier import ResNetClassifier
-from models.resnetv2 import ResNetV2
-from models.serving import Channels, ServedClassifier, ServedDetector
-from models.vit import ViT
+from vitrine.models.attention import attention_rollout
+from vitrine.models.detr import Detr
+from vitrine.models.resnet_classifier import ResNetClassifier
+from vitrine.models.resnetv2 import ResNetV2
+from vitrine.models.serving import Channels, ServedClassifier, ServedDetector
+from vitrine.models.vit import ViT
 
 
 class ExplainedViT(ServedClassifier):

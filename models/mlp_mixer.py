@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.transformer import DropPath, Gelu, Mlp
-from models.vit import PatchEmbed, init_weights, patch_grid
+from vitrine.models.transformer import DropPath, Gelu, Mlp
+from vitrine.models.vit import PatchEmbed, init_weights, patch_grid
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from models.position import valid_cells
+from vitrine.models.position import valid_cells
 
 
 class FrozenBatchNorm(nn.Module):

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from models.resnet import VARIANTS as RESNETS
-from models.resnet import Norm, ResNet, ResNetConfig
+from vitrine.models.resnet import VARIANTS as RESNETS
+from vitrine.models.resnet import Norm, ResNet, ResNetConfig
 
 
 @dataclass(frozen=True)

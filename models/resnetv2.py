@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.transformer import DropPath
+from vitrine.models.transformer import DropPath
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from models.boxes import cxcywh_to_xyxy
-from models.detr import Detr, DetrOutput
-from models.position import valid_cells
+from vitrine.models.boxes import cxcywh_to_xyxy
+from vitrine.models.detr import Detr, DetrOutput
+from vitrine.models.position import valid_cells
 
 Channels = tuple[float, float, float]
 

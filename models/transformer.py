@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.attention import MultiHeadAttention, SelfAttention
+from vitrine.models.attention import MultiHeadAttention, SelfAttention
 
 # "exact" is x times the normal distribution function, "tanh" its approximation, which Flax computes unless told
 # otherwise and Google's weights were therefore trained with (Hendrycks & Gimpel 2016, sec. 2).

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.position import PositionEncoding, make_positions
-from models.transformer import Block, Gelu
+from vitrine.models.position import PositionEncoding, make_positions
+from vitrine.models.transformer import Block, Gelu
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """API keys: who may ask. Keys are kept as SHA-256 hashes only; they are random, so that no slow hash is needed."""
 
-import hashlib
 import hmac
 import logging
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -12,50 +10,23 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bundle.errors import VitrineError
-from service.errors import UnauthorizedError, vitrine_error_response
+from vitrine.bundle.errors import VitrineError
+from vitrine.service.errors import UnauthorizedError, vitrine_error_response
+from vitrine.service.paths import METRICS, PROBES, PROTOCOL_PROBES, STATIC_FILES
+from vitrine.service.settings import KEY_HASH, hash_key
 
 _log = logging.getLogger("bentoml.vitrine")
 
-LEAST_CHARACTERS = 16
-_HASH = re.compile(r"sha256:[0-9a-f]{64}")
-_KEY = re.compile(r"[!-~]+")  # what a header carries unharmed
 _LOOK_SECONDS = 1.0  # between looks whether the file has changed
 
-# Probes, and the page that explains the routes; static files are those of the page.
-_OPEN = {"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/", "/openapi.json", "/docs.json"}
-_OPEN_FOLDER = "/static_content/"
-METRICS = "/metrics"
+# Probes, and the page that explains the routes.
+_PUBLIC_PATHS = PROBES | PROTOCOL_PROBES | {"/", "/openapi.json", "/docs.json"}
 
 
 class KeysError(VitrineError):
     """A key or a file of keys cannot be used."""
 
     code = "invalid_keys"
-
-
-def hash_key(key: str) -> str:
-    """A key as it is kept."""
-    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
-
-
-def as_hash(text: str) -> str:
-    """The hash that a setting names, or that of the key that it holds.
-
-    Raises:
-        ValueError: it is neither; the text is not shown.
-    """
-    if text.lower().startswith("sha256:"):  # a slip of the pen in a hash must not become a key
-        if not _HASH.fullmatch(text.lower()):
-            raise ValueError("expected sha256: and 64 hexadecimal digits, found something else after sha256:")
-        return text.lower()
-    if len(text) < LEAST_CHARACTERS:
-        raise ValueError(
-            f"expected at least {LEAST_CHARACTERS} characters, found {len(text)}; `vitrine key` makes a good one"
-        )
-    if not _KEY.fullmatch(text):
-        raise ValueError("expected ASCII letters, digits and signs without spaces, found others")
-    return hash_key(text)
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
@@ -73,7 +44,7 @@ def read_keys(file: Path) -> tuple[str, ...]:
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) > 2 or not _HASH.fullmatch(words[-1].lower()):  # the line is not shown: it may hold a key
+        if len(words) > 2 or not KEY_HASH.fullmatch(words[-1].lower()):  # the line is not shown: it may hold a key
             how = "`vitrine key` makes a key and its line, `printf %s KEY | sha256sum` hashes a key that you have"
             raise KeysError(f"{file}: line {number}: expected [NAME] sha256:HASH, found something else; {how}")
         hashes.append(words[-1].lower())
@@ -165,4 +136,4 @@ class AccessMiddleware:
     def _is_open(self, path: str) -> bool:
         if path == METRICS:
             return not self.metrics_need_key
-        return path in _OPEN or (path.startswith(_OPEN_FOLDER) and ".." not in path)
+        return path in _PUBLIC_PATHS or (path.startswith(STATIC_FILES) and ".." not in path)

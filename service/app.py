@@ -15,25 +15,25 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from bundle.machine import give_back_memory
-from bundle.repository import Repository
-from bundle.runtime import parse_providers
-from service import metrics
-from service.access import Keys
-from service.bentoml_client import schema
-from service.control import Control
-from service.errors import ERROR_HANDLERS
-from service.images import classify, detect
-from service.logs import write_lines
-from service.models import describe_model, list_models
-from service.openapi import DOCS_PAGE, openapi_document
-from service.protocol_grpc import grpc_server
-from service.protocol_http import protocol_routes
-from service.scheduler import Scheduler
-from service.serving import Serving, serving_of
-from service.settings import Settings
-from service.sizing import Sizing
-from service.tracing import send_spans
+from vitrine.bundle.machine import give_back_memory
+from vitrine.bundle.repository import Repository
+from vitrine.bundle.runtime import parse_providers
+from vitrine.service.access import Keys
+from vitrine.service.errors import ERROR_HANDLERS
+from vitrine.service.http.bentoml_client import schema
+from vitrine.service.http.images import classify, detect
+from vitrine.service.http.models import describe_model, list_models
+from vitrine.service.http.openapi import DOCS_PAGE, openapi_document
+from vitrine.service.observability import metrics
+from vitrine.service.observability.logs import write_lines
+from vitrine.service.observability.tracing import send_spans
+from vitrine.service.open_inference.grpc import grpc_server
+from vitrine.service.open_inference.http import protocol_routes
+from vitrine.service.runtime.model_control import Control
+from vitrine.service.runtime.scheduler import Scheduler
+from vitrine.service.runtime.serving import Serving, serving_of
+from vitrine.service.runtime.sizing import Sizing
+from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 

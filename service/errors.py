@@ -3,15 +3,18 @@
 import math
 import reprlib
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
+from typing import ClassVar
 
 import orjson
+from pydantic import ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bundle.errors import (
+from vitrine.bundle.errors import (
     BundleError,
     ImageTooLargeError,
     ParameterError,
@@ -21,7 +24,36 @@ from bundle.errors import (
     UnsupportedImageError,
     VitrineError,
 )
-from service.schemas import Error, ErrorAnswer, ProtocolErrorAnswer
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """What went wrong."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    code: str  # stable and machine-readable
+    message: str  # for people: what, where, expected, found
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """The body of every answer with a status of 400 or above, outside /v2."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    error: Error
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolErrorAnswer:
+    """The body of every answer with a status of 400 or above under /v2."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    error: str
 
 
 class UnauthorizedError(VitrineError):

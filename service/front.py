@@ -7,10 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import error_answer, on_bug
-
-BENTOML_ROUTES = frozenset({"/livez", "/readyz", "/healthz"})
-_BENTOML_FOLDER = "/static_content/"  # the files of the OpenAPI page
+from vitrine.service.errors import error_answer, on_bug
+from vitrine.service.paths import PROBES, STATIC_FILES
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -51,4 +49,4 @@ class Front:
 
 
 def _is_bentomls(path: str) -> bool:
-    return path in BENTOML_ROUTES or path.startswith(_BENTOML_FOLDER)
+    return path in PROBES or path.startswith(STATIC_FILES)

@@ -11,11 +11,11 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bundle.machine import give_back_memory
-from bundle.manifest import Identity
-from bundle.repository import Repository
-from bundle.runtime import parse_providers
-from service.settings import Settings, SettingsError
+from vitrine.bundle.machine import give_back_memory
+from vitrine.bundle.manifest import Identity
+from vitrine.bundle.repository import Repository
+from vitrine.bundle.runtime import parse_providers
+from vitrine.service.settings import Settings, SettingsError
 
 _SHARED = "_VITRINE_SHARED"  # inherited by the workers; not a setting
 
@@ -64,5 +64,5 @@ def run(settings: Settings, address: str) -> None:
     os.environ["VITRINE_HOST"] = address
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy's pool: nothing here uses it
         os.environ.setdefault(variable, "1")
-    sys.argv = ["bentoml", "serve", "service.service:vitrine", "--host", address, "--port", str(settings.port)]
+    sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--host", address, "--port", str(settings.port)]
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)

@@ -8,17 +8,17 @@ import bentoml
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from service.access import AccessMiddleware, Keys
-from service.app import BUSIEST, begin_loading, create_app
-from service.errors import ErrorShapeMiddleware
-from service.front import Front
-from service.launch import shared_folder
-from service.logs import configure
-from service.observing import ObservationMiddleware
-from service.protocol_http import HEADER_LENGTH
-from service.serving import Serving
-from service.settings import read_settings
-from service.sizing import size
+from vitrine.service.access import AccessMiddleware, Keys
+from vitrine.service.app import BUSIEST, begin_loading, create_app
+from vitrine.service.errors import ErrorShapeMiddleware
+from vitrine.service.front import Front
+from vitrine.service.launch import shared_folder
+from vitrine.service.observability.logs import configure
+from vitrine.service.observability.middleware import ObservationMiddleware
+from vitrine.service.open_inference.http import HEADER_LENGTH
+from vitrine.service.runtime.serving import Serving
+from vitrine.service.runtime.sizing import size
+from vitrine.service.settings import read_settings
 
 _STARTED = "_VITRINE_STARTED"  # set by the first process, and inherited by the workers; not a setting
 _is_first = _STARTED not in os.environ
@@ -75,7 +75,7 @@ class _Service(bentoml.Service[Any]):  # type: ignore[misc]  # BentoML is not ty
 
 # BentoML's access log decodes a request's content type as UTF-8: any other would break the answer. Its metrics have a
 # label for every path that anybody asks for, without end. Its tracing makes a span for each part of each body, for
-# every request, even if none is ever sent. Ours are in `service.observing`.
+# every request, even if none is ever sent. Ours are in `service.observability.middleware`.
 vitrine = bentoml.service(
     name="vitrine",
     workers=_sizing.workers,

@@ -1,12 +1,13 @@
 """What an operator can set: environment variables (`VITRINE_...`), or a YAML file that `VITRINE_SETTINGS` names."""
 
+import hashlib
 import ipaddress
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
@@ -18,13 +19,17 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from bundle.errors import VitrineError, unknown
-from bundle.images import MAX_PIXELS
-from service.access import as_hash
-from service.logs import LogFormat
+from vitrine.bundle.errors import VitrineError, unknown
+from vitrine.bundle.images import MAX_PIXELS
 
 PREFIX = "VITRINE_"
 FILE_VARIABLE = "VITRINE_SETTINGS"
+
+LogFormat = Literal["auto", "json", "text"]
+
+MIN_KEY_LENGTH = 16  # characters
+KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_KEY = re.compile(r"[!-~]+")  # printable ASCII without spaces, which every header carries
 
 _Texts = Annotated[tuple[str, ...], NoDecode]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
@@ -34,6 +39,30 @@ _SERVICE_LINK = re.compile(
     r"VITRINE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.ASCII
 )
 _SERVICE_LINK_URL = re.compile(r"(tcp|udp|sctp)://\S+")  # of VITRINE_PORT and VITRINE_GRPC_PORT
+
+
+def hash_key(key: str) -> str:
+    """A key as it is kept."""
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def as_hash(text: str) -> str:
+    """The hash that a setting names, or that of the key that it holds.
+
+    Raises:
+        ValueError: it is neither; the text is not shown.
+    """
+    if text.lower().startswith("sha256:"):  # a slip of the pen in a hash must not become a key
+        if not KEY_HASH.fullmatch(text.lower()):
+            raise ValueError("expected sha256: and 64 hexadecimal digits, found something else after sha256:")
+        return text.lower()
+    if len(text) < MIN_KEY_LENGTH:
+        raise ValueError(
+            f"expected at least {MIN_KEY_LENGTH} characters, found {len(text)}; `vitrine key` makes a good one"
+        )
+    if not _KEY.fullmatch(text):
+        raise ValueError("expected ASCII letters, digits and signs without spaces, found others")
+    return hash_key(text)
 
 
 class SettingsError(VitrineError):

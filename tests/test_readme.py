@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bundle.loading import find_bundles, load_bundle, read_manifest
+from vitrine.bundle.loading import find_bundles, load_bundle, read_manifest
 
 Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
 
@@ -81,7 +81,7 @@ def test_shipped_bundles_verify(root: Path) -> None:
 
 
 def test_shipped_cards_are_written_from_the_manifests(root: Path) -> None:
-    from export.model_card import model_card
+    from vitrine.export.model_card import model_card
 
     for path in find_bundles(root / "bundles"):
         assert (path / "README.md").read_text() == model_card(read_manifest(path))

@@ -14,7 +14,7 @@ import pytest
 import tritonclient.grpc
 import tritonclient.http
 
-from service.openapi import openapi_document
+from vitrine.service.http.openapi import openapi_document
 
 Serving = Callable[..., AbstractContextManager[Any]]
 KEY = "a-key-of-the-tests-1"

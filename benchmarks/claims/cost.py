@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.build import build_model
-from models.training.recipe import load_recipe
+from vitrine.models.build import build_model
+from vitrine.models.training.registry import load_recipe
 
 IMAGE_SIZES = (32, 64, 96, 128, 192)
 NETWORKS: dict[str, tuple[str, dict[str, str]]] = {

@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.claims.trials import Trial
-from bundle.manifest import Task
-from bundle.predictors import Network, make_predictor
-from models.serving import served
-from models.training.checkpoint import METRICS_FILE, Checkpoint
-from models.training.data import DetectionData
-from models.training.errors import DivergedError
-from models.training.evaluation import DetectionPredictions, evaluate, measure, predict
-from models.training.layouts import load_split, load_training_splits
-from models.training.loop import train
-from models.training.mistakes import detection_mistakes, iou
-from models.training.network import TorchNetwork, checkpoint_predictor, default_device
-from models.training.recipe import load_recipe
+from vitrine.bundle.manifest import Task
+from vitrine.bundle.predictors import Network, make_predictor
+from vitrine.models.serving import served
+from vitrine.models.training.checkpoint import METRICS_FILE, Checkpoint
+from vitrine.models.training.data.dataset import DetectionData
+from vitrine.models.training.data.layouts import load_split, load_training_splits
+from vitrine.models.training.errors import DivergedError
+from vitrine.models.training.evaluation.metrics import DetectionPredictions, evaluate, measure, predict
+from vitrine.models.training.evaluation.mistakes import detection_mistakes, iou
+from vitrine.models.training.loop import train
+from vitrine.models.training.network import TorchNetwork, checkpoint_predictor, default_device
+from vitrine.models.training.registry import load_recipe
 
 NMS_IOU = 0.5
 Outcome = dict[str, Any]

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bundle.images import decode_for
-from bundle.loading import load_bundle, load_file
-from bundle.machine import available_cores
-from bundle.predictors import Predictor
+from vitrine.bundle.images import decode_for
+from vitrine.bundle.loading import load_bundle, load_file
+from vitrine.bundle.machine import available_cores
+from vitrine.bundle.predictors import Predictor
 
 
 def main(bundle: Path, image: Path, seconds: float) -> None:

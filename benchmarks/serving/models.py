@@ -57,10 +57,10 @@ def _random_vit(name: str, image_size: int, **settings: int) -> Path:
     path = BUNDLES / name / "1"
     if path.exists():
         return path
-    from export.export import export_run
-    from export.latency import Timing
-    from models.build import build_model
-    from models.training import checkpoint as checkpoints
+    from vitrine.export.export import export_run
+    from vitrine.export.latency import Timing
+    from vitrine.models.build import build_model
+    from vitrine.models.training import checkpoint as checkpoints
 
     full: dict[str, Any] = {"image_size": image_size, "embed_dim": 192, "num_heads": 3, **settings}
     labels = [f"class {i}" for i in range(1000 if image_size == 224 else 10)]
@@ -87,7 +87,7 @@ def _no_op() -> Path:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from bundle.manifest import METADATA_KEY
+    from vitrine.bundle.manifest import METADATA_KEY
 
     random = np.random.default_rng(0)
     weights = (random.normal(size=(3, 10)) / 300).astype(np.float32)

@@ -20,9 +20,9 @@ import numpy as np
 import psutil
 
 from benchmarks.serving.models import ROOT, WORK, Model
-from bundle.images import decode_for
-from bundle.loading import Bundle, load_bundle, load_file
-from bundle.manifest import DetectionPreprocessing
+from vitrine.bundle.images import decode_for
+from vitrine.bundle.loading import Bundle, load_bundle, load_file
+from vitrine.bundle.manifest import DetectionPreprocessing
 
 PORT = 3990
 _PEERS = Path(__file__).parent / "peers"

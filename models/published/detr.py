@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from models.build import VARIANTS
-from models.published.errors import ImportSettingError
-from models.published.files import Tensors
-from models.published.layout import Layout, Rule, Settings, count, rule, rules
+from vitrine.models.build import VARIANTS
+from vitrine.models.published.errors import ImportSettingError
+from vitrine.models.published.files import Tensors
+from vitrine.models.published.layout import Layout, Rule, Settings, count, rule, rules
 
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 PREPROCESSING = {"task": "object-detection", "shortest_edge": 800, "longest_edge": 1333, **_IMAGENET}

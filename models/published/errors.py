@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bundle.errors import VitrineError
+from vitrine.bundle.errors import VitrineError
 
 
 class WeightsError(VitrineError):

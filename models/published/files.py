@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from models.published.errors import UnreadableFileError
+from vitrine.models.published.errors import UnreadableFileError
 
 # Where training scripts put the network among optimizer, epoch and arguments (timm, DeiT, DETR, Lightning).
 _WRAPPERS = ("model", "state_dict", "model_state_dict")

@@ -6,7 +6,7 @@ Kernels of dense layers are [in, out], of convolutions [height, width, in, out];
 import torch
 from torch import Tensor
 
-from models.published.layout import Rule, rule
+from vitrine.models.published.layout import Rule, rule
 
 # Training checkpoints keep the network beside the optimizer's state.
 _BESIDE = (r"opt/.*", r"chrono/.*", r"accum_train_time", r"epoch", r"step")

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bundle.errors import unknown
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Preprocessing, Task
-from models.build import ARCHITECTURES, VARIANTS, build_model, setting_names
-from models.position import interpolate_positions
-from models.published import detr
-from models.published.errors import ImportSettingError, WeightsError, validated
-from models.published.files import Tensors, is_file, open_weights, sha256
-from models.published.labels import choose_labels
-from models.published.layout import Layout, Settings, convert
-from models.published.preprocessing import find_preprocessing, input_size, read_published
-from models.published.recognition import recognise
-from models.training import checkpoint as checkpoints
-from models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, Origin
-from models.vit import patch_grid
+from vitrine.bundle.errors import unknown
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Preprocessing, Task
+from vitrine.models.build import ARCHITECTURES, VARIANTS, build_model, setting_names
+from vitrine.models.position import interpolate_positions
+from vitrine.models.published import detr
+from vitrine.models.published.errors import ImportSettingError, WeightsError, validated
+from vitrine.models.published.files import Tensors, is_file, open_weights, sha256
+from vitrine.models.published.labels import choose_labels
+from vitrine.models.published.layout import Layout, Settings, convert
+from vitrine.models.published.preprocessing import find_preprocessing, input_size, read_published
+from vitrine.models.published.recognition import recognise
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, Origin
+from vitrine.models.vit import patch_grid
 
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 

@@ -3,16 +3,14 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from models.published.errors import ImportSettingError, validated
+from vitrine.models.labels.named import NAMED, NOT_A_CLASS, coco_by_category_id, named_labels
+from vitrine.models.published.errors import ImportSettingError, validated
 
-NAMED = {"imagenet-1k": "ImageNet-1k", "coco": "COCO"}  # label files that come with Vitrine
-NOT_A_CLASS = "N/A"  # how DETR's lists name a class id that stands for nothing
 COCO_CLASSES = (91, 250)  # of a DETR's head, without "no object": COCO's category ids, and the panoptic network's
 
 ClassId = Annotated[int, Field(ge=0, lt=100_000)]
@@ -25,21 +23,6 @@ class Classes:
     labels: list[str]
     named: list[int]  # the class id in the file of each label
     unused: list[int]  # class ids in the file that stand for no label
-
-
-def named_labels(name: str) -> list[tuple[str, str]]:
-    """Ids and labels of a data set in `NAMED`, in the order of its classes."""
-    text = resources.files("models.published").joinpath("labels", f"{name}.tsv").read_text()
-    rows = [line.split("\t") for line in text.splitlines() if not line.startswith("#")]
-    return [(id_, label) for id_, label in rows]
-
-
-def coco_by_category_id(classes: int) -> list[str]:
-    """COCO's labels at the places of their category ids, `NOT_A_CLASS` at all other places."""
-    labels = [NOT_A_CLASS] * classes
-    for id_, label in named_labels("coco"):
-        labels[int(id_)] = label
-    return labels
 
 
 def read_labels(source: str) -> list[str]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.published.errors import MismatchError, WeightsError
-from models.published.files import LazyTensor, Tensors
+from vitrine.models.published.errors import MismatchError, WeightsError
+from vitrine.models.published.files import LazyTensor, Tensors
 
 Settings = dict[str, Any]
 

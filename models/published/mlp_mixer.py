@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from models.published import flax
-from models.published.files import Tensors
-from models.published.layout import Layout, Settings, count, rules
+from vitrine.models.published import flax
+from vitrine.models.published.files import Tensors
+from vitrine.models.published.layout import Layout, Settings, count, rules
 
 _HALF = (0.5, 0.5, 0.5)
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bundle.manifest import Interpolation
-from models.published.errors import ImportSettingError, validated
-from models.published.files import read_json
-from models.published.layout import Layout, Settings
+from vitrine.bundle.manifest import Interpolation
+from vitrine.models.published.errors import ImportSettingError, validated
+from vitrine.models.published.files import read_json
+from vitrine.models.published.layout import Layout, Settings
 
 _RESAMPLE = {2: Interpolation.BILINEAR, 3: Interpolation.BICUBIC}  # Pillow's numbers, which Hugging Face writes
 _FULL_CROP_ABOVE = 224  # pixels: published networks of higher resolution see the whole picture

@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from models.published import detr, mlp_mixer, resnetv2, vit
-from models.published.errors import OtherNetworkError, UnknownLayoutError
-from models.published.files import Tensors
-from models.published.layout import Layout
+from vitrine.models.published import detr, mlp_mixer, resnetv2, vit
+from vitrine.models.published.errors import OtherNetworkError, UnknownLayoutError
+from vitrine.models.published.files import Tensors
+from vitrine.models.published.layout import Layout
 
 LAYOUTS = (*vit.LAYOUTS, *mlp_mixer.LAYOUTS, *resnetv2.LAYOUTS, *detr.LAYOUTS)
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from models.published import flax
-from models.published.errors import ImportSettingError
-from models.published.files import Tensors
-from models.published.layout import Layout, Rule, Settings, count, rule, rules
+from vitrine.models.published import flax
+from vitrine.models.published.errors import ImportSettingError
+from vitrine.models.published.files import Tensors
+from vitrine.models.published.layout import Layout, Rule, Settings, count, rule, rules
 
 _HALF = (0.5, 0.5, 0.5)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.position import sincos_2d
-from models.published import flax
-from models.published.errors import ImportSettingError
-from models.published.files import LazyTensor, Tensors
-from models.published.layout import Layout, Settings, count, rule, rules
+from vitrine.models.position import sincos_2d
+from vitrine.models.published import flax
+from vitrine.models.published.errors import ImportSettingError
+from vitrine.models.published.files import LazyTensor, Tensors
+from vitrine.models.published.layout import Layout, Settings, count, rule, rules
 
 _HALF = (0.5, 0.5, 0.5)
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

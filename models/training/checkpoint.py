@@ -18,10 +18,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from bundle.manifest import Preprocessing, Task
-from models.build import build_model
-from models.training.errors import CheckpointError
-from models.training.recipe import Recipe, read_recipe
+from vitrine.bundle.manifest import Preprocessing, Task
+from vitrine.models.build import build_model
+from vitrine.models.training.errors import CheckpointError
+from vitrine.models.training.recipe import Recipe, read_recipe
 
 CHECKPOINT_FILE = "checkpoint.pt"
 PREVIOUS_FILE = "checkpoint.previous.pt"

@@ -1,6 +1,6 @@
 """Errors of training: data that cannot be used, recipes with unknown keys, runs that are none."""
 
-from bundle.errors import VitrineError
+from vitrine.bundle.errors import VitrineError
 
 
 class TrainingError(VitrineError):

@@ -22,23 +22,29 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from models.build import build_model
-from models.training import checkpoint as checkpoints
-from models.training.augment import NOISE
-from models.training.calibration import fit_temperature, with_temperature
-from models.training.canvases import Canvases
-from models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, PREVIOUS_FILE, Checkpoint, Progress
-from models.training.data import ClassificationData, DetectionData
-from models.training.distributed import Processes, job_id, joined_processes
-from models.training.errors import DataError, DivergedError, RecipeError, TrainingError
-from models.training.evaluation import ClassificationPredictions, Predictions, measure, merge, predict
-from models.training.interruption import Interrupted, Interruption, listening
-from models.training.layouts import load_training_splits
-from models.training.network import torch_predictor
-from models.training.objectives import Batch, make_objective
-from models.training.optimisation import averaged, learning_rate, make_optimizer, set_learning_rate, training_mode
-from models.training.recipe import DetectionRecipe, Recipe
-from models.training.start import take_over
+from vitrine.models.build import build_model
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.augmentation.augment import NOISE
+from vitrine.models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, PREVIOUS_FILE, Checkpoint, Progress
+from vitrine.models.training.data.dataset import ClassificationData, DetectionData
+from vitrine.models.training.data.layouts import load_training_splits
+from vitrine.models.training.data.loading import Canvases
+from vitrine.models.training.distributed import Processes, job_id, joined_processes
+from vitrine.models.training.errors import DataError, DivergedError, RecipeError, TrainingError
+from vitrine.models.training.evaluation.calibration import fit_temperature, with_temperature
+from vitrine.models.training.evaluation.metrics import ClassificationPredictions, Predictions, measure, merge, predict
+from vitrine.models.training.interruption import Interrupted, Interruption, listening
+from vitrine.models.training.network import torch_predictor
+from vitrine.models.training.objectives.objectives import Batch, make_objective
+from vitrine.models.training.optimisation import (
+    averaged,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+    training_mode,
+)
+from vitrine.models.training.recipe import DetectionRecipe, Recipe
+from vitrine.models.training.warm_start import take_over
 
 DIVERGED_FILE = "diverged.txt"  # the images of the step that diverged
 _EXPLODED = 1e6  # no weight and no loss of a network that still learns comes near it
@@ -62,7 +68,7 @@ def train(
 
     Args:
         recipe: what to do.
-        data_path: a data set (`models.training.layouts`).
+        data_path: a data set (`models.training.data.layouts`).
         run: folder to write.
         resume: go on from the last checkpoint, exactly as if the run had not been interrupted.
         start: a run whose weights the network takes over.

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from bundle.manifest import Preprocessing, Task
-from bundle.predictors import Predictor, make_predictor
-from models.serving import ServedClassifier, ServedDetector, served
-from models.training import checkpoint as checkpoints
-from models.training.checkpoint import Checkpoint
+from vitrine.bundle.manifest import Preprocessing, Task
+from vitrine.bundle.predictors import Predictor, make_predictor
+from vitrine.models.serving import ServedClassifier, ServedDetector, served
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import Checkpoint
 
 
 class TorchNetwork:

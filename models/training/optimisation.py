@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models.training.recipe import Recipe
+from vitrine.models.training.recipe import Recipe
 
 # Learned vectors that stand for a place, a token or a query: pulling them to zero would make them alike.
 _EMBEDDINGS = ("cls_token", "pos_embed", "query_embed", "query_boxes.boxes", "label_embed")

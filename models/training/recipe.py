@@ -1,21 +1,12 @@
 """A recipe: all that decides what a training run does, except the data and the weights that it starts from."""
 
-import importlib
-import json
-import pkgutil
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from bundle.errors import unknown
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Task
-from models.training import recipes
-from models.training.augment import ClassificationAugmentation, DetectionAugmentation
-from models.training.errors import RecipeError
-
-if TYPE_CHECKING:
-    from models.training.checkpoint import Checkpoint
+from vitrine.bundle.errors import unknown
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Task
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation, DetectionAugmentation
 
 Positive = Annotated[int, Field(ge=1)]
 Setting = int | float | str | bool | tuple[int, ...] | None
@@ -55,7 +46,7 @@ class _Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _settings_exist(self) -> "_Recipe":
-        from models.build import ARCHITECTURES, setting_names  # imports torch
+        from vitrine.models.build import ARCHITECTURES, setting_names  # imports torch
 
         assert isinstance(self, ClassificationRecipe | DetectionRecipe)
         names = [name for name in ARCHITECTURES if (name == "detr") == (self.task is Task.DETECTION)]
@@ -125,72 +116,6 @@ def read_recipe(document: dict[str, Any]) -> Recipe:
     preprocessing = document.get("preprocessing")
     detection = isinstance(preprocessing, dict) and preprocessing.get("task") == Task.DETECTION
     return (DetectionRecipe if detection else ClassificationRecipe).model_validate(document)
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with Vitrine."""
-    return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
-
-
-def load_recipe(name: str, overrides: Iterable[str] = (), start: "Checkpoint | None" = None) -> Recipe:
-    """A recipe by name, with `key=value` overrides; nested keys are dotted (`model.depth=4`), values are JSON or text.
-
-    Args:
-        name: a module of `models/training/recipes/`: its `RECIPE`, or its `recipe(start)` for a run's network.
-        overrides: `key=value`.
-        start: the run to start from.
-
-    Raises:
-        RecipeError: the recipe, a key or a value is unknown, or the recipe needs a run to start from.
-    """
-    if name not in recipe_names():
-        raise RecipeError(unknown(name, recipe_names()))
-    module = importlib.import_module(f"{recipes.__name__}.{name}")
-    base: Recipe
-    if hasattr(module, "RECIPE"):
-        base = module.RECIPE
-    elif start is not None:
-        base = module.recipe(start)
-    else:
-        raise RecipeError(f"{name}: expected --from RUN, a run whose network it goes on with, found none")
-    document = base.model_dump(mode="json")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise RecipeError(f"{override!r}: expected key=value")
-        _set(document, key, text, base)
-    size = document["model"].get("image_size")
-    if isinstance(size, int) and not any(text.startswith("preprocessing.input_size=") for text in overrides):
-        document["preprocessing"]["input_size"] = [size, size]
-    try:
-        return read_recipe(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:  # from a validator of the whole recipe, whose sentence is complete
-            raise RecipeError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
-        place = ".".join(map(str, first["loc"]))
-        raise RecipeError(f"{name}: {place}: {first['msg']}, found {first['input']!r}") from error
-
-
-def _set(document: dict[str, Any], key: str, text: str, recipe: Recipe) -> None:
-    from models.build import setting_names
-
-    section, _, leaf = key.rpartition(".")
-    sections = ("model", "preprocessing", "augmentation")
-    names = {
-        "": [name for name in type(recipe).model_fields if name not in ("name", "architecture", *sections)],
-        "model": setting_names(recipe.architecture),
-        "preprocessing": [name for name in type(recipe.preprocessing).model_fields if name != "task"],
-        "augmentation": list(type(recipe.augmentation).model_fields),
-    }
-    if leaf not in names.get(section, []):
-        known = [f"{part}.{name}".lstrip(".") for part, fields in names.items() for name in fields]
-        raise RecipeError(unknown(key, known))
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = text
-    (document[section] if section else document)[leaf] = value
 
 
 def _flat(document: dict[str, Any]) -> dict[str, Any]:

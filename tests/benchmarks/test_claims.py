@@ -11,12 +11,12 @@ from benchmarks.claims.cost import cost
 from benchmarks.claims.measure import NMS_IOU, run, shuffle_patches, without_overlaps
 from benchmarks.claims.report import CLAIMS, DOCS, interval, read_results
 from benchmarks.claims.trials import Trial, trials
-from bundle.manifest import Task
-from models.training.data import DetectionData
-from models.training.evaluation import DetectionPredictions
-from models.training.layouts import load_split
-from models.training.mistakes import iou
-from models.training.recipe import load_recipe
+from vitrine.bundle.manifest import Task
+from vitrine.models.training.data.dataset import DetectionData
+from vitrine.models.training.data.layouts import load_split
+from vitrine.models.training.evaluation.metrics import DetectionPredictions
+from vitrine.models.training.evaluation.mistakes import iou
+from vitrine.models.training.registry import load_recipe
 
 
 def test_every_trial_has_a_name_of_its_own_and_a_recipe() -> None:

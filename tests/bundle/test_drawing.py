@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle.drawing import (
+from vitrine.bundle.drawing import (
     LARGEST_EDGE,
     MAX_CAPTION_ROWS,
     READABLE_EDGE,
@@ -18,8 +18,8 @@ from bundle.drawing import (
     enlargement,
     text_colour,
 )
-from bundle.images import decode
-from bundle.predictors import Box, Detection, Prediction
+from vitrine.bundle.images import decode
+from vitrine.bundle.predictors import Box, Detection, Prediction
 
 GREY = (127, 127, 127)
 STRANGE_LABELS = [

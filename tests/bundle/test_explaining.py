@@ -8,12 +8,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle.errors import ParameterError
-from bundle.explaining import ClassificationExplainer, DetectionExplainer, make_explainer, overlay, picture
-from bundle.loading import load_bundle, load_explain_network, read_manifest
-from bundle.manifest import ClassificationPreprocessing, Explanation, TensorSpec
-from bundle.predictors import Classifier
-from models.training.layouts import load_split
+from vitrine.bundle.errors import ParameterError
+from vitrine.bundle.explaining import ClassificationExplainer, DetectionExplainer, make_explainer, overlay, picture
+from vitrine.bundle.loading import load_bundle, load_explain_network, read_manifest
+from vitrine.bundle.manifest import ClassificationPreprocessing, Explanation, TensorSpec
+from vitrine.bundle.predictors import Classifier
+from vitrine.models.training.data.layouts import load_split
 
 PREPROCESSING = ClassificationPreprocessing(input_size=(16, 24), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

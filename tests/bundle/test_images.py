@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from bundle.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
-from bundle.images import (
+from vitrine.bundle.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+from vitrine.bundle.images import (
     SUPPORTED_FORMATS,
     decode,
     decode_for,
@@ -19,7 +19,7 @@ from bundle.images import (
     to_classification_pixels,
     to_detection_pixels,
 )
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Preprocessing
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Preprocessing
 
 CHANNELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 ORIENTATION = 0x0112

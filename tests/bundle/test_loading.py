@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
-from bundle.errors import BundleError
-from bundle.loading import find_bundles, hash_file, load_bundle, load_explain_network, load_file, read_manifest
-from bundle.manifest import Precision
+from vitrine.bundle.errors import BundleError
+from vitrine.bundle.loading import find_bundles, hash_file, load_bundle, load_explain_network, load_file, read_manifest
+from vitrine.bundle.manifest import Precision
 
 
 @pytest.fixture(params=["colours", "squares"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bundle.machine import (
+from vitrine.bundle.machine import (
     Machine,
     available_cores,
     available_memory,

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bundle.manifest import MAIN_METRIC, ClassificationPreprocessing, DetectionPreprocessing, Manifest, Task
+from vitrine.bundle.manifest import MAIN_METRIC, ClassificationPreprocessing, DetectionPreprocessing, Manifest, Task
 
 CHANNELS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 CLASSIFICATION = {"task": "image-classification", "input_size": [32, 32], **CHANNELS}

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bundle.loading import load_bundle
-from bundle.pace import Pace, measure_pace
-from bundle.predictors import make_predictor
-from bundle.repository import Repository
-from bundle.runtime import OnnxNetwork
+from vitrine.bundle.loading import load_bundle
+from vitrine.bundle.pace import Pace, measure_pace
+from vitrine.bundle.predictors import make_predictor
+from vitrine.bundle.repository import Repository
+from vitrine.bundle.runtime import OnnxNetwork
 
 
 def quickest(pace: Pace, *, wide: float, narrow: float, turns: int = 200) -> list[bool]:

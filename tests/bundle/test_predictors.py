@@ -9,10 +9,10 @@ import pytest
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from PIL import Image
 
-from bundle.errors import ParameterError
-from bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
-from bundle.predictors import Classifier, Detector, make_predictor
-from bundle.runtime import OnnxNetwork
+from vitrine.bundle.errors import ParameterError
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
+from vitrine.bundle.predictors import Classifier, Detector, make_predictor
+from vitrine.bundle.runtime import OnnxNetwork
 
 CHANNELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 CLASSIFICATION = ClassificationPreprocessing(input_size=(8, 8), **CHANNELS)

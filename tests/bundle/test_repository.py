@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bundle.errors import BundleError, ParameterError, UnknownModelError
-from bundle.manifest import Precision, Task
-from bundle.repository import Repository
+from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError
+from vitrine.bundle.manifest import Precision, Task
+from vitrine.bundle.repository import Repository
 
 
 @pytest.fixture

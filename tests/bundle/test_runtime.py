@@ -12,9 +12,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from bundle.errors import BundleError, ProviderError
-from bundle.manifest import TensorSpec
-from bundle.runtime import CPU, OnnxNetwork, parse_providers
+from vitrine.bundle.errors import BundleError, ProviderError
+from vitrine.bundle.manifest import TensorSpec
+from vitrine.bundle.runtime import CPU, OnnxNetwork, parse_providers
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def spy(name, *args, **kwargs):
         seen.append(os.environ.get("ORT_DISABLE_TELEMETRY"))
     return original(name, *args, **kwargs)
 builtins.__import__ = spy
-import bundle.runtime
+import vitrine.bundle.runtime
 print(seen)
 """
     environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "0"}

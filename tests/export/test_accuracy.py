@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from export.accuracy import agreement, measure_accuracy, resampling
-from models.training.data import ClassificationData, DetectionData
-from models.training.evaluation import ClassificationPredictions, DetectionPredictions, measure
+from vitrine.export.accuracy import agreement, measure_accuracy, resampling
+from vitrine.models.training.data.dataset import ClassificationData, DetectionData
+from vitrine.models.training.evaluation.metrics import ClassificationPredictions, DetectionPredictions, measure
 
 LABELS = ("blue", "green", "red")
 IMAGES = 60

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bundle.images import decode
-from bundle.loading import find_bundles, load_bundle
-from bundle.predictors import Classifier
-from bundle.tolerances import CONFIDENT_SCORE
+from vitrine.bundle.images import decode
+from vitrine.bundle.loading import find_bundles, load_bundle
+from vitrine.bundle.predictors import Classifier
+from vitrine.bundle.tolerances import CONFIDENT_SCORE
 
 Arrays = dict[str, NDArray[Any]]
 INPUTS = ("pixels", "sizes")

@@ -13,15 +13,15 @@ import torch
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from torch import nn
 
-from bundle.errors import BundleError
-from bundle.runtime import OnnxNetwork
-from export.explain import export_explain_graph
-from export.graph import export_graph
-from models.build import build_model
-from models.explaining import explained
-from models.serving import ServedClassifier, ServedDetector, served
-from models.training import checkpoint as checkpoints
-from models.training.network import TorchNetwork
+from vitrine.bundle.errors import BundleError
+from vitrine.bundle.runtime import OnnxNetwork
+from vitrine.export.explain import export_explain_graph
+from vitrine.export.graph import export_graph
+from vitrine.models.build import build_model
+from vitrine.models.explaining import explained
+from vitrine.models.serving import ServedClassifier, ServedDetector, served
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.network import TorchNetwork
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SIZE = (32, 32)

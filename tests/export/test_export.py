@@ -15,21 +15,21 @@ import numpy as np
 import onnx
 import pytest
 
-from bundle.errors import BundleError
-from bundle.images import decode
-from bundle.loading import find_bundles, load_bundle, read_golden, read_manifest
-from bundle.manifest import Precision, Variant
-from bundle.predictors import Classifier
-from export.errors import AccuracyError, ExportError
-from export.export import export_run
-from export.parity import make_inputs
-from models.training import checkpoint as checkpoints
-from models.training.calibration import with_temperature
-from models.training.checkpoint import Origin
-from models.training.evaluation import ClassificationPredictions, evaluate, measure, predict
-from models.training.layouts import load_split
-from models.training.network import load_run_predictor
-from models.training.recipe import load_recipe
+from vitrine.bundle.errors import BundleError
+from vitrine.bundle.images import decode
+from vitrine.bundle.loading import find_bundles, load_bundle, read_golden, read_manifest
+from vitrine.bundle.manifest import Precision, Variant
+from vitrine.bundle.predictors import Classifier
+from vitrine.export.errors import AccuracyError, ExportError
+from vitrine.export.export import export_run
+from vitrine.export.parity import make_inputs
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import Origin
+from vitrine.models.training.data.layouts import load_split
+from vitrine.models.training.evaluation.calibration import with_temperature
+from vitrine.models.training.evaluation.metrics import ClassificationPredictions, evaluate, measure, predict
+from vitrine.models.training.network import load_run_predictor
+from vitrine.models.training.registry import load_recipe
 
 Run = Callable[..., str]
 ORIGIN = Origin("published.safetensors", "0" * 64, "timm", [], [])

@@ -10,14 +10,14 @@ import onnx
 import pytest
 import torch
 
-from bundle.images import pad_and_stack
-from bundle.loading import read_manifest
-from bundle.runtime import OnnxNetwork
-from export.graph import export_graph, fuse_transformer, write_metadata
-from models.build import build_model
-from models.serving import ServedClassifier, ServedDetector, served
-from models.training import checkpoint as checkpoints
-from models.training.network import TorchNetwork
+from vitrine.bundle.images import pad_and_stack
+from vitrine.bundle.loading import read_manifest
+from vitrine.bundle.runtime import OnnxNetwork
+from vitrine.export.graph import export_graph, fuse_transformer, write_metadata
+from vitrine.models.build import build_model
+from vitrine.models.serving import ServedClassifier, ServedDetector, served
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.network import TorchNetwork
 
 TINY_DETR = {
     "embed_dim": 16,
@@ -103,7 +103,7 @@ def test_every_architecture_answers_in_onnx_as_in_torch(name: str, exported: Cal
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     values = {output for node in onnx.load(file).graph.node for output in node.output}
-    blocks = [part for part, child in module.named_modules() if type(child).__module__ == "models.transformer"]
+    blocks = [part for part, child in module.named_modules() if type(child).__module__ == "vitrine.models.transformer"]
     last = [part for part in blocks if part.endswith("mlp") or part.count(".") == 2]
     assert len(values.intersection(last)) >= len(last) - 2  # what a block answers bears its name
 

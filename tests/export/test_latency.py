@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from bundle.machine import available_cores
-from bundle.runtime import CPU
-from export.latency import in_turns, measure_latency
-from models.serving import served
-from models.training import checkpoint as checkpoints
+from vitrine.bundle.machine import available_cores
+from vitrine.bundle.runtime import CPU
+from vitrine.export.latency import in_turns, measure_latency
+from vitrine.models.serving import served
+from vitrine.models.training import checkpoint as checkpoints
 
 
 def test_calls_take_turns() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bundle.images import decode
-from bundle.loading import load_bundle, read_manifest
-from bundle.manifest import (
+from vitrine.bundle.images import decode
+from vitrine.bundle.loading import load_bundle, read_manifest
+from vitrine.bundle.manifest import (
     Calibration,
     ClassificationPreprocessing,
     Explanation,
@@ -23,8 +23,8 @@ from bundle.manifest import (
     Start,
     Variant,
 )
-from bundle.predictors import Classifier
-from export.model_card import model_card
+from vitrine.bundle.predictors import Classifier
+from vitrine.export.model_card import model_card
 
 SHA = "a" * 64
 IMPORTED = Import(

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from bundle.manifest import DetectionPreprocessing, Preprocessing
-from bundle.tolerances import PARITY
-from export.errors import ParityError
-from export.parity import check_parity, generated_images, make_inputs
-from models.serving import ServedClassifier, ServedDetector, served
-from models.training import checkpoint as checkpoints
-from models.training.layouts import load_split
+from vitrine.bundle.manifest import DetectionPreprocessing, Preprocessing
+from vitrine.bundle.tolerances import PARITY
+from vitrine.export.errors import ParityError
+from vitrine.export.parity import check_parity, generated_images, make_inputs
+from vitrine.models.serving import ServedClassifier, ServedDetector, served
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.data.layouts import load_split
 
 Case = tuple[ServedClassifier | ServedDetector, Path, list[Image.Image], Preprocessing]
 

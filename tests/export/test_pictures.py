@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from bundle.loading import load_bundle, read_manifest
-from bundle.manifest import ReliabilityBin
-from export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
-from models.training.layouts import load_split
+from vitrine.bundle.loading import load_bundle, read_manifest
+from vitrine.bundle.manifest import ReliabilityBin
+from vitrine.export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
+from vitrine.models.training.data.layouts import load_split
 
 
 @pytest.mark.parametrize("name", ["colours", "squares"])

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from export.provenance import describe, provenance
-from models.training import checkpoint as checkpoints
-from models.training.checkpoint import Origin
+from vitrine.export.provenance import describe, provenance
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import Origin
 
 ORIGIN = Origin("vit.safetensors", "0" * 64, "timm", ["--labels", "imagenet-1k"], [])
 

@@ -9,14 +9,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from bundle.loading import read_manifest
-from bundle.manifest import Precision
-from bundle.tolerances import GOLDEN
-from export import variants
-from export.errors import ExportError
-from export.parity import Inputs, make_inputs
-from export.variants import MOST_DAMAGE, compute_half, damage, make_variant, store_half
-from models.training.layouts import load_split
+from vitrine.bundle.loading import read_manifest
+from vitrine.bundle.manifest import Precision
+from vitrine.bundle.tolerances import GOLDEN
+from vitrine.export import variants
+from vitrine.export.errors import ExportError
+from vitrine.export.parity import Inputs, make_inputs
+from vitrine.export.variants import MOST_DAMAGE, compute_half, damage, make_variant, store_half
+from vitrine.models.training.data.layouts import load_split
 
 INT8 = Precision.INT8_DYNAMIC, Precision.INT8_STATIC
 SMALLER = tuple(precision for precision in Precision if precision is not Precision.FP32)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.attention import (
+from vitrine.models.attention import (
     MultiHeadAttention,
     SelfAttention,
     attention_rollout,

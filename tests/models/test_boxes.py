@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.boxes import cxcywh_to_xyxy, generalised_iou, xyxy_to_cxcywh
+from vitrine.models.boxes import cxcywh_to_xyxy, generalised_iou, xyxy_to_cxcywh
 
 GRID = 12
 Corners = tuple[int, int, int, int]

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from models import detr, mlp_mixer, resnet_classifier, resnetv2, vit
-from models.build import ARCHITECTURES, VARIANTS, build_model, setting_names
+from vitrine.models import detr, mlp_mixer, resnet_classifier, resnetv2, vit
+from vitrine.models.build import ARCHITECTURES, VARIANTS, build_model, setting_names
 
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},

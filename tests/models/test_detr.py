@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.detr import VARIANTS, Denoising, Detr, DetrConfig, DetrOutput
-from models.position import grid_points, sine_2d, valid_cells
+from vitrine.models.detr import VARIANTS, Denoising, Detr, DetrConfig, DetrOutput
+from vitrine.models.position import grid_points, sine_2d, valid_cells
 
 TINY: dict[str, Any] = {
     "num_classes": 3,

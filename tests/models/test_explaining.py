@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.build import build_model
-from models.explaining import explained
-from models.serving import ServedClassifier, served
+from vitrine.models.build import build_model
+from vitrine.models.explaining import explained
+from vitrine.models.serving import ServedClassifier, served
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIT = {"image_size": (16, 24), "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}

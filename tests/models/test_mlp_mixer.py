@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.mlp_mixer import VARIANTS, MixerBlock, MlpMixer, MlpMixerConfig
+from vitrine.models.mlp_mixer import VARIANTS, MixerBlock, MlpMixer, MlpMixerConfig
 
 TINY = MlpMixerConfig(
     num_classes=5, image_size=16, patch_size=4, embed_dim=8, depth=2, tokens_mlp_dim=12, channels_mlp_dim=20

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from models.position import (
+from vitrine.models.position import (
     LearnedPositions,
     PositionEncoding,
     grid_points,

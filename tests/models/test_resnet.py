@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.resnet import VARIANTS, BasicBlock, Bottleneck, FrozenBatchNorm, ResNet, ResNetConfig, thaw_frozen_norm
+from vitrine.models.resnet import (
+    VARIANTS,
+    BasicBlock,
+    Bottleneck,
+    FrozenBatchNorm,
+    ResNet,
+    ResNetConfig,
+    thaw_frozen_norm,
+)
 
 # As torchvision counts them, without the classifier of 1000 classes.
 PARAMETERS = {

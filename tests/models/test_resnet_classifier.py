@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.detr import Detr, DetrConfig
-from models.resnet_classifier import VARIANTS, ResNetClassifier, ResNetClassifierConfig
+from vitrine.models.detr import Detr, DetrConfig
+from vitrine.models.resnet_classifier import VARIANTS, ResNetClassifier, ResNetClassifierConfig
 
 # As torchvision counts them, with 1000 classes.
 PARAMETERS = {

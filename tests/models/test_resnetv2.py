@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.resnetv2 import (
+from vitrine.models.resnetv2 import (
     VARIANTS,
     PreActBottleneck,
     ResNetV2,

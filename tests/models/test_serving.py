@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from models.build import build_model
-from models.detr import Detr, DetrConfig
-from models.serving import Normalise, ServedClassifier, ServedDetector, served
-from models.vit import ViT, ViTConfig
+from vitrine.models.build import build_model
+from vitrine.models.detr import Detr, DetrConfig
+from vitrine.models.serving import Normalise, ServedClassifier, ServedDetector, served
+from vitrine.models.vit import ViT, ViTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from models.attention import MultiHeadAttention
-from models.transformer import Block, DetrDecoderBlock, DetrEncoderBlock, DropPath, Mlp, SpatialPrior
+from vitrine.models.attention import MultiHeadAttention
+from vitrine.models.transformer import Block, DetrDecoderBlock, DetrEncoderBlock, DropPath, Mlp, SpatialPrior
 
 
 @pytest.fixture(autouse=True)

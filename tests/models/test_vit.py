@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.vit import VARIANTS, ConvStem, PatchEmbed, ViT, ViTConfig, patch_grid
+from vitrine.models.vit import VARIANTS, ConvStem, PatchEmbed, ViT, ViTConfig, patch_grid
 
 TINY: dict[str, Any] = {
     "num_classes": 5,

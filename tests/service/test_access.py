@@ -24,8 +24,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
-from service.access import Keys, KeysError, hash_key, read_keys
-from service.errors import UnauthorizedError
+from vitrine.service.access import Keys, KeysError, read_keys
+from vitrine.service.errors import UnauthorizedError
+from vitrine.service.settings import hash_key
 
 Serving = Callable[..., AbstractContextManager[Any]]
 

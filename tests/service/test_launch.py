@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.launch import shared_folder
-from service.settings import SettingsError
+from vitrine.service.launch import shared_folder
+from vitrine.service.settings import SettingsError
 
 
 def test_a_server_that_can_write_nowhere_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

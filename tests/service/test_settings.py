@@ -13,8 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from service.access import hash_key
-from service.settings import FILE_VARIABLE, PREFIX, Settings, SettingsError, read_settings, shown
+from vitrine.service.settings import FILE_VARIABLE, PREFIX, Settings, SettingsError, hash_key, read_settings, shown
 
 Run = Callable[..., str]
 Serving = Callable[..., AbstractContextManager[Any]]

@@ -7,9 +7,9 @@ Time: 61 minutes on one core of an AMD EPYC with bfloat16 instructions.
 Result: 87.5 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships).
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.recipe import ClassificationRecipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.recipe import ClassificationRecipe
 
 RECIPE = ClassificationRecipe(
     name="bit_cifar10",

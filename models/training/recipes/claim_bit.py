@@ -5,7 +5,7 @@
 Result: docs/claims.md.
 """
 
-from models.training.recipes.claim_vit import RECIPE as VIT
+from vitrine.models.training.recipes.claim_vit import RECIPE as VIT
 
 RECIPE = VIT.model_copy(
     update={

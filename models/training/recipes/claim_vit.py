@@ -5,9 +5,9 @@
 The other two are `claim_mixer` and `claim_bit`; `python -m benchmarks.claims` runs them all.
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.recipe import ClassificationRecipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.recipe import ClassificationRecipe
 
 RECIPE = ClassificationRecipe(
     name="claim_vit",

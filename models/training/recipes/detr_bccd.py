@@ -8,9 +8,9 @@ Result: 50.7 % AP, 83.1 % AP50 on `test` (72 images, measured on the bundle that
 augmentation was rewritten). With `epochs=20`: 30.4 % AP, 62.8 % AP50 on `val`; docs/training.md compares the options.
 """
 
-from bundle.manifest import DetectionPreprocessing
-from models.training.augment import DetectionAugmentation
-from models.training.recipe import DetectionRecipe
+from vitrine.bundle.manifest import DetectionPreprocessing
+from vitrine.models.training.augmentation.augment import DetectionAugmentation
+from vitrine.models.training.recipe import DetectionRecipe
 
 RECIPE = DetectionRecipe(
     name="detr_bccd",

@@ -10,9 +10,9 @@ Time: 26 minutes on one core of an AMD EPYC with bfloat16 instructions: the begi
 Result: 4.3 % AP, 11.0 % AP50 on `val` (measured on the bundle that ships).
 """
 
-from bundle.manifest import DetectionPreprocessing
-from models.training.augment import DetectionAugmentation
-from models.training.recipe import DetectionRecipe
+from vitrine.bundle.manifest import DetectionPreprocessing
+from vitrine.models.training.augmentation.augment import DetectionAugmentation
+from vitrine.models.training.recipe import DetectionRecipe
 
 RECIPE = DetectionRecipe(
     name="detr_voc",

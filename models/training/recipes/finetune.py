@@ -7,10 +7,10 @@
 Data: of the run's task. A head for other labels starts anew; a ViT's positions are interpolated.
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.checkpoint import Checkpoint
-from models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
 
 
 def recipe(start: Checkpoint) -> Recipe:

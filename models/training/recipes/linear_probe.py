@@ -6,11 +6,11 @@
 Data: labelled images. The network in front of the head, its batch norms among it, stays as it is.
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.checkpoint import Checkpoint
-from models.training.errors import RecipeError
-from models.training.recipe import ClassificationRecipe, Recipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.errors import RecipeError
+from vitrine.models.training.recipe import ClassificationRecipe, Recipe
 
 
 def recipe(start: Checkpoint) -> Recipe:

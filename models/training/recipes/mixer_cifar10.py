@@ -7,9 +7,9 @@ Time: 95 minutes on one core of a shared two-core AVX2 machine.
 Result: 82.6 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships).
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.recipe import ClassificationRecipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.recipe import ClassificationRecipe
 
 RECIPE = ClassificationRecipe(
     name="mixer_cifar10",

@@ -8,9 +8,9 @@ Time: 11 minutes on one core of a shared two-core AVX2 machine that other progra
 Result: 70.2 % top-1 on `val`.
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.recipe import ClassificationRecipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.recipe import ClassificationRecipe
 
 RECIPE = ClassificationRecipe(
     name="resnet_imagenette",

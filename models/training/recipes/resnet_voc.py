@@ -8,9 +8,9 @@ Time: 4 minutes on one core of an AMD EPYC with bfloat16 instructions.
 Result: 65.5 % top-1 on the objects held out.
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.recipe import ClassificationRecipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.recipe import ClassificationRecipe
 
 RECIPE = ClassificationRecipe(
     name="resnet_voc",

@@ -7,9 +7,9 @@ Time: 35 minutes on one core of an AMD EPYC with bfloat16 instructions.
 Result: 83.6 % top-1 on `val` (measured on the bundle that ships).
 """
 
-from bundle.manifest import ClassificationPreprocessing
-from models.training.augment import ClassificationAugmentation
-from models.training.recipe import ClassificationRecipe
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.models.training.augmentation.augment import ClassificationAugmentation
+from vitrine.models.training.recipe import ClassificationRecipe
 
 RECIPE = ClassificationRecipe(
     name="vit_imagenette",

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.published.importing import import_weights
-from models.training import checkpoint
-from models.training.checkpoint import Checkpoint
+from vitrine.models.published.importing import import_weights
+from vitrine.models.training import checkpoint
+from vitrine.models.training.checkpoint import Checkpoint
 
 TOLERANCE = 1e-4
 SPREAD = 0.1  # outputs that vary less could agree although something is wrong

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from models.build import VARIANTS
-from models.detr import Detr
-from models.published.errors import ImportSettingError, MismatchError
-from models.serving import ServedDetector
-from models.training.checkpoint import Checkpoint
+from vitrine.models.build import VARIANTS
+from vitrine.models.detr import Detr
+from vitrine.models.published.errors import ImportSettingError, MismatchError
+from vitrine.models.serving import ServedDetector
+from vitrine.models.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("forward_only")
 

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.build import build_model
-from models.published.errors import UnreadableFileError, WeightsError
-from models.published.files import open_weights, read_json
-from models.published.importing import Imported, import_weights
+from vitrine.models.build import build_model
+from vitrine.models.published.errors import UnreadableFileError, WeightsError
+from vitrine.models.published.files import open_weights, read_json
+from vitrine.models.published.importing import Imported, import_weights
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 LABELS = "blue\ngreen\nred\n"

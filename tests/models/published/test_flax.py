@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.published import flax
-from models.published.files import LazyTensor
-from models.published.layout import Layout, Rule, convert
+from vitrine.models.published import flax
+from vitrine.models.published.files import LazyTensor
+from vitrine.models.published.layout import Layout, Rule, convert
 
 edges = st.integers(1, 5)
 

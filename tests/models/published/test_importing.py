@@ -17,18 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vitrine
-from export.errors import ExportError
-from export.export import export_run
-from models.build import build_model
-from models.published import detr
-from models.published.errors import (
+from vitrine.export.errors import ExportError
+from vitrine.export.export import export_run
+from vitrine.models.build import build_model
+from vitrine.models.published import detr
+from vitrine.models.published.errors import (
     ImportSettingError,
     MismatchError,
     WeightsError,
 )
-from models.published.importing import Imported, import_weights
-from models.published.labels import read_labels
-from models.training import checkpoint as checkpoints
+from vitrine.models.published.importing import Imported, import_weights
+from vitrine.models.published.labels import read_labels
+from vitrine.models.training import checkpoint as checkpoints
 
 TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
 LABELS = "blue\ngreen\nred\n"

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.published.errors import MismatchError, WeightsError
-from models.published.files import LazyTensor
-from models.published.layout import Layout, Rule, convert, count, rule, rules
+from vitrine.models.published.errors import MismatchError, WeightsError
+from vitrine.models.published.files import LazyTensor
+from vitrine.models.published.layout import Layout, Rule, convert, count, rule, rules
 
 OTHER: dict[str, Any] = {"architecture": "none", "settings": lambda tensors, context: {}, "preprocessing": {}}
 LAYOUT = Layout(

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.published.errors import MismatchError
-from models.training.checkpoint import Checkpoint
+from vitrine.models.published.errors import MismatchError
+from vitrine.models.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("forward_only")
 

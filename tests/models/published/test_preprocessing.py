@@ -11,16 +11,16 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from bundle.images import decode
-from bundle.predictors import Detector
-from models.build import build_model
-from models.published import detr, resnetv2, vit
-from models.published.errors import ImportSettingError, WeightsError
-from models.published.importing import Imported, import_weights
-from models.published.layout import Layout
-from models.published.preprocessing import Published, find_preprocessing, read_published
-from models.published.recognition import LAYOUTS
-from models.training.network import load_run_predictor
+from vitrine.bundle.images import decode
+from vitrine.bundle.predictors import Detector
+from vitrine.models.build import build_model
+from vitrine.models.published import detr, resnetv2, vit
+from vitrine.models.published.errors import ImportSettingError, WeightsError
+from vitrine.models.published.importing import Imported, import_weights
+from vitrine.models.published.layout import Layout
+from vitrine.models.published.preprocessing import Published, find_preprocessing, read_published
+from vitrine.models.published.recognition import LAYOUTS
+from vitrine.models.training.network import load_run_predictor
 
 transformers.logging.set_verbosity_error()
 

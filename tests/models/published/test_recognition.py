@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.published.errors import OtherNetworkError, UnknownLayoutError
-from models.published.files import open_weights
-from models.published.layout import Layout
-from models.published.recognition import OTHER_NETWORKS, recognise
+from vitrine.models.published.errors import OtherNetworkError, UnknownLayoutError
+from vitrine.models.published.files import open_weights
+from vitrine.models.published.layout import Layout
+from vitrine.models.published.recognition import OTHER_NETWORKS, recognise
 
 DETR_KEYS = (
     "query_embed.weight",

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from models.published.errors import ImportSettingError, MismatchError, OtherNetworkError
-from models.training.checkpoint import Checkpoint
+from vitrine.models.published.errors import ImportSettingError, MismatchError, OtherNetworkError
+from vitrine.models.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("forward_only")
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from models.published.errors import ImportSettingError, MismatchError, OtherNetworkError, WeightsError
-from models.training.checkpoint import Checkpoint
+from vitrine.models.published.errors import ImportSettingError, MismatchError, OtherNetworkError, WeightsError
+from vitrine.models.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("forward_only")
 

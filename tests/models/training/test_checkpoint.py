@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from models.build import build_model
-from models.training.checkpoint import (
+from vitrine.models.build import build_model
+from vitrine.models.training.checkpoint import (
     CHECKPOINT_FILE,
     PREVIOUS_FILE,
     Checkpoint,
@@ -24,8 +24,8 @@ from models.training.checkpoint import (
     save,
     sha256,
 )
-from models.training.errors import CheckpointError
-from models.training.recipe import load_recipe
+from vitrine.models.training.errors import CheckpointError
+from vitrine.models.training.registry import load_recipe
 
 TINY = ["model.depth=1", "model.embed_dim=8", "model.num_heads=2"]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.training.checkpoint import METRICS_FILE, load
-from models.training.distributed import Processes, job_id, joined_processes
-from models.training.loop import train
-from models.training.recipe import load_recipe
+from vitrine.models.training.checkpoint import METRICS_FILE, load
+from vitrine.models.training.distributed import Processes, job_id, joined_processes
+from vitrine.models.training.loop import train
+from vitrine.models.training.registry import load_recipe
 
 VIT = (
     "model.image_size=16",

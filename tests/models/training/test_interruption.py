@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from models.training.interruption import Interrupted, listening
+from vitrine.models.training.interruption import Interrupted, listening
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

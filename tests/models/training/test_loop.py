@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models.training import checkpoint as checkpoints
-from models.training.checkpoint import METRICS_FILE, load
-from models.training.errors import DataError, DivergedError, RecipeError, TrainingError
-from models.training.loop import DIVERGED_FILE, train
-from models.training.recipe import Recipe, load_recipe
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import METRICS_FILE, load
+from vitrine.models.training.errors import DataError, DivergedError, RecipeError, TrainingError
+from vitrine.models.training.loop import DIVERGED_FILE, train
+from vitrine.models.training.recipe import Recipe
+from vitrine.models.training.registry import load_recipe
 
 ReadUntil = Callable[["subprocess.Popen[str]", str], None]
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 30)}

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bundle.manifest import ClassificationPreprocessing
-from bundle.predictors import Classifier
-from models.training.network import device_name, torch_predictor
-from models.vit import ViT, ViTConfig
+from vitrine.bundle.manifest import ClassificationPreprocessing
+from vitrine.bundle.predictors import Classifier
+from vitrine.models.training.network import device_name, torch_predictor
+from vitrine.models.vit import ViT, ViTConfig
 
 PREPROCESSING = ClassificationPreprocessing(input_size=(8, 8), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.build import build_model
-from models.training.optimisation import (
+from vitrine.models.build import build_model
+from vitrine.models.training.optimisation import (
     MuonWithAdamW,
     averaged,
     learning_rate,
@@ -17,7 +17,8 @@ from models.training.optimisation import (
     set_learning_rate,
     training_mode,
 )
-from models.training.recipe import Recipe, load_recipe
+from vitrine.models.training.recipe import Recipe
+from vitrine.models.training.registry import load_recipe
 
 TINY = ("model.embed_dim=16", "model.num_heads=2", "model.dropout=0.1", "model.backbone_width=4")
 

@@ -1,0 +1,1 @@
+"""Jobs over many images with one bundle, without a server."""

@@ -1,0 +1,333 @@
+"""Looking over a data set before a network is trained on it.
+
+Every image is decoded once, as training will. What cannot be right is an error: broken images, boxes without area or
+outside their image, unknown labels, the same picture in two splits. What is only suspicious is a warning.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from vitrine.bundle.errors import ImageError
+from vitrine.bundle.images import decode
+from vitrine.bundle.manifest import Task
+from vitrine.models.training.data.classification_layouts import LabelledImages, unknown_label
+from vitrine.models.training.data.contact_sheet import DrawnBox, sheet_of_boxes, sheet_of_classes
+from vitrine.models.training.data.dataset import Files
+from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotation, Annotations, Box
+from vitrine.models.training.data.layouts import SPLITS, find_task, no_split, read_split
+from vitrine.models.training.errors import DataError
+
+IMBALANCE = 10.0  # of the largest to the smallest class, from which on it is a warning
+_TOLERANCE = 1.0  # pixels that a box may reach beyond its image: tools round
+_AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # less than so many square pixels, as COCO counts
+_SHOWN = 5  # findings of a kind, in text
+_CHUNK = 64  # images that a thread takes at a time
+_ROWS, _PER_ROW = 30, 10  # classes and images of each on a contact sheet
+_PICTURES = 24  # with boxes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to be looked at."""
+
+    level: Literal["error", "warning"]
+    kind: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Pixels: smallest, median and largest of the upright images."""
+
+    width: tuple[int, int, int]
+    height: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What a split holds."""
+
+    images: int
+    per_class: dict[str, int]  # images or, for detection, boxes
+    sizes: Sizes | None  # None without any sound image
+    boxes: int | None = None  # None for classification
+    boxes_by_area: dict[str, int] = field(default_factory=dict)
+    left_out: int = 0  # crowds and difficult objects
+    without_boxes: int = 0  # images
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a data set holds, and what is wrong with it."""
+
+    path: str
+    task: Task
+    labels: tuple[str, ...]
+    splits: dict[str, SplitSummary]
+    findings: list[Finding]
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.level == "error" for finding in self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Seen(NamedTuple):
+    """An image that was decoded, or why it was not."""
+
+    size: tuple[int, int] | None  # width and height
+    digest: bytes  # of its pixels, or of its bytes where it is broken
+    error: str | None
+
+
+@dataclass(frozen=True)
+class _Split:
+    """The images of a split by name, and how to read them."""
+
+    labels: tuple[str, ...]
+    names: Sequence[str]
+    encoded: Sequence[bytes]
+    problems: list[str]
+    class_ids: Sequence[int] = ()
+    annotated: Sequence[AnnotatedImage] = ()
+    fractions: bool = False
+
+
+def check_data(
+    path: Path, splits: Sequence[str] = (), *, sheets: Path | None = None, show: bool = False
+) -> DataSummary:
+    """Look over a data set, without stopping at the first fault.
+
+    Args:
+        path: in any layout of `models.training.data.layouts`.
+        splits: those to look at; none for train, val and test, as far as there are any.
+        sheets: folder for a contact sheet of each split, SPLIT.png.
+        show: whether to show progress.
+
+    Raises:
+        DataError: there is no data set, or not the split asked for.
+    """
+    tasks = {split: find_task(path, split) for split in splits or SPLITS}
+    task = next(filter(None, tasks.values()), None)
+    if task is None or (splits and None in tasks.values()):
+        raise no_split(path, next(split for split in tasks if tasks[split] is None))
+    chosen = [split for split in tasks if splits or tasks[split] is task]
+    labels: tuple[str, ...] = ()
+    found: list[Finding] = []
+    summaries: dict[str, SplitSummary] = {}
+    places: dict[bytes, list[tuple[str, str]]] = {}
+    for split in chosen:
+        try:
+            read = _split(read_split(path, task, split))
+        except DataError as error:
+            found.append(Finding("error", "unreadable split", split, str(error)))
+            continue
+        labels = labels or read.labels
+        found += [Finding("error", "unreadable annotation", split, problem) for problem in read.problems]
+        seen = _look_at(read, split, show)
+        for name, image in zip(read.names, seen, strict=True):
+            places.setdefault(image.digest, []).append((split, name))
+            if image.error is not None:
+                found.append(Finding("error", "broken image", name, image.error))
+        if task is Task.DETECTION:
+            summaries[split] = _summarise_detection(read, seen, found)
+        else:
+            per_class = np.bincount(read.class_ids, minlength=len(read.labels)).tolist()
+            counts = dict(zip(read.labels, per_class, strict=True))
+            summaries[split] = SplitSummary(len(read.names), counts, _sizes(seen))
+        found += _check_classes(split, summaries[split].per_class)
+        if sheets is not None:
+            sheets.mkdir(parents=True, exist_ok=True)
+            _sheet(read, seen).save(sheets / f"{split}.png")
+    found += _duplicates(places)
+    return DataSummary(str(path), task, labels, summaries, found)
+
+
+def text(summary: DataSummary) -> str:
+    """A summary for reading."""
+    unit = "boxes" if summary.task is Task.DETECTION else "images"
+    lines = [f"{summary.path}: {summary.task}, {len(summary.labels)} labels"]
+    for name, split in summary.splits.items():
+        lines.append(f"\n{name}: {split.images:,} images" + ("" if split.boxes is None else f", {split.boxes:,} boxes"))
+        if split.sizes is not None:
+            edges = ", ".join(
+                f"{edge} {low} to {high} (median {middle})" for edge, (low, middle, high) in asdict(split.sizes).items()
+            )
+            lines.append(f"  pixels: {edges}")
+        if split.boxes is not None:
+            areas = ", ".join(f"{count:,} {area}" for area, count in split.boxes_by_area.items())
+            lines.append(f"  boxes by area (up to 32², up to 96², larger): {areas}; left out: {split.left_out:,}")
+            lines.append(f"  images without boxes: {split.without_boxes:,}")
+    if summary.splits:
+        width = max(len(unit) + 10, *map(len, summary.labels))
+        lines.append(f"\n{unit + ' per class':<{width}}" + "".join(f" {name:>9}" for name in summary.splits))
+        for label in summary.labels:
+            counts = "".join(f" {split.per_class.get(label, 0):>9,}" for split in summary.splits.values())
+            lines.append(f"{label:<{width}}{counts}")
+    for level in ("error", "warning"):
+        kinds = Counter(finding.kind for finding in summary.findings if finding.level == level)
+        for kind, count in kinds.items():
+            lines.append(f"\n{level}: {kind} ({count:,})")
+            same = [finding for finding in summary.findings if (finding.level, finding.kind) == (level, kind)]
+            lines += [f"  {finding}" for finding in same[:_SHOWN]]
+            lines += [f"  ... and {count - _SHOWN:,} more"] * (count > _SHOWN)
+    lines.append(f"\nerrors: {summary.errors:,}, warnings: {len(summary.findings) - summary.errors:,}")
+    return "\n".join(lines)
+
+
+def _split(found: LabelledImages | Annotations) -> _Split:
+    if isinstance(found, LabelledImages):
+        data = found.data
+        return _Split(data.labels, data.names, data.encoded, found.problems, data.class_ids.tolist())
+    paths = [str(image.path) for image in found.images]
+    return _Split(found.labels, paths, Files(paths), found.problems, annotated=found.images, fractions=found.fractions)
+
+
+def _look_at(split: _Split, name: str, show: bool) -> list[_Seen]:
+    chunks = [range(i, min(i + _CHUNK, len(split.names))) for i in range(0, len(split.names), _CHUNK)]
+    bar = tqdm(total=len(split.names), desc=name, unit=" images", leave=False, disable=None if show else True)
+    seen = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
+        for chunk in pool.map(lambda indices: [_see(split.encoded, i) for i in indices], chunks):
+            seen += chunk
+            bar.update(len(chunk))
+    return seen
+
+
+def _see(encoded: Sequence[bytes], index: int) -> _Seen:
+    data = b""
+    try:
+        data = encoded[index]
+        image = decode(data)
+    except (ImageError, DataError) as error:
+        reason = str(error).rpartition(": ")[2] if isinstance(error, DataError) else str(error)
+        return _Seen(None, hashlib.sha256(data).digest() if data else b"", reason)
+    return _Seen(image.size, hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest(), None)
+
+
+def _sizes(seen: Sequence[_Seen]) -> Sizes | None:
+    sizes = np.array([image.size for image in seen if image.size is not None], int).reshape(-1, 2)
+    if len(sizes) == 0:
+        return None
+    (low, lower), (middle, centre), (high, higher) = np.quantile(sizes, (0, 0.5, 1), axis=0).astype(int).tolist()
+    return Sizes((low, middle, high), (lower, centre, higher))
+
+
+def _summarise_detection(split: _Split, seen: Sequence[_Seen], found: list[Finding]) -> SplitSummary:
+    per_class = dict.fromkeys(split.labels, 0)
+    areas = dict.fromkeys(_AREAS, 0)
+    boxes = left_out = without = 0
+    for image, looked in zip(split.annotated, seen, strict=True):
+        sound = 0
+        for item in image.objects:
+            box = _in_pixels(item.box, looked.size if split.fractions else (1, 1))
+            fault = _fault(item, box, looked.size, split.labels)
+            if fault is not None:
+                found.append(Finding("error", fault[0], f"{image.path.name}: {item.where} of {image.file}", fault[1]))
+            elif item.left_out:
+                left_out += 1
+            else:
+                sound += 1
+                per_class[item.label] += 1
+                if box is not None:
+                    area = (box[2] - box[0]) * (box[3] - box[1])
+                    areas[next(name for name, most in _AREAS.items() if area < most)] += 1
+        boxes += sound
+        without += not sound
+    return SplitSummary(len(seen), per_class, _sizes(seen), boxes, areas, left_out, without)
+
+
+def _in_pixels(box: Box, size: tuple[int, int] | None) -> Box | None:
+    if size is None:
+        return None
+    width, height = size
+    return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+
+
+def _fault(
+    item: Annotation, box: Box | None, size: tuple[int, int] | None, labels: Sequence[str]
+) -> tuple[str, str] | None:
+    """The kind of fault of an object, and what it is in words."""
+    if item.class_id is None:
+        return "unknown label", unknown_label(item.label, labels)
+    written = ", ".join(f"{value:g}" for value in item.box)
+    if not np.isfinite(item.box).all():
+        return "box without numbers", f"expected a box of finite numbers, found {written}"
+    if item.left_out:
+        return None
+    if item.box[0] >= item.box[2] or item.box[1] >= item.box[3]:
+        return "empty box", f"{item.label}: expected left, top < right, bottom, found {written}"
+    if box is None or size is None:
+        return None
+    beyond = max(-box[0], -box[1], box[2] - size[0], box[3] - size[1])
+    if beyond > _TOLERANCE:
+        reach = f"reaches {beyond:.1f} pixels out of the image of {size[0]} x {size[1]}"
+        return "box outside its image", f"{item.label}: {written} {reach}"
+    return None
+
+
+def _check_classes(split: str, per_class: dict[str, int]) -> Iterator[Finding]:
+    if empty := [label for label, count in per_class.items() if count == 0]:
+        names = ", ".join(empty[:_SHOWN]) + ", ..." * (len(empty) > _SHOWN)
+        yield Finding("warning", "class without examples", split, f"{len(empty)} of {len(per_class)} classes: {names}")
+    counts = {label: count for label, count in per_class.items() if count}
+    if counts:
+        most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+        ratio = counts[most] / counts[least]
+        if ratio >= IMBALANCE:
+            sizes = f"{most} is {ratio:.0f} times as frequent as {least} ({counts[most]:,} to {counts[least]:,})"
+            yield Finding("warning", "unbalanced classes", split, sizes)
+
+
+def _sheet(split: _Split, seen: Sequence[_Seen]) -> Image.Image:
+    """Some images of each class, or some images with their boxes."""
+    sound = np.array([i for i, image in enumerate(seen) if image.error is None], np.int64)
+    if split.annotated:
+        return sheet_of_boxes([_drawn(split, i, seen[i].size) for i in _spread(sound, _PICTURES)])
+    class_ids = np.array(split.class_ids)[sound]
+    rows = []
+    for class_id in _spread(np.unique(class_ids), _ROWS):
+        indices = _spread(sound[class_ids == class_id], _PER_ROW)
+        rows.append((split.labels[class_id], [decode(split.encoded[i]) for i in indices]))
+    return sheet_of_classes(rows)
+
+
+def _drawn(split: _Split, index: int, size: tuple[int, int] | None) -> tuple[Image.Image, list[DrawnBox]]:
+    boxes = []
+    for item in split.annotated[index].objects:
+        box = _in_pixels(item.box, size if split.fractions else (1, 1))
+        if box is not None and np.isfinite(box).all():
+            boxes.append(DrawnBox(item.label, None if item.left_out else item.class_id, box))
+    return decode(split.encoded[index]), boxes
+
+
+def _spread(values: NDArray[np.int64], count: int) -> list[int]:
+    """At most `count` values, evenly far apart."""
+    return values[np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))].tolist() if len(values) else []
+
+
+def _duplicates(places: dict[bytes, list[tuple[str, str]]]) -> Iterator[Finding]:
+    for digest, same in places.items():
+        if digest and len(same) > 1:
+            (split, name), *others = same
+            across = any(other != split for other, _ in others)
+            rest = ", ".join(f"{other} ({part})" for part, other in others[:_SHOWN]) + ", ..." * (len(others) > _SHOWN)
+            kind = "same picture in two splits" if across else "same picture twice"
+            yield Finding("error" if across else "warning", kind, f"{name} ({split})", f"equals {rest}")

@@ -1,0 +1,200 @@
+"""Labelled images: what every layout on disk is read into.
+
+Images stay encoded, and those that are files of their own are read when asked for; `bundle.images` is the only
+decoder. All that is kept per image lies end to end in a few arrays, so that a million images are quickly handed to
+other processes. Nothing in this module needs torch.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Self, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitrine.bundle.errors import ImageError
+from vitrine.bundle.images import ReducedImage, decode, decode_for
+from vitrine.bundle.manifest import Preprocessing
+from vitrine.models.training.errors import DataError
+
+T = TypeVar("T")
+
+
+class _Items(Sequence[T]):
+    """A sequence that makes its items when asked for them."""
+
+    @abstractmethod
+    def _item(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        if isinstance(index, slice):
+            return [self._item(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index below {len(self)}, found {index}")
+        return self._item(index % len(self))
+
+
+class Ragged(_Items[NDArray[Any]]):
+    """Arrays of different lengths, laid end to end in one: the i-th is `values[offsets[i] : offsets[i + 1]]`."""
+
+    def __init__(self, values: NDArray[Any], offsets: NDArray[np.int64]) -> None:
+        self.values, self.offsets = values, offsets
+
+    @classmethod
+    def of(cls, values: NDArray[Any], lengths: Sequence[int]) -> Self:
+        return cls(values, np.cumsum([0, *lengths], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def _item(self, index: int) -> NDArray[Any]:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+class Packed(_Items[bytes]):
+    """Files in one array."""
+
+    def __init__(self, files: Ragged) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _item(self, index: int) -> bytes:
+        return self.files[index].tobytes()
+
+
+class Names(_Items[str]):
+    """Texts that begin alike, in one array."""
+
+    def __init__(self, prefix: str, rest: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in rest]
+        self.prefix = prefix
+        self._rest = Packed(Ragged.of(np.frombuffer(b"".join(encoded), np.uint8), list(map(len, encoded))))
+
+    def __len__(self) -> int:
+        return len(self._rest)
+
+    def _item(self, index: int) -> str:
+        return self.prefix + self._rest[index].decode("utf-8", "surrogateescape")
+
+
+class Files(_Items[bytes]):
+    """Files by their paths, read when asked for."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _item(self, index: int) -> bytes:
+        try:
+            return Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.paths[index]}: cannot be read: {error.strerror}") from error
+
+
+class Chosen(_Items[T]):
+    """Some items of a sequence, in another order."""
+
+    def __init__(self, items: Sequence[T], indices: NDArray[np.int64]) -> None:
+        self.items, self.indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _item(self, index: int) -> T:
+        return self.items[int(self.indices[index])]
+
+
+@dataclass(frozen=True)
+class _Images:
+    name: str  # of the data set
+    split: str
+    labels: tuple[str, ...]
+    names: Sequence[str]  # of the images, for messages
+    encoded: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def image(self, index: int) -> Image.Image:
+        """One whole image.
+
+        Raises:
+            DataError: naming the image that is broken.
+        """
+        return self._decoded(index, decode)
+
+    def image_for(self, index: int, preprocessing: Preprocessing) -> ReducedImage:
+        """One image, decoded as the service decodes it for a network.
+
+        Raises:
+            DataError: naming the image that is broken.
+        """
+        return self._decoded(index, lambda data: decode_for(data, preprocessing))
+
+    def _decoded(self, index: int, how: Callable[[bytes], T]) -> T:
+        try:
+            return how(self.encoded[index])
+        except ImageError as error:
+            raise DataError(f"{self.names[index]}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ClassificationData(_Images):
+    """One split: encoded images, each with one class."""
+
+    class_ids: NDArray[np.int64]  # [n], indices into labels
+
+    def subset(self, indices: NDArray[np.int64]) -> "ClassificationData":
+        """The images at `indices`; none is read."""
+        names, encoded = Chosen(self.names, indices), Chosen(self.encoded, indices)
+        return replace(self, names=names, encoded=encoded, class_ids=self.class_ids[indices])
+
+
+@dataclass(frozen=True)
+class DetectionData(_Images):
+    """One split: encoded images, each with any number of boxes."""
+
+    class_ids: Sequence[NDArray[np.int64]]  # [n_i] each, indices into labels
+    boxes: Sequence[NDArray[np.float32]]  # [n_i, 4] each, xyxy in pixels of the upright image
+
+    def subset(self, indices: NDArray[np.int64]) -> "DetectionData":
+        """The images at `indices`; none is read."""
+        return replace(
+            self,
+            names=Chosen(self.names, indices),
+            encoded=Chosen(self.encoded, indices),
+            class_ids=Chosen(self.class_ids, indices),
+            boxes=Chosen(self.boxes, indices),
+        )
+
+
+Data = ClassificationData | DetectionData
+
+
+def check_labels(data: Data, labels: Sequence[str]) -> None:
+    """Refuse data whose labels are not a network's, in its order.
+
+    Raises:
+        DataError: naming the first label that differs.
+    """
+    for i, (expected, found) in enumerate(zip_longest(labels, data.labels)):
+        if expected != found:
+            hint = ""
+            if expected is not None and found is not None and expected.partition(",")[0] == found:
+                hint = "; the network's has synonyms behind it: import its weights with --labels imagenet-1k"
+            raise DataError(
+                f"{data.name}: labels: expected {len(labels)}, found {len(data.labels)}; the first that differs is "
+                f"number {i}: expected {expected!r}, found {found!r}{hint}"
+            )

@@ -1,0 +1,352 @@
+"""`vitrine report`: how a run went and what its network gets wrong, as one HTML file that loads nothing from elsewhere.
+
+Figures come from the serving predictor; pictures are small JPEGs inside the file, charts are SVG.
+"""
+
+import base64
+import io
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitrine.bundle.manifest import Task
+from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import METRICS_FILE, Checkpoint
+from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
+from vitrine.models.training.data.layouts import has_split, load_split, load_training_splits
+from vitrine.models.training.errors import DataError
+from vitrine.models.training.evaluation import calibration, charts
+from vitrine.models.training.evaluation.calibration import fit_temperature, reliability, with_temperature
+from vitrine.models.training.evaluation.charts import Chart, line_chart, reliability_chart
+from vitrine.models.training.evaluation.metrics import (
+    ClassificationPredictions,
+    Confusion,
+    DetectionPredictions,
+    average_precision,
+    confusion_matrix,
+    is_metric,
+    measure,
+    most_confused,
+    predict,
+)
+from vitrine.models.training.evaluation.mistakes import (
+    DetectionMistakes,
+    WrongAnswer,
+    WrongImage,
+    detection_mistakes,
+    wrong_answers,
+)
+from vitrine.models.training.network import checkpoint_predictor, default_device, device_name
+
+REPORT_FILE = "report.html"
+_TEMPLATE = "report.html.jinja"
+_MOST_CLASSES = 30  # of a confusion matrix that can be read
+_MOST_CURVES = 7
+_MOST_ROWS = 12  # of weak classes and of confusions
+_ANSWERS, _IMAGES = 24, 12  # pictures of mistakes
+_ANSWER_EDGE, _IMAGE_EDGE = 160, 520  # of the pictures, in pixels
+_NO_LOSS = {"epoch", "step", "seconds", "images_per_second", "lr", "grad_norm", "temperature"}
+_TILES = ("top1", "top5", "ECE", "NLL", "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image of the data, small, inside the page."""
+
+    uri: str  # data:image/jpeg
+    width: int  # of the image in the data, in pixels
+    height: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """How well one label is recognised."""
+
+    label: str
+    count: int  # of images
+    recall: float  # share of them that got the label
+    precision: float | None  # share of right ones among those that got it; None where none did
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """What the page shows of a classifier."""
+
+    matrix: list[list[int]] | None  # rows true, columns answered; None with too many classes
+    precision: list[float | None]  # of the columns
+    weakest: list[ClassResult]
+    confused: list[Confusion]
+    calibration: list[Chart]
+    calibration_notes: list[str]
+    worst: list[tuple[WrongAnswer, Picture]]
+
+
+@dataclass(frozen=True)
+class LabelPrecision:
+    """Average precision of one label, None where it has no objects."""
+
+    label: str
+    count: int  # of objects
+    ap: float | None
+    ap50: float | None
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """What the page shows of a detector."""
+
+    classes: list[LabelPrecision]  # best first
+    curves: Chart
+    mistakes: DetectionMistakes
+    worst: list[tuple[WrongImage, Picture]]
+
+
+def write_report(run: Path, out: Path | None = None, *, data_path: Path | None = None, split: str = "val") -> Path:
+    """Write the report of a run and return its file, by default `report.html` in the run's folder.
+
+    Args:
+        data_path: the data set; by default where it was when the run was trained.
+        split: the part that mistakes are looked for in; `val` is what training held out where the data has none.
+
+    Raises:
+        CheckpointError, DataError: the run or its data cannot be read.
+    """
+    checkpoint = checkpoints.load(run)
+    data, part = _load(checkpoint, run, data_path, split)
+    device = default_device()
+    predictor, _ = checkpoint_predictor(checkpoint, device)
+    predictions = predict(predictor, data)
+    metrics = measure(predictions, data)
+    lines = read_metrics(run / METRICS_FILE)
+    classified = detected = None
+    if isinstance(predictions, ClassificationPredictions) and isinstance(data, ClassificationData):
+        classified = _classification(predictions, data, checkpoint.temperature)
+    elif isinstance(predictions, DetectionPredictions) and isinstance(data, DetectionData):
+        detected = _detection(predictions, data)
+    speed = f"{len(predictions.indices) / predictions.seconds:,.0f} images/s on {device_name(device)}"
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(_TEMPLATE)
+    page = template.render(
+        name=run.resolve().name,
+        checkpoint=checkpoint,
+        data=data,
+        part=part,
+        tiles={name: metrics[name] for name in _TILES if name in metrics},
+        facts=_facts(checkpoint, run, lines, speed),
+        settings=_flat(checkpoint.progress.recipe) if checkpoint.progress else _flat(checkpoint.settings),
+        curves=learning_curves(lines),
+        classified=classified,
+        detected=detected,
+        charts=charts,
+        bins=calibration.BINS,
+    )
+    file = out or run / REPORT_FILE
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: the report could not be written: {error}") from error
+    return file
+
+
+def read_metrics(file: Path) -> list[Line]:
+    """The lines of a metrics.jsonl, none where there is no such file; a line that a crash cut off is left out."""
+    if not file.is_file():
+        return []
+    lines: dict[int, Line] = {}
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+            lines[line["epoch"]] = line  # an epoch that was repeated after a crash replaces the first
+    return [lines[epoch] for epoch in sorted(lines)]
+
+
+def learning_curves(lines: list[Line]) -> list[Chart]:
+    """Charts of what changed over the epochs: loss, its parts, the validation metrics, learning rate."""
+    values: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, int | float) and np.isfinite(value):
+                values.setdefault(name, []).append((line["epoch"], float(value)))
+    parts = {name: points for name, points in values.items() if name not in _NO_LOSS and not is_metric(name)}
+    drawn = []
+    if "loss" in parts:
+        drawn.append(line_chart("Training loss", {"loss": parts.pop("loss")}, x_label="epoch"))
+    if parts:
+        drawn.append(line_chart("Parts of the loss", parts, x_label="epoch"))
+    for title, names in (
+        ("Validation accuracy", ("top1", "top5")),
+        ("Validation average precision", ("AP", "AP50", "AP75")),
+    ):
+        shown = {name: values[name] for name in names if name in values}
+        if shown:
+            drawn.append(line_chart(title, shown, x_label="epoch", y_range=(0, 1), percent=True))
+    if "lr" in values:
+        drawn.append(line_chart("Learning rate", {"lr": values["lr"]}, x_label="epoch"))
+    return drawn
+
+
+def _load(checkpoint: Checkpoint, run: Path, path: Path | None, split: str) -> tuple[Data, str]:
+    progress = checkpoint.progress
+    if path is None:
+        if progress is None:
+            raise DataError(f"{run}: it was imported and names no data set; say which with --data")
+        path = Path(progress.data_path)
+    recipe = None if progress is None else progress.read_recipe()
+    if split == "val" and recipe is not None and (recipe.held_out is not None or not has_split(path, "val")):
+        _, held_out = load_training_splits(path, checkpoint.task, held_out=recipe.held_out, seed=recipe.seed)
+        return held_out, "held out of train"
+    return load_split(path, checkpoint.task, split), split
+
+
+def _facts(checkpoint: Checkpoint, run: Path, lines: list[Line], speed: str) -> dict[str, str]:
+    progress, origin = checkpoint.progress, checkpoint.origin
+    facts = {"Architecture": checkpoint.architecture}
+    facts["Parameters"] = f"{sum(tensor.numel() for tensor in checkpoint.build().parameters()):,}"
+    if progress is not None:
+        facts["Recipe"] = str(progress.recipe["name"])
+        facts["Trained on"] = Path(progress.data_path).name
+        if progress.start is not None:
+            facts["Started from"] = progress.start.run
+        facts["Epochs"] = f"{progress.epoch} of {progress.recipe['epochs']}"
+        facts["Training time"] = _duration(progress.seconds)
+        if progress.epoch:
+            facts["Time per epoch"] = _duration(progress.seconds / progress.epoch)
+        if rates := [line["images_per_second"] for line in lines if "images_per_second" in line]:
+            facts["Training speed"] = f"{statistics.median(rates):,.0f} images/s"
+    if origin is not None:
+        facts["Imported from"] = origin.file
+        if origin.untrained and progress is None:
+            facts["Not trained yet"] = ", ".join(origin.untrained)
+    facts["Evaluation speed"] = speed
+    if checkpoint.task is Task.CLASSIFICATION:
+        facts["Temperature"] = f"{checkpoint.temperature:.3g}" if checkpoint.temperature != 1 else "1 (not calibrated)"
+    facts["Checkpoint's SHA-256"] = f"{checkpoints.sha256(run)[:12]}…"
+    return facts
+
+
+def _classification(
+    predictions: ClassificationPredictions, data: ClassificationData, temperature: float
+) -> ClassificationResult:
+    matrix = confusion_matrix(predictions, data)
+    right, true, answered = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    precision = [float(right[i] / count) if count else None for i, count in enumerate(answered.tolist())]
+    classes = [
+        ClassResult(label, int(true[i]), float(right[i] / true[i]), precision[i])
+        for i, label in enumerate(data.labels)
+        if true[i]
+    ]
+    drawn, notes = _calibration(predictions.probabilities, data.class_ids[predictions.indices], temperature)
+    return ClassificationResult(
+        matrix.tolist() if len(data.labels) <= _MOST_CLASSES else None,
+        precision,
+        sorted(classes, key=lambda result: result.recall)[:_MOST_ROWS],
+        most_confused(matrix, data.labels, _MOST_ROWS),
+        drawn,
+        notes,
+        [(wrong, _picture(data, wrong.index, _ANSWER_EDGE)) for wrong in wrong_answers(predictions, data, _ANSWERS)],
+    )
+
+
+def _calibration(
+    probabilities: NDArray[np.float32], class_ids: NDArray[np.int64], temperature: float
+) -> tuple[list[Chart], list[str]]:
+    """Reliability without and with the run's temperature, or with one that is fitted here where it has none."""
+    if temperature != 1:
+        before, after = with_temperature(probabilities, 1 / temperature), probabilities.astype(np.float64)
+        named = f"temperature {temperature:.3g}, as served"
+        note = "The temperature was fitted on the images that training held out; on those this error is optimistic."
+    else:
+        before, after = probabilities.astype(np.float64), probabilities.astype(np.float64)
+        halves = np.arange(len(class_ids)) % 2 == 0, np.arange(len(class_ids)) % 2 == 1
+        fitted = []
+        for fit, use in (halves, halves[::-1]):
+            fitted.append(fit_temperature(before[fit], class_ids[fit]))
+            after[use] = with_temperature(before[use], fitted[-1])
+        named = f"temperature {np.mean(fitted):.3g}, as it could be"
+        note = (
+            "The run has no temperature. The one shown was fitted here: on every second image for the others, "
+            "so that no image is measured with a temperature that it was fitted with."
+        )
+    both = {"Without temperature": reliability(before, class_ids), f"With {named}": reliability(after, class_ids)}
+    return [reliability_chart(f"{title}: ECE {of.error:.2%}", of) for title, of in both.items()], [note]
+
+
+def _detection(predictions: DetectionPredictions, data: DetectionData) -> DetectionResult:
+    measured = average_precision(predictions, data)
+    counts = np.bincount(
+        np.concatenate([data.class_ids[i] for i in predictions.indices.tolist()]), minlength=len(data.labels)
+    )
+    classes = [
+        LabelPrecision(label, int(counts[i]), *(float(ap[i]) if counts[i] else None for ap in both))
+        for both in [(measured.by_class, measured.by_class_50)]
+        for i, label in enumerate(data.labels)
+    ]
+    found = detection_mistakes(predictions, data, _IMAGES)
+    most = [int(i) for i in np.argsort(-counts, kind="stable")[:_MOST_CURVES] if counts[i]]
+    recalls = np.linspace(0, 1, len(measured.precision_50)).tolist()
+    curves = {data.labels[i]: list(zip(recalls, measured.precision_50[:, i].tolist(), strict=True)) for i in most}
+    if len(most) > 1:
+        mean = measured.precision_50[:, counts > 0].mean(axis=1).tolist()
+        curves = {"all labels": list(zip(recalls, mean, strict=True)), **curves}
+    return DetectionResult(
+        sorted(classes, key=lambda result: -1 if result.ap is None else result.ap, reverse=True),
+        line_chart(
+            "Precision over recall at IoU 0.5",
+            curves,
+            x_label="recall",
+            y_label="precision",
+            x_range=(0, 1),
+            y_range=(0, 1),
+            percent=True,
+        ),
+        found,
+        [(wrong, _picture(data, wrong.index, _IMAGE_EDGE)) for wrong in found.worst],
+    )
+
+
+def _picture(data: Data, index: int, edge: int) -> Picture:
+    image = data.image(index)
+    small = image.copy()
+    small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=85, subsampling=0 if max(small.size) <= 64 else -1)
+    uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    return Picture(uri, image.width, image.height, Path(data.names[index]).name)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as `vitrine train` takes them: {"model.depth": "6"}."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

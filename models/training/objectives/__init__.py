@@ -1,0 +1,1 @@
+"""What training minimises: losses, matching and the tasks they belong to."""

@@ -1,0 +1,56 @@
+"""Hungarian matching: which query is responsible for which object (Carion et al. 2020, sec. 3.1, eq. 1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from vitrine.models.boxes import cxcywh_to_xyxy, generalised_iou
+from vitrine.models.detr import SetPrediction
+from vitrine.models.training.targets import Target, pad_targets
+
+# Of one image, the indices of queries and of their objects, int64 on the CPU, equally long.
+Match = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class HungarianMatcher:
+    """The cheapest one-to-one assignment; the weights of its cost are DETR's."""
+
+    class_cost: float = 1.0
+    l1_cost: float = 5.0
+    giou_cost: float = 2.0
+
+    @torch.no_grad()
+    def __call__(self, prediction: SetPrediction, targets: Sequence[Target], groups: int = 1) -> list[Match]:
+        """Match each group of queries with all objects of its image.
+
+        Args:
+            prediction: of N queries, `groups` equal parts of which are matched independently.
+            targets: one per image.
+
+        Returns:
+            Per image, groups * min(n, N / groups) pairs.
+        """
+        boxes = prediction["pred_boxes"].float()
+        class_ids, wanted, _ = pad_targets(targets)
+        probabilities = prediction["pred_logits"].float().softmax(dim=-1)
+        class_cost = -probabilities.gather(2, class_ids[:, None].expand(-1, boxes.shape[1], -1))  # [B, N, n]
+        l1_cost = torch.cdist(boxes, wanted, p=1)
+        giou_cost = -generalised_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(wanted)[:, None])
+        cost = self.class_cost * class_cost + self.l1_cost * l1_cost + self.giou_cost * giou_cost
+        largest = torch.finfo(cost.dtype).max
+        cost = cost.nan_to_num(nan=largest, neginf=largest)  # a diverged network: let the loss say so
+        in_groups = cost.unflatten(1, (groups, -1)).cpu().numpy()  # [B, groups, N / groups, n]
+        return [_match(image[..., : len(target.class_ids)]) for image, target in zip(in_groups, targets, strict=True)]
+
+
+def _match(cost: NDArray[np.float32]) -> Match:
+    """The cheapest pairs of each group, for one image's costs [groups, N / groups, n]."""
+    pairs = [linear_sum_assignment(group) for group in cost]
+    queries = np.concatenate([rows + index * cost.shape[1] for index, (rows, _) in enumerate(pairs)])
+    return torch.from_numpy(queries), torch.from_numpy(np.concatenate([columns for _, columns in pairs]))

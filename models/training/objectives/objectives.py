@@ -1,0 +1,142 @@
+"""What a task minimises: from canvases to a batch of augmented images, and from a network's output to its loss.
+
+Shapes: B batch, H x W pixels, K classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vitrine.models.boxes import xyxy_to_cxcywh
+from vitrine.models.detr import Denoising, Detr, DetrConfig
+from vitrine.models.serving import Normalise
+from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
+from vitrine.models.training.data.loading import CanvasBatch
+from vitrine.models.training.errors import DataError
+from vitrine.models.training.objectives.denoising import make_denoising
+from vitrine.models.training.objectives.losses import ClassificationLoss, SetCriterion
+from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+from vitrine.models.training.targets import Target
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Augmented images on the device, and what a network should answer."""
+
+    pixels: Tensor  # uint8 [B, H, W, 3]
+    totals: Tensor  # float [k], what the losses of a step are divided by: to be added up over the step's batches
+
+
+@dataclass(frozen=True)
+class ClassificationBatch(Batch):
+    """Images with soft labels."""
+
+    targets: Tensor  # float [B, K]
+
+
+@dataclass(frozen=True)
+class DetectionBatch(Batch):
+    """Padded images with objects."""
+
+    sizes: Tensor | None  # int64 [B, 2]; None where nothing is padded
+    valid: Tensor  # bool [B, 1, H, W]
+    targets: list[Target]
+    denoising: Denoising | None
+
+
+class Objective(Protocol):
+    """What a task minimises."""
+
+    group: int  # neighbouring images of a batch that augmentation mixes
+
+    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> Any:
+        """Augment the canvases of the images at `indices`; each draws from its own row of `noise`."""
+        ...
+
+    def forward(self, network: nn.Module, batch: Any) -> Any:
+        """Run the network."""
+        ...
+
+    def loss(self, output: Any, batch: Any, totals: Tensor) -> dict[str, Tensor]:
+        """Scalars, "loss" among them: sums over the batch, divided by the step's `totals`."""
+        ...
+
+
+class ClassificationObjective:
+    """Cross entropy with soft labels."""
+
+    def __init__(self, recipe: ClassificationRecipe, data: ClassificationData, device: torch.device) -> None:
+        self.augmentation = recipe.augmentation
+        self.group = recipe.augmentation.group
+        self.size = recipe.preprocessing.input_size
+        self.device = device
+        self.class_ids = torch.from_numpy(data.class_ids)
+        self.num_classes = len(data.labels)
+        self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std).to(device)
+        self.criterion = ClassificationLoss(recipe.loss, recipe.label_smoothing)
+
+    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> ClassificationBatch:
+        given = canvases.pixels, canvases.sizes, self.class_ids[indices]
+        pixels, sizes, class_ids = (tensor.to(self.device, non_blocking=True) for tensor in given)
+        pixels, targets = self.augmentation(pixels, sizes, class_ids, self.num_classes, noise, self.size)
+        return ClassificationBatch(pixels, torch.tensor([float(len(pixels))], device=self.device), targets)
+
+    def forward(self, network: nn.Module, batch: ClassificationBatch) -> Tensor:
+        logits: Tensor = network(self.normalise(batch.pixels))
+        return logits
+
+    def loss(self, output: Tensor, batch: ClassificationBatch, totals: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.criterion(output.float(), batch.targets, totals[0])}
+
+
+class DetectionObjective:
+    """DETR's set loss."""
+
+    def __init__(self, recipe: DetectionRecipe, data: DetectionData, config: DetrConfig, device: torch.device) -> None:
+        self.augmentation = recipe.augmentation
+        self.group = recipe.augmentation.group
+        self.device = device
+        self.data = data
+        self.config = config
+        self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std).to(device)
+        self.criterion = SetCriterion(eos_coef=recipe.eos_coef)
+
+    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> DetectionBatch:
+        pixels, sizes = (tensor.to(self.device, non_blocking=True) for tensor in (canvases.pixels, canvases.sizes))
+        edges = canvases.image_sizes.flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
+        targets = [self._target(i, own) for i, own in zip(indices.tolist(), edges, strict=True)]
+        pixels, sizes, valid, targets = self.augmentation(pixels, sizes, targets, noise)
+        padded = bool((canvases.sizes != torch.tensor(canvases.pixels.shape[1:3])).any())
+        return DetectionBatch(
+            pixels,
+            totals=self.criterion.totals(targets, self.config).to(self.device),
+            sizes=sizes if padded else None,
+            valid=valid,
+            targets=targets,
+            denoising=make_denoising(targets, self.config, noise[:, -1]),
+        )
+
+    def forward(self, network: nn.Module, batch: DetectionBatch) -> Any:
+        images = self.normalise(batch.pixels)
+        if batch.sizes is not None:
+            images = images * batch.valid
+        return network(images, batch.sizes, denoising=batch.denoising)
+
+    def loss(self, output: Any, batch: DetectionBatch, totals: Tensor) -> dict[str, Tensor]:
+        return self.criterion(output, batch.targets, totals, self.config.query_groups)
+
+    def _target(self, index: int, edges: Tensor) -> Target:
+        boxes_xyxy = (torch.from_numpy(self.data.boxes[index]) / edges).clamp(0, 1)
+        class_ids = torch.from_numpy(self.data.class_ids[index])
+        return Target(class_ids.to(self.device), xyxy_to_cxcywh(boxes_xyxy).to(self.device))
+
+
+def make_objective(recipe: Recipe, data: Data, network: nn.Module, device: torch.device) -> Objective:
+    """The objective of a recipe's task."""
+    if isinstance(recipe, ClassificationRecipe) and isinstance(data, ClassificationData):
+        return ClassificationObjective(recipe, data, device)
+    if isinstance(recipe, DetectionRecipe) and isinstance(data, DetectionData) and isinstance(network, Detr):
+        return DetectionObjective(recipe, data, network.config, device)
+    raise DataError(f"{data.name}: expected data for {recipe.task}, found {type(data).__name__}")

@@ -1,0 +1,1 @@
+"""The image routes: images in, labels or boxes out, and the documents that describe them."""

@@ -1,0 +1,254 @@
+"""From an HTTP request to images' bytes and the parameters beside them."""
+
+import base64
+import binascii
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import orjson
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive
+
+from vitrine.bundle.errors import ImageTooLargeError, ParameterError
+from vitrine.service.errors import shown
+from vitrine.service.http.parameters import LABELS, Parameter
+from vitrine.service.settings import Settings
+
+IMAGE, IMAGES = "image", "images"
+_MOST_FIELDS = 1000  # of a form: each label may be one
+_URL = re.compile(r"\s*(https?|ftp|file|s3|gs)://", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Encoded images and their parameters, as a client wrote them."""
+
+    images: tuple[object, ...]  # bytes, or what stood in a JSON field: `encoded` makes bytes of it
+    several: bool  # the answer is a list, even of one
+    parameters: Mapping[str, object]
+
+    def text(self, parameter: Parameter) -> str | None:
+        """A parameter, None if it was not sent.
+
+        Raises:
+            ParameterError: it is no text.
+        """
+        value = self.parameters.get(parameter.name)
+        if value is not None and not isinstance(value, str):
+            raise ParameterError(parameter.name, expected="text", found=shown(value))
+        return value
+
+    def integer(self, parameter: Parameter) -> int:
+        """A parameter as an integer.
+
+        Raises:
+            ParameterError: it is not one.
+        """
+        value = self.parameters.get(parameter.name, parameter.default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+            return int(value)
+        raise ParameterError(parameter.name, expected="an integer", found=shown(value))
+
+    def number(self, parameter: Parameter) -> float:
+        """A parameter as a number.
+
+        Raises:
+            ParameterError: it is not one.
+        """
+        value = self.parameters.get(parameter.name, parameter.default)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        raise ParameterError(parameter.name, expected="a number", found=shown(value))
+
+    def labels(self, known: Collection[str]) -> tuple[str, ...] | None:
+        """The parameter `labels`: one of those known, or several, separated by commas or as a list; None if not sent.
+
+        Raises:
+            ParameterError: it is neither text nor a list of texts.
+        """
+        value = self.parameters.get(LABELS.name)
+        if value is None:
+            return None
+        if isinstance(value, str):  # labels may hold commas themselves: "tench, Tinca tinca"
+            value = [value] if value in known else [part.strip() for part in value.split(",")]
+        if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
+            raise ParameterError(LABELS.name, expected="labels as text", found=shown(value))
+        return tuple(value)
+
+
+async def read_image_request(request: Request, known: Sequence[Parameter], settings: Settings) -> ImageRequest:
+    """Read the images and the parameters in `known`, in any of the forms that clients send.
+
+    The images are the multipart field `image` (or several of them), or base64 in the JSON fields `image` or `images`,
+    or the body itself is one. What kind of image it is, is decided by its bytes, never by a name or a header.
+    Parameters are query, form or JSON fields.
+
+    Raises:
+        ImageTooLargeError: the body has more than `max_body_bytes` bytes; the rest is not read.
+        ParameterError: there is no image, or there are too many, or a field is unknown or sent with two values.
+    """
+    names = tuple(parameter.name for parameter in known)
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    images: list[object]
+    fields: list[tuple[str, object]] = []
+    several = False
+    if content_type == "multipart/form-data":
+        images, fields = await _read_form(request, settings)
+        several = len(images) > 1
+    elif content_type == "application/json":
+        images, fields, several = await _read_json(await read_body(request, settings.max_body_bytes))
+    else:
+        images = [await read_body(request, settings.max_body_bytes)]
+    if len(images) > settings.max_images:
+        raise ParameterError("images", expected=f"at most {settings.max_images} images", found=len(images))
+    if request.scope["query_string"]:
+        fields = [*request.query_params.multi_items(), *fields]
+    return ImageRequest(tuple(images), several, _merged(fields, names))
+
+
+async def _read_form(request: Request, settings: Settings) -> tuple[list[object], list[tuple[str, object]]]:
+    bounded = Request(request.scope, limited(request, settings.max_body_bytes))
+    images: list[object] = []
+    fields: list[tuple[str, object]] = []
+    try:
+        async with bounded.form(max_files=settings.max_images + 1, max_fields=_MOST_FIELDS) as form:
+            for name, value in form.multi_items():
+                if name == IMAGE and isinstance(value, UploadFile):
+                    images.append(await value.read())
+                elif name == IMAGE:
+                    raise ParameterError(IMAGE, expected="a file", found="text; a URL or path is not fetched")
+                elif isinstance(value, UploadFile):
+                    raise ParameterError(name, expected=f"text, or the name {IMAGE} for an image", found="a file")
+                else:
+                    fields.append((name, _unquoted(value)))
+    except (HTTPException, MultiPartException, UnicodeError) as error:
+        wanted = "images and their fields as multipart/form-data"
+        found = error.detail if isinstance(error, HTTPException) else error
+        raise ParameterError("body", expected=wanted, found=found) from error
+    if not images:
+        names = ", ".join(name for name, _ in fields)[:200] or "none"
+        raise ParameterError(IMAGE, expected=f"a multipart field {IMAGE!r}", found=f"the fields {names}")
+    return images, fields
+
+
+def _unquoted(value: str) -> object:
+    """BentoML's client sends form fields as JSON: "colours" with quotes, and lists."""
+    if value[:1] in ('"', "["):
+        try:
+            return orjson.loads(value)
+        except ValueError:
+            pass
+    return value
+
+
+async def _read_json(body: bytes) -> tuple[list[object], list[tuple[str, object]], bool]:
+    try:
+        document = orjson.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ParameterError("body", expected="JSON", found=f"none: {error}") from error
+    if not isinstance(document, dict) or len(document.keys() & {IMAGE, IMAGES}) != 1:
+        found = f"the fields {', '.join(document)[:200] or 'none'}" if isinstance(document, dict) else shown(document)
+        raise ParameterError("body", expected=f"an object with {IMAGE!r} or {IMAGES!r}", found=found)
+    several = IMAGES in document
+    texts = document.pop(IMAGES) if several else [document.pop(IMAGE)]
+    if not isinstance(texts, list) or not texts:
+        raise ParameterError(IMAGES, expected="a list of images", found=shown(texts))
+    return texts, list(document.items()), several
+
+
+def encoded(image: object) -> bytes:
+    """The bytes of an image: itself, or of its base64 or data URL.
+
+    Raises:
+        ParameterError: it is something else; a URL is never fetched.
+    """
+    if isinstance(image, bytes):
+        return image
+    text = image
+    if not isinstance(text, str):
+        raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=shown(text))
+    if _URL.match(text):
+        raise ParameterError(IMAGE, expected="base64 or a data URL", found="another URL, which is not fetched")
+    prefix = _DATA_URL.match(text)
+    digits = "".join((text[prefix.end() :] if prefix else text).split())
+    try:
+        return base64.b64decode(digits, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ParameterError(IMAGE, expected="base64 or a data URL", found=f"{text[:40]!r}: {error}") from error
+
+
+def _merged(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[str, object]:
+    """One value for each name; of `labels` a list of all."""
+    merged: dict[str, object] = {}
+    for name, value in fields:
+        if name not in known:
+            expected = f"one of the parameters {', '.join(known)}"
+            raise ParameterError(name[:100], expected=expected, found="an unknown one")
+        if name == LABELS.name and name in merged:
+            before = merged[name]
+            merged[name] = [*_listed(before), *_listed(value)]
+            continue
+        if merged.get(name, value) != value:
+            raise ParameterError(name, expected="one value", found=f"{shown(merged[name])} and {shown(value)}")
+        if value is not None:
+            merged[name] = value
+    return merged
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """A request's body.
+
+    Raises:
+        ImageTooLargeError: see `limited`.
+        ClientDisconnect: the client was gone before its end.
+    """
+    receive = limited(request, max_bytes)
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message.get("more_body", False):
+        parts = [body]
+        while message.get("more_body", False):
+            message = await receive()
+            parts.append(message.get("body", b""))
+        body = b"".join(parts)
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return body
+
+
+def limited(request: Request, max_bytes: int) -> Receive:
+    """A request's body up to `max_bytes` bytes.
+
+    Raises:
+        ImageTooLargeError: it has more, now or while it is received; the rest is not read.
+    """
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise ImageTooLargeError(limit=max_bytes, unit="bytes", found=declared)
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise ImageTooLargeError(limit=max_bytes, unit="bytes", found="more")
+        return message
+
+    return receive

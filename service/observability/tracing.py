@@ -1,0 +1,144 @@
+"""Spans: one of each request, over HTTP or gRPC, and below it those of its stages (OpenTelemetry)."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+from opentelemetry import propagate, trace
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from opentelemetry.util.types import AttributeValue
+
+from vitrine.service.observability.request_record import GRPC, Observation
+from vitrine.service.settings import Settings
+from vitrine.service.version import server_version
+
+if TYPE_CHECKING:  # as slow to import as all our own code, and needed with a collector only
+    from opentelemetry.sdk.trace import TracerProvider
+
+_GRPC_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}  # the server's
+_LAST_SECONDS = 5.0  # that sending gets when the server stops; a collector that does not answer takes longer
+
+
+@contextmanager
+def http_span(settings: Settings, observation: Observation, headers: Mapping[str, str]) -> Iterator[None]:
+    """The span of an HTTP request (OpenTelemetry's semantic conventions for HTTP); none of a probe."""
+    if not settings.traces_endpoint or observation.quiet:
+        yield
+        return
+    host, _, port = observation.client.rpartition(":")
+    attributes: dict[str, AttributeValue] = {
+        "http.request.method": observation.method,
+        "url.path": observation.path,
+        "url.scheme": "http",
+        "client.address": host,
+        "client.port": int(port),
+        "user_agent.original": headers.get("user-agent", ""),
+    }
+    with _server_span(settings, observation.method, attributes, headers):
+        yield
+
+
+@contextmanager
+def grpc_span(settings: Settings, method: str, metadata: Mapping[str, str]) -> Iterator[None]:
+    """The span of a gRPC call (OpenTelemetry's semantic conventions for RPC)."""
+    if not settings.traces_endpoint:
+        yield
+        return
+    service, _, name = method.removeprefix("/").partition("/")
+    attributes: dict[str, AttributeValue] = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+    with _server_span(settings, f"{service}/{name}", attributes, metadata):
+        yield
+
+
+@contextmanager
+def _server_span(
+    settings: Settings, name: str, attributes: Mapping[str, AttributeValue], carrier: Mapping[str, str]
+) -> Iterator[None]:
+    with _tracer(settings.traces_endpoint, settings.traces_share).start_as_current_span(
+        name,
+        propagate.extract(carrier),
+        SpanKind.SERVER,
+        attributes,
+        record_exception=False,  # an error is answered by raising, too
+        set_status_on_exception=False,
+    ):
+        yield
+
+
+def trace_id() -> str:
+    """Of the trace that is recorded now, in hexadecimal; empty where none is."""
+    span = trace.get_current_span()
+    return f"{span.get_span_context().trace_id:032x}" if _is_sampled(span) else ""
+
+
+def record_spans(settings: Settings, observation: Observation) -> None:
+    """Write what is known of a request into its span, which must not have ended yet, and its stages below it."""
+    parent = trace.get_current_span()
+    if not _is_sampled(parent):
+        return
+    model = _named(model=observation.model, version=observation.version, variant=observation.variant)
+    parent.set_attributes({**model, **_named(request_id=observation.request_id, error=observation.error)})
+    if observation.images:
+        parent.set_attribute("vitrine.images", observation.images)
+        parent.set_attribute("vitrine.batch_sizes", tuple(observation.batches))
+    if observation.method == GRPC:
+        parent.set_attribute("rpc.response.status_code", observation.status)
+        if observation.status in _GRPC_FAULTS:
+            parent.set_status(Status(StatusCode.ERROR, observation.error))
+    else:
+        parent.update_name(f"{observation.method} {observation.route}".rstrip())
+        if observation.route:
+            parent.set_attribute("http.route", observation.route)
+        if observation.status:
+            parent.set_attribute("http.response.status_code", int(observation.status))
+        if observation.status.startswith("5"):
+            parent.set_status(Status(StatusCode.ERROR, observation.error))
+    context = trace.set_span_in_context(parent)
+    tracer = _tracer(settings.traces_endpoint, settings.traces_share)
+    for stage in observation.stages:
+        span = tracer.start_span(stage.name, context, attributes=model, start_time=stage.start)
+        span.end(stage.end)
+
+
+def send_spans(settings: Settings) -> None:
+    """Send the spans that still wait, for a few seconds at most; later ones are dropped.
+
+    An exit handler would come too late: uvicorn ends its process by the signal that it has got, without any.
+    """
+    if not settings.traces_endpoint:
+        return
+    provider = _provider(settings.traces_endpoint, settings.traces_share)
+    sending = threading.Thread(target=provider.shutdown, daemon=True)
+    sending.start()
+    sending.join(_LAST_SECONDS)
+
+
+def _named(**values: str) -> dict[str, str]:
+    return {f"vitrine.{name}": value for name, value in values.items() if value}
+
+
+def _is_sampled(span: Span) -> bool:
+    return span.is_recording() and span.get_span_context().trace_flags.sampled
+
+
+@cache
+def _tracer(endpoint: str, share: float) -> trace.Tracer:
+    return _provider(endpoint, share).get_tracer("vitrine")
+
+
+@cache
+def _provider(endpoint: str, share: float) -> "TracerProvider":
+    """Of this process; made when the first request comes, as it has a thread of its own."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+
+    resource = Resource.create({"service.name": "vitrine", "service.version": server_version()})
+    resource = resource.merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME and the like
+    provider = TracerProvider(sampler=ParentBasedTraceIdRatio(share), resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+    return provider

@@ -1,0 +1,301 @@
+"""`/v2`: the Open Inference Protocol over HTTP, with binary tensors and the model repository."""
+
+import asyncio
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from vitrine.bundle.errors import ImageTooLargeError, ParameterError
+from vitrine.service.errors import UnavailableError, shown
+from vitrine.service.http.requests import read_body
+from vitrine.service.open_inference.inference import (
+    EXTENSIONS,
+    PLATFORM,
+    SERVER,
+    InferenceAnswer,
+    InferenceRequest,
+    OutputWish,
+    Tensor,
+    Unread,
+    bytes_of,
+    infer,
+    model_metadata,
+    reference,
+    tensor_of_bytes,
+    tensor_of_values,
+)
+from vitrine.service.runtime.serving import Patience, observation_of, serving_of
+from vitrine.service.version import server_version
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+Json = dict[str, Any]
+
+
+async def server_metadata(request: Request) -> Response:
+    """`GET /v2`."""
+    return _json({"name": SERVER, "version": server_version(), "extensions": list(EXTENSIONS)})
+
+
+async def server_health(request: Request) -> Response:
+    """`GET /v2/health/live` and `/v2/health/ready`. (Nothing is answered before all models are loaded.)"""
+    if not serving_of(request).live():
+        raise UnavailableError("a computing thread is stuck")
+    return Response()
+
+
+async def metadata(request: Request) -> Response:
+    """`GET /v2/models/{name}[/versions/{version}]`."""
+    found = model_metadata(serving_of(request), _reference(request))
+    inputs, outputs = (
+        [{"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape} for tensor in tensors]
+        for tensors in (found.inputs, found.outputs)
+    )
+    known = {"name": found.name, "versions": found.versions, "platform": PLATFORM}
+    return _json({**known, "inputs": inputs, "outputs": outputs})
+
+
+async def model_ready(request: Request) -> Response:
+    """`GET /v2/models/{name}[/versions/{version}]/ready`."""
+    serving_of(request).repository.get(_reference(request))
+    return Response()
+
+
+async def model_infer(request: Request) -> Response:
+    """`POST /v2/models/{name}[/versions/{version}]/infer`."""
+    serving, observation = serving_of(request), observation_of(request)
+    await serving.admit()
+    async with Patience(request, serving.settings.timeout_seconds) as patience:
+        body = await _body(request, serving.settings.max_body_bytes)
+        patience.body_is_read()
+        header_length = request.headers.get(HEADER_LENGTH)
+        asked, binary = await asyncio.to_thread(parse, _reference(request), body, header_length)
+        answer = await infer(serving, observation, asked)
+        return await asyncio.to_thread(_response, answer, asked, binary)
+
+
+async def repository_index(request: Request) -> Response:
+    """`POST /v2/repository/index`."""
+    serving = serving_of(request)
+    document = await _optional_json(request, serving.settings.max_body_bytes)
+    ready = document.get("ready", False)
+    if not isinstance(ready, bool):
+        raise ParameterError("ready", expected="true or false", found=shown(ready))
+    return _json(
+        [
+            {
+                "name": entry.name,
+                "version": entry.version,
+                "state": "READY" if entry.ready else "UNAVAILABLE",
+                "reason": entry.reason,
+            }
+            for entry in serving.repository.index()
+            if entry.ready or not ready
+        ]
+    )
+
+
+async def load(request: Request) -> Response:
+    """`POST /v2/repository/models/{name}/load`."""
+    serving = serving_of(request)
+    document = await _optional_json(request, serving.settings.max_body_bytes)
+    if document.get("parameters"):
+        found = ", ".join(document["parameters"])[:100] if isinstance(document["parameters"], dict) else "others"
+        raise ParameterError("parameters", expected="none: a model is configured by its bundle", found=found)
+    await serving.load(request.path_params["name"])
+    return Response()
+
+
+async def unload(request: Request) -> Response:
+    """`POST /v2/repository/models/{name}/unload`."""
+    serving = serving_of(request)
+    await _optional_json(request, serving.settings.max_body_bytes)
+    await serving.unload(request.path_params["name"])
+    return Response()
+
+
+PROTOCOL_ROUTES = (
+    ("/v2", server_metadata, "GET"),
+    ("/v2/health/live", server_health, "GET"),
+    ("/v2/health/ready", server_health, "GET"),
+    ("/v2/models/{name}", metadata, "GET"),
+    ("/v2/models/{name}/versions/{version}", metadata, "GET"),
+    ("/v2/models/{name}/ready", model_ready, "GET"),
+    ("/v2/models/{name}/versions/{version}/ready", model_ready, "GET"),
+    ("/v2/models/{name}/infer", model_infer, "POST"),
+    ("/v2/models/{name}/versions/{version}/infer", model_infer, "POST"),
+    ("/v2/repository/index", repository_index, "POST"),
+    ("/v2/repository/models/{name}/load", load, "POST"),
+    ("/v2/repository/models/{name}/unload", unload, "POST"),
+)
+
+
+def protocol_routes(route: type[Route]) -> list[Route]:
+    """The routes under /v2, as routes of that class."""
+    return [route(path, endpoint, methods=[method]) for path, endpoint, method in PROTOCOL_ROUTES]
+
+
+def parse(model: str, body: bytes, header_length: str | None) -> tuple[InferenceRequest, bool]:
+    """Read a request: a JSON document and, behind its first `header_length` bytes, tensors in binary form.
+
+    Returns:
+        The request, and whether outputs that it does not name are wanted in binary form.
+
+    Raises:
+        ParameterError: it is not as the protocol says.
+    """
+    length = len(body)
+    if header_length is not None:
+        if not re.fullmatch("[0-9]{1,15}", header_length) or int(header_length) > len(body):
+            raise ParameterError(HEADER_LENGTH, expected=f"0 to {len(body)}", found=repr(header_length[:20]))
+        length = int(header_length)
+    document = _object(_loads(body[:length]), "body")
+    parameters = _object(document.get("parameters", {}), "parameters")
+    inputs, start = [], length
+    data = memoryview(body)
+    for entry in _objects(document.get("inputs"), "inputs"):
+        name, datatype, shape = _text(entry, "name"), _text(entry, "datatype"), _shape(entry)
+        own = _object(entry.get("parameters", {}), f"input {name[:100]}: parameters")
+        if "binary_data_size" in own:
+            size = own["binary_data_size"]
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(data) - start:
+                expected = f"0 to {len(data) - start}, the bytes that are left"
+                raise ParameterError(f"input {name[:100]}: binary_data_size", expected=expected, found=shown(size))
+            inputs.append(tensor_of_bytes(name, datatype, shape, data[start : start + size]))
+            start += size
+        elif "data" in entry:
+            inputs.append(tensor_of_values(name, datatype, shape, entry["data"]))
+        else:
+            raise ParameterError(f"input {name[:100]}", expected="data or binary_data_size", found="neither")
+    if start != len(body):
+        raise ParameterError("body", expected="as many bytes as its tensors", found=f"{len(body) - start} more")
+    binary = _flag(parameters, "binary_data_output", False)
+    wishes = [_wish(entry, binary) for entry in _objects(document.get("outputs", []), "outputs")]
+    variant, number = parameters.get("variant"), document.get("id", "")
+    if variant is not None and not isinstance(variant, str):
+        raise ParameterError("variant", expected="text", found=shown(variant))
+    if not isinstance(number, str):
+        raise ParameterError("id", expected="text", found=shown(number))
+    return InferenceRequest(model, inputs, wishes, number, variant), binary
+
+
+def _wish(entry: Json, binary: bool) -> OutputWish:
+    name = _text(entry, "name")
+    parameters = _object(entry.get("parameters", {}), f"output {name[:100]}: parameters")
+    classes = parameters.get("classification", 0)
+    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
+        raise ParameterError("classification", expected="a number of classes", found=shown(classes))
+    return OutputWish(name, classes, _flag(parameters, "binary_data", binary))
+
+
+def _flag(parameters: Json, name: str, default: bool) -> bool:
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise ParameterError(name, expected="true or false", found=shown(value))
+    return value
+
+
+def _response(answer: InferenceAnswer, asked: InferenceRequest, binary: bool) -> Response:
+    binaries = {wish.name: wish.binary for wish in asked.outputs}
+    outputs, parts = [], []
+    for tensor in answer.outputs:
+        entry: Json = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
+        if binaries.get(tensor.name, binary):
+            parts.append(bytes_of(tensor))
+            entry["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            entry["data"] = _values(tensor)
+        outputs.append(entry)
+    manifest = answer.bundle.manifest
+    document: Json = {"model_name": manifest.name, "model_version": manifest.version}
+    if answer.id:
+        document["id"] = answer.id
+    head = orjson.dumps({**document, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not parts:
+        return Response(head, media_type="application/json")
+    headers = {HEADER_LENGTH: str(len(head))}
+    return Response(b"".join((head, *parts)), headers=headers, media_type="application/octet-stream")
+
+
+def _values(tensor: Tensor) -> NDArray[np.generic] | list[str]:
+    if isinstance(tensor.data, np.ndarray):
+        return np.ascontiguousarray(tensor.data).ravel()
+    assert not isinstance(tensor.data, Unread)
+    return [element.decode() for element in tensor.data]
+
+
+def _reference(request: Request) -> str:
+    return reference(request.path_params["name"], request.path_params.get("version", ""))
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    body = await read_body(request, max_bytes)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise ParameterError("Content-Encoding", expected="gzip or deflate", found=repr(encoding[:50]))
+    return await asyncio.to_thread(_decompressed, body, max_bytes)
+
+
+def _decompressed(body: bytes, max_bytes: int) -> bytes:
+    reader = zlib.decompressobj(wbits=47)  # of gzip and zlib alike
+    try:
+        plain = reader.decompress(body, max_bytes + 1)
+    except zlib.error as error:
+        raise ParameterError("body", expected="what Content-Encoding says", found=error) from error
+    if len(plain) > max_bytes:
+        raise ImageTooLargeError(limit=max_bytes, unit="bytes", found="more once decompressed")
+    if not reader.eof or reader.unused_data:
+        found = "more behind its end" if reader.eof else "an early end"
+        raise ParameterError("body", expected="what Content-Encoding says", found=found)
+    return plain
+
+
+async def _optional_json(request: Request, max_bytes: int) -> Json:
+    body = await _body(request, max_bytes)
+    return _object(_loads(body), "body") if body.strip() else {}
+
+
+def _loads(body: bytes) -> object:
+    try:
+        return orjson.loads(body)
+    except ValueError as error:
+        raise ParameterError("body", expected="a JSON object", found=f"none: {error}") from error
+
+
+def _object(value: object, name: str) -> Json:
+    if not isinstance(value, dict):
+        raise ParameterError(name, expected="a JSON object", found=shown(value))
+    return value
+
+
+def _objects(value: object, name: str) -> list[Json]:
+    if not isinstance(value, list):
+        raise ParameterError(name, expected="a list", found=shown(value))
+    return [_object(entry, name) for entry in value]
+
+
+def _text(entry: Json, name: str) -> str:
+    value = entry.get(name)
+    if not isinstance(value, str):
+        raise ParameterError(name, expected="text", found=shown(value))
+    return value
+
+
+def _shape(entry: Json) -> Sequence[int]:
+    shape = entry.get("shape")
+    if not isinstance(shape, list) or any(not isinstance(edge, int) or isinstance(edge, bool) for edge in shape):
+        raise ParameterError("shape", expected="a list of lengths", found=shown(shape))
+    return shape
+
+
+def _json(document: object) -> Response:
+    return Response(orjson.dumps(document), media_type="application/json")

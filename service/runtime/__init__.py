@@ -1,0 +1,1 @@
+"""What runs the models: processes and threads, the queue, loading and unloading."""

@@ -1,0 +1,141 @@
+"""What is right and wrong among hand-made answers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitrine.models.training.data.dataset import ClassificationData, DetectionData
+from vitrine.models.training.evaluation.metrics import (
+    ClassificationPredictions,
+    DetectionPredictions,
+    average_precision,
+)
+from vitrine.models.training.evaluation.mistakes import detection_mistakes, iou, match_objects, wrong_answers
+
+Box = tuple[float, float, float, float]
+
+
+def test_the_surest_wrong_answers_come_first() -> None:
+    data = ClassificationData("d", "val", ("a", "b"), [""] * 4, [b""] * 4, np.array([0, 0, 1, 1]))
+    probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.8, 0.2], [0.3, 0.7]], np.float32)
+    predictions = ClassificationPredictions(np.arange(4), probabilities, 1.0)
+    worst = wrong_answers(predictions, data, 10)
+    assert [(wrong.index, wrong.true, wrong.answered) for wrong in worst] == [(2, "b", "a"), (1, "a", "b")]
+    assert (worst[0].probability, worst[0].true_probability) == pytest.approx((0.8, 0.2))
+    assert wrong_answers(predictions, data, 1) == worst[:1]
+
+
+def test_answers_are_those_of_the_images_that_were_asked() -> None:
+    data = ClassificationData("d", "val", ("a", "b"), [""] * 9, [b""] * 9, np.array([1] * 8 + [0]))
+    predictions = ClassificationPredictions(np.array([8]), np.array([[0.1, 0.9]], np.float32), 1.0)
+    assert [(wrong.index, wrong.true) for wrong in wrong_answers(predictions, data, 3)] == [(8, "a")]
+
+
+def objects(*images: list[tuple[int, Box]]) -> DetectionData:
+    return DetectionData(
+        "d",
+        "val",
+        ("cat", "dog"),
+        [f"{i}.png" for i in range(len(images))],
+        [b""] * len(images),
+        [np.array([class_id for class_id, _ in image], np.int64) for image in images],
+        [np.array([box for _, box in image], np.float32).reshape(-1, 4) for image in images],
+    )
+
+
+def found(images: int, *detections: tuple[int, float, int, Box]) -> DetectionPredictions:
+    """Detections as image, score, class id and box."""
+    columns = list(zip(*detections, strict=True)) or [[], [], [], []]
+    return DetectionPredictions(
+        np.arange(images),
+        np.array(columns[0], np.int64),
+        np.array(columns[1], np.float32),
+        np.array(columns[2], np.int64),
+        np.array(columns[3], np.float32).reshape(-1, 4),
+        1.0,
+    )
+
+
+LEFT, RIGHT = (0.0, 0.0, 10.0, 10.0), (50.0, 0.0, 60.0, 10.0)
+NEAR_LEFT = (0.0, 0.0, 10.0, 30.0)  # an IoU of 1/3
+
+
+def test_every_kind_of_mistake_is_counted() -> None:
+    data = objects([(0, LEFT), (1, RIGHT)], [(0, LEFT)], [(1, LEFT)], [])
+    predictions = found(
+        4,
+        (0, 0.9, 0, LEFT),
+        (0, 0.8, 0, LEFT),  # a duplicate
+        (0, 0.9, 1, RIGHT),
+        (1, 0.9, 1, LEFT),  # another label
+        (2, 0.9, 1, NEAR_LEFT),
+        (3, 0.9, 0, RIGHT),  # nothing there
+    )
+    np.testing.assert_array_equal(match_objects(predictions, data), [0, -1, 1, -1, -1, -1])
+    mistakes = detection_mistakes(found(4, (3, 0.1, 1, LEFT), *as_list(predictions)), data, 10)
+    assert mistakes.threshold == pytest.approx(0.9)
+    assert (mistakes.right, mistakes.missed) == (2, 2)
+    assert (mistakes.precision, mistakes.recall) == (2 / 5, 1 / 2)
+    assert mistakes.false == {"other label": 1, "badly placed": 1, "nothing there": 1}
+    assert [image.index for image in mistakes.worst] == [1, 2, 3]  # a miss and 0.9, the same, 0.9
+    kinds = [(box.kind, box.label, box.score is None) for box in mistakes.worst[0].boxes]
+    assert kinds == [("false", "dog", False), ("missed", "cat", True)]
+    below = detection_mistakes(predictions, data, 0, threshold=0.5)
+    assert (below.threshold, below.right, below.false["duplicate"]) == (0.5, 2, 1)
+
+
+def as_list(predictions: DetectionPredictions) -> list[tuple[int, float, int, Box]]:
+    columns = predictions.image, predictions.scores, predictions.class_ids, predictions.boxes
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def test_a_duplicate_is_told() -> None:
+    mistakes = detection_mistakes(found(1, (0, 0.9, 0, LEFT), (0, 0.9, 0, LEFT)), objects([(0, LEFT)]), 1)
+    assert mistakes.false == {"duplicate": 1}
+
+
+def test_nothing_found_is_all_missed() -> None:
+    mistakes = detection_mistakes(found(2), objects([(0, LEFT)], []), 5)
+    assert (mistakes.right, mistakes.missed, mistakes.precision, mistakes.false) == (0, 1, 0, {})
+    assert [[box.kind for box in image.boxes] for image in mistakes.worst] == [["missed"]]
+
+
+def test_overlap() -> None:
+    boxes = np.array([LEFT, (5, 0, 15, 10), (3, 3, 3, 3)], np.float32)
+    np.testing.assert_allclose(iou(boxes, boxes), [[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 0]])
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_matches_are_those_of_cocos_precision(seed: int) -> None:
+    """With distinct scores, precision over recall from our matches is that of pycocotools at IoU 0.5."""
+    random = np.random.default_rng(seed)
+
+    def boxes(count: int) -> list[Box]:
+        corners = random.uniform(0, 40, (count, 2))
+        return [(x, y, x + w, y + h) for (x, y), (w, h) in zip(corners, random.uniform(5, 40, (count, 2)), strict=True)]
+
+    data = objects(*([(int(random.integers(2)), box) for box in boxes(int(random.integers(1, 6)))] for _ in range(4)))
+    scores = iter(random.permutation(200) / 200)
+    detections = []
+    for image in range(4):
+        near = [tuple(box + random.normal(0, 2, 4)) for box in data.boxes[image]]
+        for box in [*near, *boxes(3)]:
+            x = sorted((box[0], box[2])), sorted((box[1], box[3]))
+            detections.append(
+                (image, float(next(scores)), int(random.integers(2)), (x[0][0], x[1][0], x[0][1], x[1][1]))
+            )
+    predictions = found(4, *detections)
+    matched = match_objects(predictions, data) >= 0
+    measured = average_precision(predictions, data)
+    for class_id in range(2):
+        total = sum(int((ids == class_id).sum()) for ids in data.class_ids)
+        own = np.flatnonzero(predictions.class_ids == class_id)
+        if total == 0:
+            continue
+        right = np.cumsum(matched[own[np.argsort(-predictions.scores[own])]])
+        precision = right / np.arange(1, len(own) + 1)
+        recall = right / total
+        for i, at in enumerate(np.linspace(0, 1, 101)):
+            reached = precision[recall >= at]
+            assert measured.precision_50[i, class_id] == pytest.approx(reached.max() if len(reached) else 0, abs=1e-6)

@@ -1,0 +1,457 @@
+"""`POST /classify` and `POST /detect` over HTTP, with real photographs in every form that clients send."""
+
+import base64
+import csv
+import io
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitrine.bundle.images import decode, decode_for
+from vitrine.bundle.loading import load_bundle
+from vitrine.bundle.manifest import Precision
+from vitrine.bundle.predictors import Classifier, Detector
+
+Serving = Callable[..., AbstractContextManager[tuple[str, ...]]]
+
+
+def saved(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def rotated_by_exif(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored image must be turned by 90 degrees clockwise
+    return saved(image.transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+
+
+def palette_with_transparency(image: Image.Image) -> bytes:
+    palette = image.quantize(64)
+    return saved(palette, "PNG", transparency=3)
+
+
+def sixteen_bits(image: Image.Image) -> bytes:
+    return saved(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG")
+
+
+FORMS: dict[str, Callable[[Image.Image], bytes]] = {
+    "jpeg": lambda image: saved(image, "JPEG"),
+    "progressive jpeg": lambda image: saved(image, "JPEG", progressive=True),
+    "png": lambda image: saved(image, "PNG"),
+    "webp": lambda image: saved(image, "WEBP"),
+    "gif": lambda image: saved(image, "GIF"),
+    "bmp": lambda image: saved(image, "BMP"),
+    "tiff": lambda image: saved(image, "TIFF"),
+    "rotated by exif": rotated_by_exif,
+    "grey jpeg": lambda image: saved(image.convert("L"), "JPEG"),
+    "cmyk jpeg": lambda image: saved(image.convert("CMYK"), "JPEG"),
+    "palette with transparency": palette_with_transparency,
+    "16-bit png": sixteen_bits,
+    "rgba png": lambda image: saved(image.convert("RGBA"), "PNG"),
+    "avif": lambda image: saved(image, "AVIF"),
+    "1-bit png": lambda image: saved(image.convert("1"), "PNG"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_photograph_is_answered_as_the_predictor_answers(
+    form: str, server: str, tiny_bundles: Path, photograph: bytes
+) -> None:
+    data = FORMS[form](decode(photograph))
+    classifier = load_bundle(tiny_bundles / "colours" / "1").predictor
+    detector = load_bundle(tiny_bundles / "squares" / "1").predictor
+    assert isinstance(classifier, Classifier)
+    assert isinstance(detector, Detector)
+
+    classified = httpx.post(f"{server}/classify", files={"image": ("a", data)})
+    detected = httpx.post(f"{server}/detect", files={"image": ("a", data)}, data={"threshold": "0"})
+
+    assert (classified.status_code, detected.status_code) == (200, 200), classified.text + detected.text
+    assert classified.json()["image"] == detected.json()["image"] == {"width": 640, "height": 480}
+    expected = classifier.classify(decode_for(data, classifier.preprocessing))
+    assert [entry["label"] for entry in classified.json()["predictions"]] == [entry.label for entry in expected]
+    probabilities = [entry["probability"] for entry in classified.json()["predictions"]]
+    assert probabilities == pytest.approx([entry.probability for entry in expected], abs=1e-6)
+    objects = detector.detect(decode_for(data, detector.preprocessing), threshold=0)
+    assert [entry["score"] for entry in detected.json()["detections"]] == pytest.approx(
+        [entry.score for entry in objects], abs=1e-6
+    )
+    assert detected.json()["detections"][0]["box"] == pytest.approx(vars(objects[0].box), abs=1e-3)
+
+
+def test_a_rotated_photograph_is_answered_like_the_upright_one(server: str, photograph: bytes) -> None:
+    upright = httpx.post(f"{server}/classify", content=photograph).json()
+    turned = httpx.post(f"{server}/classify", content=rotated_by_exif(decode(photograph))).json()
+    for a, b in zip(upright["predictions"], turned["predictions"], strict=True):
+        assert a["label"] == b["label"]
+        assert a["probability"] == pytest.approx(b["probability"], abs=0.02)  # it was compressed once more
+
+
+@pytest.mark.parametrize("route", ["classify", "detect"])
+@pytest.mark.parametrize(
+    "content_type", ["image/jpeg", "application/octet-stream", "application/x-www-form-urlencoded"]
+)
+def test_the_raw_body_is_answered_like_the_multipart_field(
+    route: str, content_type: str, server: str, photograph: bytes
+) -> None:
+    multipart = httpx.post(f"{server}/{route}", files={"image": ("a.jpg", photograph)})
+    raw = httpx.post(f"{server}/{route}", content=photograph, headers={"Content-Type": content_type})
+    assert raw.status_code == 200
+    assert raw.json() == multipart.json()
+
+
+def test_classify_answers_the_documented_shape(server: str, photograph: bytes) -> None:
+    answer = httpx.post(f"{server}/classify", content=photograph).json()
+    assert answer["model"] == {"name": "colours", "version": "1", "variant": "fp32"}
+    assert len(answer["predictions"]) == 3  # fewer labels than the default top_k of 5
+    assert sum(entry["probability"] for entry in answer["predictions"]) == pytest.approx(1, abs=1e-5)
+    assert all(entry.keys() == {"label", "class_id", "probability"} for entry in answer["predictions"])
+
+
+def test_parameters_may_be_form_or_query_fields(server: str, photograph: bytes) -> None:
+    form = httpx.post(f"{server}/classify", files={"image": photograph}, data={"top_k": "1", "model": "colours"})
+    query = httpx.post(f"{server}/classify?top_k=1&model=colours", content=photograph)
+    both = httpx.post(
+        f"{server}/classify?top_k=1", files={"image": photograph}, data={"top_k": "1", "model": "colours"}
+    )
+    assert form.json() == query.json() == both.json()
+    assert len(form.json()["predictions"]) == 1
+
+
+def test_threshold_and_max_detections(server: str, photograph: bytes) -> None:
+    def detections(query: str) -> list[dict[str, float]]:
+        answer: list[dict[str, float]] = httpx.post(f"{server}/detect?{query}", content=photograph).json()["detections"]
+        return answer
+
+    everything = detections("threshold=0")
+    assert len(everything) == 8  # the queries of the tiny network
+    scores = [entry["score"] for entry in everything]
+    assert scores == sorted(scores, reverse=True)
+    assert detections("threshold=0&max_detections=3") == everything[:3]
+    assert detections(f"threshold={scores[4]}") == [entry for entry in everything if entry["score"] >= scores[4]]
+    assert detections("threshold=1") == []
+
+
+@pytest.mark.parametrize(
+    ("route", "query", "message"),
+    [
+        ("classify", "top_k=0", "top_k: expected an integer of at least 1, found 0"),
+        ("classify", "top_k=many", "top_k: expected an integer, found 'many'"),
+        ("classify", "top_k=1_0", "top_k: expected an integer, found '1_0'"),
+        (
+            "classify",
+            "to=3",
+            "to: expected one of the parameters model, variant, labels, top_k, found an unknown one",
+        ),
+        ("classify", "top_k=1&top_k=2", "top_k: expected one value, found '1' and '2'"),
+        ("detect", "threshold=1.5", "threshold: expected a number from 0 to 1, found 1.5"),
+        ("detect", "threshold=nan", "threshold: expected a number from 0 to 1, found nan"),
+        ("detect", "threshold=high", "threshold: expected a number, found 'high'"),
+        ("detect", "max_detections=-1", "max_detections: expected an integer of at least 1, found -1"),
+    ],
+)
+def test_a_bad_parameter_is_400(route: str, query: str, message: str, server: str, photograph: bytes) -> None:
+    answer = httpx.post(f"{server}/{route}?{query}", content=photograph)
+    assert answer.status_code == 400
+    assert answer.json() == {"error": {"code": "invalid_parameter", "message": message}}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"", 422, "undecodable_image"),
+        (b"just text", 415, "unsupported_image_type"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "unsupported_image_type"),
+        (b"\x89PNG\r\n\x1a\n", 422, "undecodable_image"),
+        (b"\xff\xd8\xff\xe0" + bytes(1000), 422, "undecodable_image"),
+        (b"RIFF\x00\x00\x00\x00WAVE", 415, "unsupported_image_type"),
+        (b"RIFF\x00\x00\x00\x00WEBP", 422, "undecodable_image"),
+    ],
+)
+@pytest.mark.parametrize("route", ["classify", "detect"])
+def test_what_is_no_image_is_never_500(route: str, body: bytes, status: int, code: str, server: str) -> None:
+    for answer in (
+        httpx.post(f"{server}/{route}", content=body),
+        httpx.post(f"{server}/{route}", files={"image": ("a.jpg", body, "image/jpeg")}),
+    ):
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["code"] == code
+        assert answer.json().keys() == {"error"}
+
+
+def test_a_truncated_photograph_is_422(server: str, photograph: bytes) -> None:
+    answer = httpx.post(f"{server}/detect", content=photograph[: len(photograph) // 2])
+    assert answer.status_code == 422
+    assert answer.json()["error"]["code"] == "undecodable_image"
+
+
+def test_too_many_pixels_are_413(server: str) -> None:
+    data = saved(Image.new("1", (10_000, 10_000)), "PNG")
+    assert len(data) < 100_000
+    answer = httpx.post(f"{server}/classify", content=data)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "too_large"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_too_many_bytes_are_413(chunked: bool, server: str) -> None:
+    data = bytes(21 * 1024 * 1024)
+    content = (data[i : i + 65536] for i in range(0, len(data), 65536)) if chunked else data
+    try:
+        answer = httpx.post(f"{server}/classify", content=content)
+    except httpx.WriteError:  # the answer came, and the connection closed, before everything was sent
+        return
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "too_large"
+
+
+def test_an_unknown_model_is_404(server: str, photograph: bytes) -> None:
+    answer = httpx.post(f"{server}/classify?model=squares", content=photograph)  # there, but a detector
+    assert answer.status_code == 404
+    assert answer.json()["error"] == {
+        "code": "unknown_model",
+        "message": "no image-classification model named 'squares' here; available: colours",
+    }
+
+
+@pytest.mark.parametrize(
+    "request_body",
+    [
+        {"files": {"picture": ("a.jpg", b"x")}},
+        {"files": {"image": (None, "http://127.0.0.1/cat.jpg")}},
+        {"content": b"no boundary here", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        {"content": b"", "headers": {"Content-Type": "multipart/form-data"}},
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\na\xff\r\n--x--\r\n',
+            "headers": {"Content-Type": "multipart/form-data; boundary=x; charset=undefined"},
+        },
+    ],
+    ids=["no image", "a URL", "not multipart", "no boundary", "strange charset"],
+)
+def test_a_wrong_multipart_body_is_400(request_body: dict[str, object], server: str) -> None:
+    answer = httpx.post(f"{server}/classify", **request_body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "invalid_parameter"
+
+
+def test_many_requests_at_once_are_all_answered_right(server: str, photograph: bytes) -> None:
+    with ThreadPoolExecutor(16) as pool, httpx.Client(timeout=60) as client:
+        answers = list(pool.map(lambda _: client.post(f"{server}/detect", content=photograph), range(64)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.text for answer in answers}) == 1
+
+
+def test_json_is_answered_like_the_multipart_field(server: str, photograph: bytes) -> None:
+    expected = httpx.post(f"{server}/detect", files={"image": photograph}, data={"threshold": "0"}).json()
+    text = base64.b64encode(photograph).decode()
+    wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))  # as the command base64 prints it
+    for image in (text, wrapped, f"data:image/jpeg;base64,{text}"):
+        assert httpx.post(f"{server}/detect", json={"image": image, "threshold": 0}).json() == expected
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"image": "http://127.0.0.1/cat.jpg"}, "image: expected base64 or a data URL, found another URL, which"),
+        ({"image": " HTTPS://127.0.0.1/cat.jpg"}, "image: expected base64 or a data URL, found another URL, which"),
+        ({"image": "no base64!"}, "image: expected base64 or a data URL, found 'no base64!': "),
+        ({"image": 3}, "image: expected base64 or a data URL as text, found 3"),
+        ({"images": []}, "images: expected a list of images, found []"),
+        ({"images": "abc"}, "images: expected a list of images, found 'abc'"),
+        ({}, "body: expected an object with 'image' or 'images', found the fields none"),
+        ({"image": "", "images": []}, "body: expected an object with 'image' or 'images', found the fields image, "),
+        ([1], "body: expected an object with 'image' or 'images', found [1]"),
+        ({"image": "", "top_k": True}, "top_k: expected an integer, found True"),
+        ({"image": "", "top_k": [1]}, "top_k: expected an integer, found [1]"),
+        ({"image": "", "model": 1}, "model: expected text, found 1"),
+        ({"image": "", "labels": [1]}, "labels: expected labels as text, found [1]"),
+        ({"image": "", "labels": ["pink"]}, "labels: expected some of the model's 3 labels, such as 'blue', found"),
+        ({"image": "", "surprise": 1}, "surprise: expected one of the parameters model, variant, labels, top_k, "),
+    ],
+)
+def test_wrong_json_is_400_in_one_sentence(document: object, message: str, server: str) -> None:
+    answer = httpx.post(f"{server}/classify", json=document)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+
+
+def test_what_is_no_json_is_400(server: str) -> None:
+    for body in (b"", b"{", b"\xff", b"[" * 100_000):
+        answer = httpx.post(f"{server}/classify", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, body[:10]
+        assert answer.json()["error"]["message"].startswith("body: expected ")
+
+
+def test_several_images_are_answered_in_their_order_and_a_bad_one_alone_has_an_error(
+    server: str, photograph: bytes
+) -> None:
+    blue = saved(Image.new("RGB", (30, 20), (30, 60, 200)), "PNG")
+    for route in ("classify", "detect"):
+        alone = [httpx.post(f"{server}/{route}", content=image).json() for image in (photograph, blue)]
+        files = [("image", ("a", photograph)), ("image", ("b", b"no image")), ("image", ("c", blue))]
+        form = httpx.post(f"{server}/{route}", files=files)
+        texts = [base64.b64encode(image).decode() for image in (photograph, b"no image", blue)]
+        document = httpx.post(f"{server}/{route}", json={"images": texts})
+        assert form.status_code == document.status_code == 200
+        assert form.json() == document.json()
+        assert form.json()["model"] == alone[0]["model"]
+        first, bad, last = form.json()["results"]
+        assert [{"model": alone[0]["model"], **result} for result in (first, last)] == alone
+        assert bad["error"]["code"] == "unsupported_image_type"
+
+
+def test_one_image_in_a_list_is_answered_by_a_list(server: str, photograph: bytes) -> None:
+    answer = httpx.post(f"{server}/classify", json={"images": [base64.b64encode(photograph).decode()]}).json()
+    assert len(answer["results"]) == 1
+
+
+def test_more_images_than_allowed_are_400(server: str, photograph: bytes) -> None:
+    for answer in (
+        httpx.post(f"{server}/classify", files=[("image", ("a", b"x"))] * 33),
+        httpx.post(f"{server}/classify", json={"images": ["eA=="] * 33}),
+    ):
+        assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "images: expected at most 32 images, found 33"
+
+
+def test_labels_choose_what_is_answered(server: str, photograph: bytes) -> None:
+    everything = httpx.post(f"{server}/classify", content=photograph).json()["predictions"]
+    wanted = [entry for entry in everything if entry["label"] in ("red", "blue")]
+    for answer in (
+        httpx.post(f"{server}/classify?labels=red,blue", content=photograph),
+        httpx.post(f"{server}/classify?labels=red&labels=blue", content=photograph),
+        httpx.post(f"{server}/classify", files={"image": photograph}, data={"labels": ["blue", "red"]}),
+        httpx.post(f"{server}/classify", files={"image": photograph}, data={"labels": '["blue", "red"]'}),
+    ):
+        assert answer.json()["predictions"] == wanted
+    objects = httpx.post(f"{server}/detect?threshold=0", content=photograph).json()["detections"]
+    label = objects[-1]["label"]
+    chosen = httpx.post(f"{server}/detect?threshold=0&max_detections=1&labels={label}", content=photograph).json()
+    assert chosen["detections"] == [entry for entry in objects if entry["label"] == label][:1]
+
+
+def test_a_variant_answers_as_its_own_predictor(server: str, tiny_bundles: Path, photograph: bytes) -> None:
+    for name, route in (("colours", "classify"), ("squares", "detect")):
+        for variant in (Precision.FP16_WEIGHTS, Precision.INT8_DYNAMIC):
+            predictor = load_bundle(tiny_bundles / name / "1", variant=variant).predictor
+            answer = httpx.post(f"{server}/{route}?variant={variant.value}&model={name}@1", content=photograph).json()
+            assert answer["model"] == {"name": name, "version": "1", "variant": variant.value}
+            if isinstance(predictor, Classifier):
+                expected = [
+                    entry.probability for entry in predictor.classify(decode_for(photograph, predictor.preprocessing))
+                ]
+                assert [entry["probability"] for entry in answer["predictions"]] == pytest.approx(expected, abs=1e-6)
+            else:
+                scores = [entry.score for entry in predictor.detect(decode_for(photograph, predictor.preprocessing))]
+                assert [entry["score"] for entry in answer["detections"]] == pytest.approx(scores, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "message"),
+    [
+        ("variant=int4", 400, "variant: expected one of fp32, fp16-weights, int8-dynamic, found 'int4'"),
+        ("model=colours@2", 404, "no image-classification model named 'colours@2' here; available: colours@1"),
+        ("model=colours@", 404, "no image-classification model named 'colours@' here; available: colours@1"),
+        ("model=@1", 404, "no image-classification model named '@1' here; available: colours"),
+        ("model=", 404, "no image-classification model named '' here; available: colours"),
+    ],
+)
+def test_a_model_or_variant_that_is_not_there(
+    query: str, status: int, message: str, server: str, photograph: bytes
+) -> None:
+    answer = httpx.post(f"{server}/classify?{query}", content=photograph)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"] == message
+
+
+def table(answer: httpx.Response) -> list[dict[str, str]]:
+    assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+    return list(csv.DictReader(io.StringIO(answer.text)))
+
+
+def test_a_table_holds_what_the_json_holds(server: str, photograph: bytes) -> None:
+    accept = {"Accept": "text/csv"}
+    predictions = httpx.post(f"{server}/classify", content=photograph).json()["predictions"]
+    lines = table(httpx.post(f"{server}/classify", content=photograph, headers=accept))
+    assert [(line["label"], float(line["probability"])) for line in lines] == [
+        (entry["label"], entry["probability"]) for entry in predictions
+    ]
+    objects = httpx.post(f"{server}/detect?threshold=0", content=photograph).json()["detections"]
+    lines = table(httpx.post(f"{server}/detect?threshold=0", content=photograph, headers=accept))
+    assert [float(line["y_max"]) for line in lines] == [entry["box"]["y_max"] for entry in objects]
+    files = [("image", ("a", photograph)), ("image", ("b", b"no image"))]
+    lines = table(httpx.post(f"{server}/classify?top_k=2", files=files, headers=accept))
+    assert [line["image"] for line in lines] == ["0", "0", "1"]
+    assert lines[2]["error"].startswith("image: expected one of JPEG")
+
+
+@pytest.mark.parametrize(
+    ("accept", "form"), [("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/*;q=0.9, text/html", "PNG")]
+)
+def test_detect_draws_the_picture_that_is_asked_for(accept: str, form: str, server: str, photograph: bytes) -> None:
+    answer = httpx.post(f"{server}/detect?threshold=0", content=photograph, headers={"Accept": accept})
+    assert answer.status_code == 200
+    picture = Image.open(io.BytesIO(answer.content))
+    assert picture.format == form
+    assert answer.headers["content-type"] == f"image/{form.lower()}"
+    assert picture.width % 640 == 0
+    difference = np.abs(np.asarray(picture.convert("RGB").resize((640, 480)), int) - np.asarray(decode(photograph)))
+    assert 0 < (difference > 60).any(axis=2).mean() < 0.5  # boxes, but still the photograph
+
+
+@pytest.mark.parametrize(
+    ("route", "accept", "images"),
+    [
+        ("classify", "image/png", 1),
+        ("classify", "text/html", 1),
+        ("detect", "application/json;q=0", 1),
+        ("detect", "image/png", 2),
+    ],
+)
+def test_a_form_that_the_answer_does_not_have_is_406(
+    route: str, accept: str, images: int, server: str, photograph: bytes
+) -> None:
+    files = [("image", ("a", photograph))] * images
+    answer = httpx.post(f"{server}/{route}", files=files, headers={"Accept": accept})
+    assert answer.status_code == 406
+    assert answer.json()["error"]["code"] == "not_acceptable"
+
+
+def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_answered(
+    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
+) -> None:
+    with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="2") as (url, *_):
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(100), timeout=60), range(8)))
+        statuses = Counter(answer.status_code for answer in answers)
+        assert statuses.keys() == {200, 503}
+        assert statuses[200] >= 3  # one at work, two waiting
+        refused = next(answer for answer in answers if answer.status_code == 503)
+        assert int(refused.headers["retry-after"]) >= 1
+        error = refused.json()["error"]
+        assert error["code"] == "overloaded"
+        assert re.fullmatch(r"2 images wait already, about [0-9.]+ s of work; try again later", error["message"])
+        assert httpx.post(f"{url}/classify", content=bright(0)).status_code == 200
+
+
+def test_what_nobody_waits_for_any_more_leaves_the_queue(
+    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
+) -> None:
+    with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="4", VITRINE_TIMEOUT_SECONDS="0.2") as (url, *_):
+        with ThreadPoolExecutor(5) as pool:
+            answers = list(pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(200), timeout=60), range(5)))
+        assert {answer.status_code for answer in answers} == {504}
+        # the one that had begun is finished; those that waited are gone, or four more would not find room
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(0)), range(4)))
+        assert 503 not in {answer.status_code for answer in answers}

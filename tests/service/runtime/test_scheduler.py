@@ -1,0 +1,314 @@
+"""The scheduler by itself: what runs, what waits, what runs together, what is refused."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vitrine.bundle.loading import Bundle
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
+from vitrine.bundle.pace import Pace
+from vitrine.bundle.predictors import Classifier, Detector, PreparedImage, Row
+from vitrine.service.errors import OverloadedError
+from vitrine.service.observability.request_record import Observation
+from vitrine.service.runtime.scheduler import Scheduler
+
+CHANNELS: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+SQUARE = ClassificationPreprocessing(input_size=(1, 1), **CHANNELS)
+
+
+@dataclass
+class Doubling:
+    """A network that answers twice what it is asked, and remembers the batches that it has got."""
+
+    poison: int = -1  # a value that it cannot compute with
+    batches: list[list[int]] = field(default_factory=list)
+
+    def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
+        values = inputs["pixels"].reshape(len(inputs["pixels"]), -1)[:, :1].astype(np.int64)
+        self.batches.append(values.ravel().tolist())
+        if self.poison in values:
+            raise RuntimeError(f"cannot compute with {self.poison}")
+        return [2 * values]
+
+
+def bundle_of(network: Doubling, **pace: Any) -> Bundle:
+    predictor = Classifier(network, SQUARE, ["a"])
+    return Bundle(None, predictor, Path("nowhere"), pace=Pace(0.001, **pace))  # type: ignore[arg-type]
+
+
+class Value:
+    """Work on an image of one pixel."""
+
+    def __init__(self, value: int, before: Callable[[], object] = lambda: None) -> None:
+        self.value, self.before = value, before
+
+    def prepare(self) -> NDArray[np.uint8]:
+        self.before()
+        return np.full((1, 1, 3), self.value, np.uint8)
+
+    def finish(self, row: Row) -> int:
+        return int(row[0][0])
+
+
+class Blocked(Value):
+    """Work that says that it has begun, and ends when it may."""
+
+    def __init__(self, value: int = 1) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        super().__init__(value, self._wait)
+
+    def _wait(self) -> None:
+        self.begun.set()
+        assert self.may_end.wait(30)
+
+
+def fail() -> None:
+    raise ValueError("no")
+
+
+@contextmanager
+def scheduling(threads: int = 1, max_queue: int = 64, max_wait: float = 60) -> Iterator[Scheduler]:
+    scheduler = Scheduler(threads, max_queue, max_wait)
+    try:
+        yield scheduler
+    finally:
+        scheduler.close()
+        assert (scheduler.waiting, scheduler.running) == (0, 0)
+
+
+async def occupied(scheduler: Scheduler, bundle: Bundle) -> tuple[Blocked, asyncio.Future[int]]:
+    """A thread that works until it may end."""
+    work = Blocked()
+    answer = asyncio.ensure_future(scheduler.run(work, bundle, Observation()))
+    await asyncio.to_thread(work.begun.wait, 30)
+    return work, answer
+
+
+def begun(*runs: Coroutine[Any, Any, int]) -> list[asyncio.Future[int]]:
+    return [asyncio.ensure_future(run) for run in runs]
+
+
+def test_work_waits_for_a_thread_and_its_wait_is_observed() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Doubling())
+        first, answer = await occupied(scheduler, bundle)
+        assert (scheduler.running, scheduler.waiting) == (1, 0)
+        assert scheduler.longest() > 0
+        observation = Observation()
+        (second,) = begun(scheduler.run(Value(2), bundle, observation))
+        await asyncio.sleep(0)
+        assert (scheduler.running, scheduler.waiting) == (1, 1)
+        with pytest.raises(OverloadedError, match=r"1 images wait already, about .* try again later"):
+            await scheduler.run(Value(3), bundle, Observation())
+        first.may_end.set()
+        assert (await answer, await second) == (2, 4)
+        assert (scheduler.running, scheduler.waiting, scheduler.longest()) == (0, 0, 0.0)
+        assert [stage.name for stage in observation.stages] == ["queue", "inference"]
+        queue, inference = observation.stages
+        assert 0 < queue.end - queue.start < 30e9
+        assert queue.end <= inference.start <= inference.end
+        assert observation.batches == [1]
+
+    with scheduling(max_queue=1) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_what_would_wait_too_long_is_refused_and_told_when_to_come_back() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), pace=Pace(3.0))  # type: ignore[arg-type]
+        first, answer = await occupied(scheduler, slow)
+        waiting = begun(scheduler.run(Value(2), slow, Observation()))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as refused:
+            scheduler.check_room()
+        assert refused.value.retry_after >= 3
+        first.may_end.set()
+        await asyncio.gather(answer, *waiting)
+        scheduler.check_room()
+
+    with scheduling(max_wait=1.0) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_a_lone_image_is_never_refused_however_slow_the_network_is() -> None:
+    slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), pace=Pace(1e6))  # type: ignore[arg-type]
+    with scheduling(max_wait=0.001) as scheduler:
+        assert asyncio.run(scheduler.run(Value(2), slow, Observation())) == 4
+
+
+def test_refusals_are_spread_and_none_waits_for_ever() -> None:
+    async def scenario(scheduler: Scheduler) -> list[int]:
+        order: list[int] = []
+
+        async def refuse(number: int) -> None:
+            await scheduler.refusal()
+            order.append(number)
+
+        await asyncio.wait_for(asyncio.gather(*(refuse(number) for number in range(400))), 30)
+        return order
+
+    with scheduling() as scheduler:
+        assert sorted(asyncio.run(scenario(scheduler))) == list(range(400))
+
+
+def test_what_is_given_up_leaves_the_queue_and_is_never_done() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        network = Doubling()
+        bundle = bundle_of(network)
+        first, answer = await occupied(scheduler, bundle)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await scheduler.run(Value(2), bundle, Observation())
+        assert scheduler.waiting == 0
+        (last,) = begun(scheduler.run(Value(3), bundle, Observation()))
+        first.may_end.set()
+        assert (await answer, await last) == (2, 6)
+        assert network.batches == [[1], [3]]
+
+    with scheduling(max_queue=1) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["stands still", "closed"])
+def test_an_event_loop_that_no_longer_runs_keeps_no_answer_from_another(closed: bool) -> None:
+    with scheduling() as scheduler, asyncio.Runner() as runner:
+        bundle = bundle_of(Doubling())
+        work, _ = runner.run(occupied(scheduler, bundle))
+        if closed:
+            runner.close()
+        work.may_end.set()
+        assert asyncio.run(asyncio.wait_for(scheduler.run(Value(2), bundle, Observation()), 30)) == 4
+
+
+@pytest.mark.parametrize("broken", [Value(1, fail), Value(7)], ids=["image", "network"])
+def test_an_error_reaches_who_asked_and_the_thread_goes_on(broken: Value) -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Doubling(poison=7))
+        with pytest.raises((ValueError, RuntimeError), match=r"no|cannot compute with 7"):
+            await scheduler.run(broken, bundle, Observation())
+        assert await scheduler.run(Value(2), bundle, Observation()) == 4
+        assert scheduler.running == 0
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_of_several_pieces_of_work_one_that_fails_takes_the_waiting_ones_along() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Doubling())
+        assert await scheduler.run_all([Value(1), Value(2)], bundle, Observation()) == [2, 4]
+        with pytest.raises(ValueError, match="no"):
+            await scheduler.run_all([Value(1, fail), *[Value(2)] * 5], bundle, Observation())
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_small_networks_run_what_waits_as_one_batch_and_each_gets_its_own_row() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        network, other = Doubling(), Doubling()
+        bundle = bundle_of(network, batch=4)
+        first, answer = await occupied(scheduler, bundle)
+        observations = [Observation() for _ in range(6)]
+        waiting = begun(
+            *(scheduler.run(Value(2 + i), bundle, observation) for i, observation in enumerate(observations)),
+            scheduler.run(Value(9), bundle_of(other, batch=4), Observation()),
+        )
+        await asyncio.sleep(0)
+        first.may_end.set()
+        assert await asyncio.gather(*waiting) == [4, 6, 8, 10, 12, 14, 18]
+        assert await answer == 2
+        assert network.batches == [[1], [2, 3, 4, 5], [6, 7]]
+        assert other.batches == [[9]]
+        assert [observation.batches for observation in observations] == [[4]] * 4 + [[2]] * 2
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_in_a_batch_everything_fails_alone() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        network = Doubling(poison=7)
+        bundle = bundle_of(network, batch=8)
+        first, answer = await occupied(scheduler, bundle)
+        works = [Value(2), Value(3, fail), Value(7), Value(4)]
+        waiting = begun(*(scheduler.run(work, bundle, Observation()) for work in works))
+        await asyncio.sleep(0)
+        first.may_end.set()
+        good, unread, poisoned, last = await asyncio.gather(*waiting, return_exceptions=True)
+        assert (await answer, good, last) == (2, 4, 8)
+        assert isinstance(unread, ValueError)
+        assert isinstance(poisoned, RuntimeError)
+        assert network.batches == [[1], [2, 7, 4], [2], [7], [4]]
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_threads_share_what_waits() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        network = Doubling()
+        bundle = bundle_of(network, batch=8)
+        busy = [await occupied(scheduler, bundle) for _ in range(2)]
+        waiting = begun(*(scheduler.run(Value(2 + i), bundle, Observation()) for i in range(4)))
+        await asyncio.sleep(0)
+        for work, _ in busy:
+            work.may_end.set()
+        await asyncio.gather(*waiting, *(answer for _, answer in busy))
+        assert sorted(map(len, network.batches)) == [1, 1, 1, 1, 2]  # half of four, half of two, and the rest
+
+    with scheduling(threads=2) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_images_of_different_sizes_run_apart() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def network(**inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
+        shapes.append(inputs["pixels"].shape)
+        return [np.zeros((len(inputs["pixels"]), 1))] * 3
+
+    class Picture(Value):
+        def prepare(self) -> PreparedImage:  # type: ignore[override]
+            self.before()
+            return PreparedImage(np.zeros((self.value, 64, 3), np.uint8), 64, self.value)
+
+    async def scenario(scheduler: Scheduler) -> None:
+        preprocessing = DetectionPreprocessing(shortest_edge=64, longest_edge=640, **CHANNELS)
+        predictor = Detector(network, preprocessing, ["a"])
+        bundle = Bundle(None, predictor, Path("nowhere"), pace=Pace(0.001, batch=8))  # type: ignore[arg-type]
+        first, answer = await occupied(scheduler, bundle_of(Doubling()))
+        waiting = begun(*(scheduler.run(Picture(h), bundle, Observation()) for h in (64, 600, 60, 610)))
+        await asyncio.sleep(0)
+        first.may_end.set()
+        await asyncio.gather(answer, *waiting)
+        assert shapes == [(2, 64, 64, 3), (2, 610, 64, 3)]
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_an_image_that_is_alone_runs_on_all_cores_and_others_on_one_each() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        narrow, wide = Doubling(), Doubling()
+        bundle = bundle_of(narrow, wide=Classifier(wide, SQUARE, ["a"]))
+        for value in (1, 2, 3):
+            await scheduler.run(Value(value), bundle, Observation())
+        assert (narrow.batches, wide.batches) == ([], [[1], [2], [3]])
+        work, answer = await occupied(scheduler, bundle)
+        (beside,) = begun(scheduler.run(Value(4), bundle, Observation()))
+        assert await beside == 8
+        work.may_end.set()
+        await answer
+        assert ([4] in narrow.batches, [4] in wide.batches) == (True, False)
+
+    with scheduling(threads=2) as scheduler:
+        asyncio.run(scenario(scheduler))

@@ -1,0 +1,1 @@
+"""Vision transformers from training to an HTTP answer."""

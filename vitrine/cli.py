@@ -1,0 +1,532 @@
+"""The command line: it only dispatches. Each command imports its layer when it runs, so that serving needs no torch."""
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vitrine.bundle.errors import VitrineError, unknown
+from vitrine.bundle.images import decode
+from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_explain_network, load_file, read_manifest
+from vitrine.bundle.machine import available_cores
+from vitrine.bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
+from vitrine.bundle.runtime import parse_providers
+from vitrine.bundle.tolerances import MAX_DROP
+
+app = typer.Typer(
+    help="Vision transformers from training to an HTTP answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Providers = Annotated[str, typer.Option("--providers", help="Where ONNX Runtime computes: cuda,cpu in that order.")]
+
+data_app = typer.Typer(help="Get data sets and look them over.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe in models/training/recipes/.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Data set (default: data/ and the end of the recipe's name).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/ and the recipe's name).")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="A run, trained or imported, whose weights to start from.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+) -> None:
+    """Train a network; KEY=VALUE changes the recipe. Under torchrun, on many processes."""
+    from vitrine.models.training import checkpoint as checkpoints
+    from vitrine.models.training.evaluation.report import write_report
+    from vitrine.models.training.loop import train as run_training
+    from vitrine.models.training.registry import load_recipe
+
+    changes = settings or []
+    chosen = load_recipe(recipe, changes, None if start is None else checkpoints.load(start))
+    run = out or Path("runs") / recipe
+    data_path = data or Path("data") / recipe.rpartition("_")[2]
+    trained = run_training(chosen, data_path, run, resume=resume, start=start, changes=changes)
+    assert trained.progress is not None
+    if int(os.environ.get("RANK", "0")) == 0 and trained.progress.epoch == chosen.epochs:  # else it was interrupted
+        typer.echo(f"trained: {run}")
+        typer.echo(f"report: {write_report(run, data_path=data_path)}")
+
+
+@data_app.command("check")
+def check_data(
+    path: Annotated[Path, typer.Argument(help="Data set.")],
+    split: Annotated[
+        list[str] | None, typer.Option(help="Part of the data set; may be repeated (default: all).", show_default=False)
+    ] = None,
+    sheets: Annotated[
+        Path | None, typer.Option(help="Folder for a contact sheet of each part.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
+) -> None:
+    """Count a data set and find what is broken, empty, double or out of place; exit status 1 where there are errors."""
+    from vitrine.models.training.data.check import check_data, text
+
+    summary = check_data(path, split or (), sheets=sheets, show=True)
+    typer.echo(json.dumps(summary.as_json(), indent=2) if as_json else text(summary))
+    raise typer.Exit(1 if summary.errors else 0)
+
+
+@data_app.command("fetch")
+def fetch_data(
+    name: Annotated[str, typer.Argument(help="Name of a public data set; without it, they are listed.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder to make (default: data/NAME).", show_default=False)] = None,
+) -> None:
+    """Download a public data set, verify it and arrange it for training."""
+    from vitrine.models.training.data.fetch import SOURCES, fetch
+
+    if not name:
+        typer.echo("\n".join(f"{source.name:<14}  {source.terms}" for source in SOURCES.values()))
+        return
+    if name not in SOURCES:
+        raise VitrineError(unknown(name, list(SOURCES)))
+    folder = out or Path("data") / name
+    done = "fetched" if fetch(SOURCES[name], folder) else "already there"
+    typer.echo(f"{done}: {folder}  {SOURCES[name].terms}")
+
+
+@data_app.command("crops")
+def crop_data(
+    path: Annotated[Path, typer.Argument(help="Data set with boxes.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="Part of the data set.")] = "train",
+    margin: Annotated[float, typer.Option(min=0, help="Seen around a box, as a part of its edge.")] = 0.1,
+    smallest: Annotated[int, typer.Option(min=1, help="Pixels; objects with a shorter edge are left out.")] = 16,
+) -> None:
+    """Cut the objects out of a detection set: a classification set to train a detector's backbone on first."""
+    from vitrine.bundle.manifest import Task
+    from vitrine.models.training.data.crops import write_crops
+    from vitrine.models.training.data.dataset import DetectionData
+    from vitrine.models.training.data.layouts import load_split
+
+    data = load_split(path, Task.DETECTION, split)
+    assert isinstance(data, DetectionData)
+    count = write_crops(data, out / f"{split}.npz", margin=margin, smallest=smallest, show=True)
+    typer.echo(f"{count:,} objects of {len(data):,} images: {out}")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="Published weights: safetensors, .pth, .bin, .npz, or a folder.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Standard size, where the file does not tell: detr_resnet50_dc5, ...")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="imagenet-1k, coco or a file with a label on each line.")] = None,
+    reset_head: Annotated[
+        bool, typer.Option("--reset-head", help="New last layer for --labels, to be trained.")
+    ] = False,
+) -> None:
+    """Make a run of published weights; KEY=VALUE changes what was found (image_size=384, preprocessing.crop_pct=1)."""
+    from vitrine.models.published.importing import import_weights
+
+    imported = import_weights(
+        checkpoint, out, variant=variant, labels=labels, reset_head=reset_head, changes=settings or []
+    )
+    for note in imported.notes:
+        typer.echo(f"  {note}")
+    made = imported.checkpoint
+    assert made.origin is not None
+    size = f"{imported.parameters / 1e6:.2f} M parameters"
+    typer.echo(f"imported: {out}  {made.origin.layout}, {size}, {len(made.labels)} labels")
+    if made.origin.untrained:
+        typer.echo(f"  to be trained: {', '.join(made.origin.untrained)}")
+
+
+@app.command()
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run, a bundle, or an ONNX file of a bundle.")],
+    data: Annotated[Path, typer.Option(help="Data set.")],
+    split: Annotated[
+        str | None, typer.Option(help="Part of the data set (default: test, or val where there is no test).")
+    ] = None,
+    variant: Annotated[
+        Precision | None,
+        typer.Option(help="Graph of the bundle (default: the one that it serves).", show_default=False),
+    ] = None,
+    providers: Providers = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
+) -> None:
+    """Measure accuracy or average precision of a run (in torch) or a bundle (in ONNX Runtime)."""
+    from vitrine.models.training.data.dataset import ClassificationData
+    from vitrine.models.training.data.layouts import has_split, load_split
+    from vitrine.models.training.evaluation.metrics import (
+        ClassificationPredictions,
+        confusion_matrix,
+        confusion_text,
+        measure,
+        predict,
+    )
+
+    if path.is_file() or (path / MANIFEST_FILE).is_file():
+        bundle = _load(path, variant, parse_providers(providers), available_cores())
+        predictor, task = bundle.predictor, bundle.manifest.task
+    else:
+        from vitrine.models.training.checkpoint import load
+        from vitrine.models.training.network import checkpoint_predictor
+
+        checkpoint = load(path)
+        if checkpoint.progress is None and checkpoint.origin is not None and checkpoint.origin.untrained:
+            untrained = ", ".join(checkpoint.origin.untrained)
+            typer.echo(f"warning: {path}: {untrained} hold random numbers: train before you measure", err=True)
+        predictor, task = checkpoint_predictor(checkpoint)
+    images = load_split(data, task, split or ("test" if has_split(data, "test") else "val"))
+    predictions = predict(predictor, images)
+    metrics = measure(predictions, images)
+    confusion = None
+    if isinstance(predictions, ClassificationPredictions) and isinstance(images, ClassificationData):
+        confusion = confusion_matrix(predictions, images)
+    if as_json:
+        document: dict[str, object] = {
+            "data": images.name,
+            "split": images.split,
+            "images": len(images),
+            "seconds": round(predictions.seconds, 3),
+            "metrics": metrics,
+        }
+        if confusion is not None:
+            document |= {"labels": images.labels, "confusion": confusion.tolist()}
+        typer.echo(json.dumps(document))
+        return
+    typer.echo("\n".join(f"{name}\t{value:.4f}" for name, value in metrics.items()))
+    if confusion is not None:
+        typer.echo(f"\n{confusion_text(confusion, images.labels)}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Data set (default: where it was when the run was trained).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of the data set to look for mistakes in.")] = "val",
+    out: Annotated[Path | None, typer.Option(help="HTML file to write (default: report.html in the run).")] = None,
+) -> None:
+    """Write what a run learned and what it gets wrong as one HTML file."""
+    from vitrine.models.training.evaluation.report import write_report
+
+    typer.echo(f"report: {write_report(run, out, data_path=data, split=split)}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="The bundle to write: .../NAME/VERSION.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Data set (default: where it was when the run was trained).")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = NOT_STATED,
+    data_licence: Annotated[str, typer.Option(help="Terms of the data, for the model card.")] = NOT_STATED,
+    notes: Annotated[str, typer.Option(help="What a reader of the figures must know, for the model card.")] = "",
+    variant: Annotated[
+        list[Precision] | None,
+        typer.Option(help="Smaller or faster graph to add; may be repeated.", show_default=False),
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option(help="Points of top-1 or AP that a variant may lose, else the export fails.", min=0)
+    ] = MAX_DROP,
+    default: Annotated[Precision, typer.Option(help="The variant that is served.")] = Precision.FP32,
+    latency: Annotated[
+        Literal["none", "own", "all"],
+        typer.Option(help="Ways to time for the card: torch and the graphs (own), compiled torch and OpenVINO (all)."),
+    ] = "own",
+    providers: Providers = "cpu",
+) -> None:
+    """Write a verified bundle from a run."""
+    from vitrine.export.export import export_run
+    from vitrine.export.latency import Timing
+
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing half is left
+    manifest = export_run(
+        run,
+        out,
+        data_path=data,
+        licences=Licences(weights=licence, data=data_licence),
+        notes=notes,
+        variants=variant or (),
+        max_drop=max_drop,
+        default=default,
+        timing=Timing(latency),
+        providers=parse_providers(providers),
+    )
+    typer.echo(f"exported: {out}  {_summary(manifest)}")
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")],
+    run: Annotated[
+        Path | None, typer.Option(help="The run it was made of: compare with torch again.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Images to compare on (default: where they were when the run was trained).")
+    ] = None,
+    providers: Providers = "cpu",
+) -> None:
+    """Check a bundle's files, graphs and golden answers, without torch; with --run, its answers against torch's."""
+    chosen = parse_providers(providers)
+    manifest = read_manifest(bundle)
+    for variant in manifest.variants:
+        load_bundle(bundle, variant=variant, providers=chosen)
+    graphs = [variant.value for variant in manifest.variants]
+    if load_explain_network(bundle, providers=chosen) is not None:
+        graphs.append("explain")
+    typer.echo(f"verified: {_summary(manifest)} ({', '.join(graphs)})")
+    if run is not None:
+        from vitrine.export.export import verify_run
+
+        parity = verify_run(run, bundle, data_path=data, providers=chosen)
+        differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())
+        typer.echo(f"as torch answers: largest difference {differences} on {parity.images} images of {parity.data}")
+
+
+@app.command()
+def explain(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")],
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: the image beside its heat map.")],
+) -> None:
+    """Draw where a bundle's network looks in an image."""
+    from vitrine.bundle.explaining import make_explainer, picture
+
+    loaded = load_bundle(bundle, variant=Precision.FP32, threads=available_cores())
+    explanation = read_manifest(bundle).explanation
+    if explanation is None:
+        raise VitrineError(f"{bundle}: expected a network that shows where it looks, found none of that kind")
+    network = load_explain_network(bundle, threads=available_cores())
+    try:
+        drawn, words = picture(make_explainer(loaded.predictor, explanation, network), decode(image.read_bytes()))
+        drawn.save(out)
+    except (OSError, ValueError) as error:  # the image is not there, or the picture has no known ending
+        raise VitrineError(f"{error}") from error
+    typer.echo("\n".join([f"explained: {out}", *(f"  {line}" for line in words)]))
+
+
+@app.command()
+def predict(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION, or an ONNX file of one.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Image files, and folders of them.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write: .jsonl, .csv or .coco.json (default: print).", show_default=False),
+    ] = None,
+    annotate: Annotated[
+        Path | None, typer.Option(help="Folder for a picture of each answer.", show_default=False)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Classes an image (default: 5).", show_default=False)] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least score of an object (default: 0.5).", show_default=False)
+    ] = None,
+    max_detections: Annotated[
+        int | None, typer.Option(help="Objects an image, at most (default: 100).", show_default=False)
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Answer this label only; may be repeated.", show_default=False)
+    ] = None,
+    variant: Annotated[
+        Precision | None,
+        typer.Option(help="Graph of the bundle (default: the one that it serves).", show_default=False),
+    ] = None,
+    providers: Providers = "cpu",
+) -> None:
+    """Classify images, or detect objects in them, without a server; run again, it goes on with the same --out."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vitrine.batch.predict import ask, find_sources, predict_files, summary_text, text
+    from vitrine.batch.results import check_ending, files_of
+
+    chosen = parse_providers(providers)
+    loaded = _load(bundle, variant, chosen)
+    question = ask(loaded.predictor, top_k=top_k, threshold=threshold, max_detections=max_detections, labels=label)
+    if out is not None:
+        check_ending(out, boxes=loaded.manifest.task is Task.DETECTION)
+    own = [*(files_of(out) if out is not None else ()), *([annotate] if annotate is not None else ())]
+    sources = find_sources(paths, leave_out=own)
+    # Lines on a terminal show by themselves how far it is.
+    shown = sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    done = 0
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, redirect_stdout=False) as progress:
+        bar = progress.add_task(loaded.manifest.name, total=len(sources))
+
+        def each(number: int, record: dict[str, Any] | None) -> None:
+            nonlocal done
+            done = number
+            progress.update(bar, completed=number)
+            if out is None and record is not None:
+                typer.echo(text(record))
+
+        try:
+            summary = predict_files(loaded, question, sources, out=out, annotate=annotate, providers=chosen, each=each)
+        except KeyboardInterrupt:
+            progress.stop()
+            kept = "" if out is None else f"; they are kept, and the same command goes on to {out}"
+            typer.echo(f"vitrine: interrupted after {done} of {len(sources)} files{kept}", err=True)
+            raise typer.Exit(130) from None
+    counts = summary_text(summary)
+    typer.echo(counts if out is None else f"predicted: {out}  {counts}", err=out is None)
+    raise typer.Exit(1 if summary.errors else 0)
+
+
+@app.command()
+def bundles(root: Annotated[Path, typer.Argument(help="Folder of NAME/VERSION.")] = Path("bundles")) -> None:
+    """List the bundles in a folder."""
+    for path in find_bundles(root):
+        typer.echo(_summary(read_manifest(path)))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on, in place of VITRINE_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, in place of VITRINE_PORT.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Of gRPC, in place of VITRINE_GRPC_PORT; 0: none.")] = None,
+    settings_file: Annotated[
+        Path | None, typer.Option("--settings", help="YAML file of settings, in place of VITRINE_SETTINGS.")
+    ] = None,
+    print_settings: Annotated[bool, typer.Option(help="Print the settings that hold, and end.")] = False,
+) -> None:
+    """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP and gRPC."""
+    from vitrine.service.access import Keys
+    from vitrine.service.launch import check_bundles, run
+    from vitrine.service.observability.logs import wants_json
+    from vitrine.service.settings import FILE_VARIABLE, SettingsError, read_settings, shown
+
+    given = {"--host": host, "--port": port, "--grpc-port": grpc_port}
+    options = {
+        f"VITRINE_{option[2:].replace('-', '_').upper()}": option for option in given if given[option] is not None
+    }
+    os.environ.update({variable: str(given[option]) for variable, option in options.items()})
+    if settings_file is not None:
+        os.environ[FILE_VARIABLE] = str(settings_file)
+    try:
+        settings = read_settings()
+    except SettingsError as error:
+        variable, _, rest = str(error).partition(": ")
+        raise SettingsError(f"{options.get(variable, variable)}: {rest}") from None
+    if print_settings:
+        typer.echo(shown(settings, options))
+        return
+    hashes = ",".join(settings.api_keys)
+    if os.environ.get("VITRINE_API_KEYS", hashes) != hashes:  # what a process has begun with can be read in /proc
+        os.environ["VITRINE_API_KEYS"] = hashes
+        os.execv(sys.executable, [sys.executable, "-m", "vitrine", *sys.argv[1:]])
+    address = _address(settings.host)
+    _check_address(address, settings.port, "--port")
+    if settings.grpc_port:
+        _check_address(address, settings.grpc_port, "--grpc-port")
+    Keys(settings.api_keys, settings.api_keys_file)
+    manifests = check_bundles(settings)
+    if not wants_json(settings.log_format):
+        _greet(settings.bundles, settings.host, settings.port, manifests)
+    sys.stdout.flush()
+    run(settings, address)
+
+
+def _greet(roots: Sequence[Path], host: str, port: int, manifests: Sequence[Identity]) -> None:
+    """Say what is served where, and what to try."""
+    host = f"[{host}]" if ":" in host else host
+    typer.echo(f"Vitrine serves {', '.join(map(str, roots))} on http://{host}:{port}")
+    for manifest in manifests:
+        typer.echo(f"  {_summary(manifest)}")
+    for task, line in _CURL.items():
+        names = [manifest.name for manifest in manifests if manifest.task is task]
+        if names:
+            typer.echo(f"  try: {line.format(model=names[-1], host=host, port=port)}")
+
+
+@app.command()
+def key(name: Annotated[str, typer.Option(help="Whose it is, to tell the lines of the file apart.")] = "") -> None:
+    """Make an API key, and the line for VITRINE_API_KEYS_FILE that lets it in."""
+    import secrets
+
+    from vitrine.service.settings import hash_key
+
+    if len(name.split()) > 1 or "#" in name:
+        raise VitrineError(f"--name: expected one word, found {name!r}")
+    made = secrets.token_urlsafe(32)
+    typer.echo(f"key, shown only once:  {made}")
+    typer.echo(f"line for the file:     {f'{name} {hash_key(made)}'.strip()}")
+
+
+def _address(host: str) -> str:
+    """The address of a host's name, that of IPv4 if it has one: BentoML takes addresses alone."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise VitrineError(
+            f"--host: expected an address or a name of this machine, found {host!r}: {reason}"
+        ) from error
+    return str(min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0])
+
+
+def _check_address(address: str, port: int, option: str) -> None:
+    """Refuse what cannot be listened on in one sentence: BentoML and gRPC would do it by a traceback."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        reason = f"{error.strerror}; choose another --host or {option}"
+        raise VitrineError(f"cannot listen on {address}:{port}: {reason}") from error
+
+
+_CURL = {
+    Task.CLASSIFICATION: "curl -F image=@examples/frog.jpg -F model={model} http://{host}:{port}/classify",
+    Task.DETECTION: "curl -F image=@examples/blood.jpg -F model={model} http://{host}:{port}/detect",
+}
+
+
+def _load(path: Path, variant: Precision | None, providers: Sequence[str], threads: int = 1) -> Bundle:
+    """Load a bundle from its folder, or one of its graphs from its file.
+
+    Raises:
+        VitrineError: as `load_bundle` and `load_file`, or a variant is named beside a file.
+    """
+    if not path.is_file():
+        return load_bundle(path, variant=variant, threads=threads, providers=providers)
+    if variant is not None:
+        raise VitrineError(f"--variant: expected none, as {path} is one graph, found {variant}")
+    return load_file(path, threads=threads, providers=providers)
+
+
+def _summary(manifest: Identity) -> str:
+    measured = "accuracy not measured"
+    if manifest.metrics is not None:
+        metric = MAIN_METRIC[manifest.task]
+        value = manifest.metrics.values[metric]
+        measured = f"{metric} {value:.1%} on {manifest.metrics.data} {manifest.metrics.split}"
+    return f"{manifest.name} {manifest.version}  {manifest.task}, {len(manifest.labels)} labels, {measured}"
+
+
+def main() -> None:
+    """Entry point: an error that a user can act on is one line, never a traceback."""
+    try:
+        app()
+    except VitrineError as error:
+        typer.echo(f"vitrine: {error}", err=True)
+        raise SystemExit(1) from None
+    except ModuleNotFoundError as error:
+        needs = f"this command needs {error.name}, which serving does not"
+        typer.echo(f"vitrine: {needs}: pip install -r requirements/train.txt", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
