@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import vitrine
+from vitrine import cli
 from vitrine.export.errors import ExportError
 from vitrine.export.export import export_run
 from vitrine.models.build import build_model
@@ -80,7 +80,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["vitrine", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            vitrine.main()
+            cli.main()
         printed = capsys.readouterr()
         return int(stopped.value.code or 0), printed.out + printed.err
 
