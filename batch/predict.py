@@ -40,7 +40,7 @@ class UnreadableFileError(ImageError):
         super().__init__(f"file: expected one that can be read, found: {error.strerror or error}")
 
 
-class Question(Protocol):
+class Query(Protocol):
     """What is asked of every image."""
 
     @property
@@ -55,7 +55,7 @@ class Question(Protocol):
 
 
 @dataclass(frozen=True)
-class ClassQuestion:
+class ClassificationQuery:
     """The most probable classes, as `Classifier.classify` answers them."""
 
     classifier: Classifier
@@ -76,7 +76,7 @@ class ClassQuestion:
 
 
 @dataclass(frozen=True)
-class ObjectQuestion:
+class DetectionQuery:
     """The objects in the image, as `Detector.detect` answers them."""
 
     detector: Detector
@@ -106,7 +106,7 @@ def ask(
     threshold: float | None = None,
     max_detections: int | None = None,
     labels: Collection[str] | None = None,
-) -> Question:
+) -> Query:
     """The question that a predictor answers; None means the service's default.
 
     Raises:
@@ -115,13 +115,13 @@ def ask(
     chosen = tuple(sorted(set(labels))) if labels else None
     if isinstance(predictor, Classifier):
         _refuse("a detector", threshold=threshold, max_detections=max_detections)
-        question = ClassQuestion(predictor, 5 if top_k is None else top_k, chosen)
-        predictor.check(top_k=question.top_k, labels=chosen)
-        return question
+        query = ClassificationQuery(predictor, 5 if top_k is None else top_k, chosen)
+        predictor.check(top_k=query.top_k, labels=chosen)
+        return query
     _refuse("a classifier", top_k=top_k)
     limits = (0.5 if threshold is None else threshold, 100 if max_detections is None else max_detections)
     predictor.check(threshold=limits[0], max_detections=limits[1], labels=chosen)
-    return ObjectQuestion(predictor, *limits, chosen)
+    return DetectionQuery(predictor, *limits, chosen)
 
 
 def _refuse(task: str, **parameters: object) -> None:
@@ -200,7 +200,7 @@ class Summary:
 
 def predict_files(
     bundle: Bundle,
-    question: Question,
+    query: Query,
     sources: Sequence[Source],
     *,
     out: Path | None = None,
@@ -232,7 +232,7 @@ def predict_files(
         **identity,
         "graph_sha256": _graph_sha256(bundle),
         "providers": list(providers),
-        **question.parameters(),
+        **query.parameters(),
         "annotate": None if annotate is None else str(annotate),
     }
     skipped = 0
@@ -255,7 +255,7 @@ def predict_files(
 
         def work(source: Source) -> Record | None:
             picture = None if annotate is None else annotate / names[source.path]
-            return _record(source, question, identity, picture, names.get(source.path))
+            return _record(source, query, identity, picture, names.get(source.path))
 
         answers = stack.enter_context(closing(_in_order(work, missing, threads or available_cores())))
         for done, record in enumerate(answers, start=before + 1):
@@ -278,20 +278,20 @@ def _graph_sha256(bundle: Bundle) -> str:
     return hash_file(bundle.path)
 
 
-def _record(source: Source, question: Question, model: Record, picture: Path | None, name: str | None) -> Record | None:
+def _record(source: Source, query: Query, model: Record, picture: Path | None, name: str | None) -> Record | None:
     """What is known of one file; None if it is skipped. The picture is there before its record is."""
     expected = source.named or _format(source.path) is not None
     try:
         data = _read(source.path)
         if not data and not expected:
             return None
-        image = decode_for(data, question.preprocessing)
+        image = decode_for(data, query.preprocessing)
         whole = None if picture is None else image.image if image.is_whole else decode(data)
     except UnsupportedImageError as error:
         return _failure(source, error) if expected else None
     except ImageError as error:
         return _failure(source, error)
-    fields, drawn = question.answer(image, whole)
+    fields, drawn = query.answer(image, whole)
     if drawn is not None and picture is not None:
         _save(drawn, picture)
         fields["annotated"] = name

@@ -36,7 +36,7 @@ from vitrine.models.boxes import xyxy_to_cxcywh
 from vitrine.models.training.augmentation.augment import NOISE, ClassificationAugmentation, DetectionAugmentation
 from vitrine.models.training.data.dataset import ClassificationData, DetectionData
 from vitrine.models.training.data.layouts import load_split
-from vitrine.models.training.distributed import Processes
+from vitrine.models.training.distributed import ProcessGroup
 from vitrine.models.training.interruption import Interruption
 from vitrine.models.training.loop import Trainer
 from vitrine.models.training.objectives.losses import SetCriterion
@@ -166,7 +166,7 @@ def our_competitors(recipe: Recipe, data: Path, folder: Path) -> dict[str, Calla
 
     def trainer(name: str, cache: str) -> Trainer:
         own = recipe.model_copy(update={"cache": cache})
-        return Trainer(own, data, folder / name, Processes(0, 1, torch.device("cpu")), False, None, ())
+        return Trainer(own, data, folder / name, ProcessGroup(0, 1, torch.device("cpu")), False, None, ())
 
     memory, disk, repeated = trainer("memory", "memory"), trainer("disk", "disk"), trainer("repeated", "disk")
     repeat_one_batch(repeated)
@@ -180,9 +180,9 @@ def our_competitors(recipe: Recipe, data: Path, folder: Path) -> dict[str, Calla
 def repeat_one_batch(trainer: Trainer) -> None:
     """Have a trainer take the same augmented batch again and again: no data, no augmentation."""
     indices = torch.arange(trainer.batch_size)
-    canvases = next(trainer.canvases.batches([indices]))
-    batch = trainer.objective.prepare(canvases, indices, torch.rand(trainer.batch_size, NOISE))
-    vars(trainer.canvases)["batches"] = lambda chosen: repeat(canvases, len(chosen))
+    images = next(trainer.images.batches([indices]))
+    batch = trainer.objective.prepare(images, indices, torch.rand(trainer.batch_size, NOISE))
+    vars(trainer.images)["batches"] = lambda chosen: repeat(images, len(chosen))
     vars(trainer.objective)["prepare"] = lambda *_: batch
 
 
@@ -330,19 +330,19 @@ class _Enough(Exception):
     """Raised where training is to be stopped."""
 
 
-class Pace(NamedTuple):
+class ExecutionProfile(NamedTuple):
     """Seconds per step: on the clock, and of this process's threads (not of its workers) on the processor."""
 
     clock: float
     processor: float
 
 
-def pace(train: Callable[[], object], steps: int) -> Pace:
+def profile(train: Callable[[], object], steps: int) -> ExecutionProfile:
     """Train until `steps` steps have followed a first one; their time, from one optimiser's step to the next."""
-    ends: list[Pace] = []
+    ends: list[ExecutionProfile] = []
 
     def stop(*_: object) -> None:
-        ends.append(Pace(time.perf_counter(), time.process_time()))
+        ends.append(ExecutionProfile(time.perf_counter(), time.process_time()))
         if len(ends) > steps:
             raise _Enough
 
@@ -353,19 +353,19 @@ def pace(train: Callable[[], object], steps: int) -> Pace:
         pass
     finally:
         hook.remove()
-    return Pace(*((end - start) / steps for start, end in zip(ends[0], ends[-1], strict=True)))
+    return ExecutionProfile(*((end - start) / steps for start, end in zip(ends[0], ends[-1], strict=True)))
 
 
 def interleaved(
     competitors: dict[str, Callable[[], object]], rounds: int, steps: int
-) -> tuple[dict[str, list[Pace]], list[float]]:
+) -> tuple[dict[str, list[ExecutionProfile]], list[float]]:
     """Each competitor's pace in each round, and each round's `matmul_rate`; a round before them warms up."""
-    paces: dict[str, list[Pace]] = {name: [] for name in competitors}
+    paces: dict[str, list[ExecutionProfile]] = {name: [] for name in competitors}
     peaks = []
     for i in range(-1, rounds):
         peaks.append(matmul_rate())
         for name, train in competitors.items():
-            measured = pace(train, steps if i >= 0 else 1)
+            measured = profile(train, steps if i >= 0 else 1)
             gc.collect()  # the stopped loader's workers
             if i >= 0:
                 paces[name].append(measured)
@@ -385,7 +385,7 @@ def matmul_rate() -> float:
     return best
 
 
-def report(comparison: Comparison, paces: dict[str, list[Pace]], peak: float, threads: int) -> None:
+def report(comparison: Comparison, paces: dict[str, list[ExecutionProfile]], peak: float, threads: int) -> None:
     """Print a table in Markdown. Ratios are those of the same round: their median, and their range."""
     print(f"{threads} threads, batches of {comparison.batch_size}, matrix multiplication {peak / 1e9:.1f} GFLOP/s\n")
     for name, (parameters, flops) in comparison.networks.items():

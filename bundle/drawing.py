@@ -23,7 +23,7 @@ READABLE_EDGE = 320
 LARGEST_EDGE = 4096
 MAX_CAPTION_ROWS = 5
 
-_LEAST_FONT_SIZE = 12  # pixels; smaller letters run together
+_MIN_FONT_SIZE = 12  # pixels; smaller letters run together
 _EDGE_PER_FONT_SIZE = 36  # of the square with the picture's area: 15 pixels on 640 x 480, 136 on 6000 x 4000
 _HIDDEN = 0.4  # share of a box under a tag from which on the box is lost
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -58,7 +58,7 @@ class _Style:
 
     @classmethod
     def of(cls, width: int, height: int) -> "_Style":
-        size = max(_LEAST_FONT_SIZE, round(math.sqrt(width * height) / _EDGE_PER_FONT_SIZE))
+        size = max(_MIN_FONT_SIZE, round(math.sqrt(width * height) / _EDGE_PER_FONT_SIZE))
         font = ImageFont.load_default(size)
         assert isinstance(font, ImageFont.FreeTypeFont)  # every wheel of Pillow has FreeType
         ascent, descent = font.getmetrics()
@@ -242,7 +242,7 @@ def _readable(answer: Detection | Prediction) -> str:
 @lru_cache(maxsize=4096)
 def _has_glyph(letter: str) -> bool:
     """Whether the font draws a letter otherwise than one that no font has."""
-    font = ImageFont.load_default(_LEAST_FONT_SIZE)
+    font = ImageFont.load_default(_MIN_FONT_SIZE)
     try:
         return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
     except (UnicodeError, ValueError, OSError):  # half a surrogate pair, for one

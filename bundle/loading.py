@@ -26,8 +26,8 @@ from vitrine.bundle.manifest import (
     Task,
     TensorSpec,
 )
-from vitrine.bundle.pace import Pace
 from vitrine.bundle.predictors import Predictor, make_predictor
+from vitrine.bundle.profile import ExecutionProfile
 from vitrine.bundle.runtime import CPU, OnnxNetwork
 from vitrine.bundle.tolerances import CONFIDENT_SCORE, GOLDEN
 
@@ -40,7 +40,7 @@ class Bundle:
     predictor: Predictor
     path: Path
     variant: Precision | None = None  # which of its graphs; None for an ONNX file alone
-    pace: Pace | None = None  # how it is best run here, if that has been measured
+    profile: ExecutionProfile | None = None  # how it is best run here, if that has been measured
 
     @property
     def file(self) -> Path:

@@ -100,7 +100,7 @@ def _groups(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]:
                 yield root.joinpath(*parts[:depth])
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Return memory that is free again to the system, where the C library can: loading a network leaves much of it."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's

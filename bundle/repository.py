@@ -14,8 +14,8 @@ from pathlib import Path
 from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
 from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_file
 from vitrine.bundle.manifest import Manifest, Precision, Task
-from vitrine.bundle.pace import measure_pace
 from vitrine.bundle.predictors import make_predictor
+from vitrine.bundle.profile import measure_profile
 from vitrine.bundle.runtime import CPU, OnnxNetwork
 
 _VERSION = re.compile("[1-9][0-9]{0,8}")  # as the manifest has it
@@ -60,7 +60,7 @@ class Repository:
 
         Args:
             roots: folders of `<name>/<version>`, or single ONNX files of a bundle.
-            cores: that this process may use; given, each bundle gets the `Pace` that it has there.
+            cores: that this process may use; given, each bundle gets the `ExecutionProfile` that it has there.
             providers, cache: where to compute, and how to share weights, see `bundle.runtime.OnnxNetwork`.
 
         Raises:
@@ -265,11 +265,11 @@ class Repository:
     def _paced(self, bundle: Bundle) -> Bundle:
         if self._cores is None:
             return bundle
-        wide = None
+        all_cores = None
         if self._cores > 1 and self._providers == CPU:
             network = OnnxNetwork(bundle.file, threads=self._cores, cache=self._cache)
-            wide = make_predictor(network, bundle.manifest.preprocessing, bundle.manifest.labels)
-        return replace(bundle, pace=measure_pace(bundle.predictor, wide))
+            all_cores = make_predictor(network, bundle.manifest.preprocessing, bundle.manifest.labels)
+        return replace(bundle, profile=measure_profile(bundle.predictor, all_cores))
 
     def _find(self) -> dict[Path, Fingerprint]:
         """Everything that could be served, with what tells whether it has changed."""

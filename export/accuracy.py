@@ -14,7 +14,7 @@ from vitrine.models.training.evaluation.metrics import (
     ClassificationPredictions,
     DetectionPredictions,
     Predictions,
-    averaged,
+    average_weights,
     confusion_matrix,
     matched_detections,
     measure,
@@ -23,10 +23,10 @@ from vitrine.models.training.evaluation.metrics import (
 )
 from vitrine.models.training.evaluation.mistakes import IOU, iou
 
-_LEAST_SAMPLES, _MOST_SAMPLES = 200, 1000  # of the bootstrap
-_MOST_ANSWERS = 10**8  # in all samples together: a minute for a detector
+_MIN_SAMPLES, _MAX_SAMPLES = 200, 1000  # of the bootstrap
+_MAX_ANSWERS = 10**8  # in all samples together: a minute for a detector
 _PERCENTILES = 2.5, 97.5
-_MOST_LABELS = 20  # of a confusion matrix that can be read
+_MAX_LABELS = 20  # of a confusion matrix that can be read
 _CONFIDENT = 0.5  # score from which two detectors are compared
 
 Values = dict[str, float]
@@ -46,7 +46,7 @@ def measure_accuracy(predictions: Predictions, data: Data, notes: str) -> Metric
         found = reliability(predictions.probabilities, data.class_ids[predictions.indices])
         columns = found.counts.tolist(), found.confidence.tolist(), found.accuracy.tolist()
         bins = tuple(ReliabilityBin(answers=n, confidence=c, accuracy=a) for n, c, a in zip(*columns, strict=True))
-        if len(data.labels) <= _MOST_LABELS:
+        if len(data.labels) <= _MAX_LABELS:
             confusion = tuple(map(tuple, confusion_matrix(predictions, data).tolist()))
     return Metrics(
         data=data.name,
@@ -89,7 +89,7 @@ def _intervals(values: Values, predictions: Predictions, data: Data) -> dict[str
     random = np.random.default_rng(0)
     count = len(predictions.indices)
     answers = len(predictions.scores) if isinstance(predictions, DetectionPredictions) else count
-    samples = max(_LEAST_SAMPLES, min(_MOST_SAMPLES, _MOST_ANSWERS // max(1, answers)))
+    samples = max(_MIN_SAMPLES, min(_MAX_SAMPLES, _MAX_ANSWERS // max(1, answers)))
     resampled = resampling(predictions, data)
     drawn = [resampled(random.integers(0, count, count)) for _ in range(samples)]
     intervals = {}
@@ -165,7 +165,7 @@ def _resampled_detection(predictions: DetectionPredictions, data: DetectionData)
         times = np.bincount(drawn, minlength=images)
         precision = np.array([own.precision(times, recalls) for own in ranked])
         by_label = np.moveaxis(precision.reshape(*shape, *precision.shape[1:]), (0, 1), (2, 3))
-        return precision_metrics(averaged(by_label), data.labels)
+        return precision_metrics(average_weights(by_label), data.labels)
 
     return measured
 

@@ -62,7 +62,7 @@ from vitrine.models.training import checkpoint as checkpoints
 from vitrine.models.training.checkpoint import Checkpoint
 from vitrine.models.training.data.dataset import ClassificationData, Data, check_labels
 from vitrine.models.training.data.layouts import has_split, load_split
-from vitrine.models.training.evaluation.calibration import calibration_error, with_temperature
+from vitrine.models.training.evaluation.calibration import apply_temperature, calibration_error
 from vitrine.models.training.evaluation.metrics import ClassificationPredictions, Predictions, measure, predict
 from vitrine.models.training.network import torch_predictor
 
@@ -368,7 +368,7 @@ def _calibration(
     found = predictions[Precision.FP32]
     assert isinstance(found, ClassificationPredictions)  # `served` refuses a detector with a temperature
     assert isinstance(data, ClassificationData)
-    before = calibration_error(with_temperature(found.probabilities, 1 / temperature), data.class_ids)
+    before = calibration_error(apply_temperature(found.probabilities, 1 / temperature), data.class_ids)
     return Calibration(temperature=temperature, ece_before=before, ece_after=metrics.values["ECE"])
 
 

@@ -20,8 +20,8 @@ from vitrine.bundle.tolerances import MAX_DROP
 from vitrine.export.pictures import RELIABILITY_FILE, SAMPLES_FILE
 from vitrine.models.training.evaluation.metrics import label_metric, most_confused
 
-_MOST_LABELS = 100  # that a card lists
-_MOST_COLUMNS = 12  # of a confusion matrix that a card shows
+_MAX_LABELS = 100  # that a card lists
+_MAX_COLUMNS = 12  # of a confusion matrix that a card shows
 _PAIRS, _PAIRS_ALONE = 3, 10  # of confused labels that are named, beside the matrix and without it
 
 _METRIC_NAMES = {
@@ -42,13 +42,13 @@ def model_card(manifest: Manifest) -> str:
     """Markdown."""
     provenance = manifest.provenance
     settings = ", ".join(f"{key}={value}" for key, value in provenance.architecture_config.items())
-    route, question = {
+    route, query = {
         Task.CLASSIFICATION: ("classify", "which of the labels an image shows"),
         Task.DETECTION: ("detect", "where in an image objects of the labels are"),
     }[manifest.task]
     sections = [
         f"# {manifest.name} {manifest.version}",
-        f"{manifest.description} It answers {question}.",
+        f"{manifest.description} It answers {query}.",
         "",
         f"- Architecture: `{manifest.architecture}` ({settings}), {provenance.parameters:,} parameters",
         f"- Labels: {_labels(manifest)}",
@@ -94,7 +94,7 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _labels(manifest: Manifest) -> str:
-    if len(manifest.labels) <= _MOST_LABELS:
+    if len(manifest.labels) <= _MAX_LABELS:
         return ", ".join(manifest.labels)
     return f"{len(manifest.labels):,}, in the manifest"
 
@@ -114,7 +114,7 @@ def _measured(manifest: Manifest) -> list[str]:
         "",
         *_table(("metric", "value", "95 % interval"), rows),
     ]
-    if by_label and len(by_label) <= _MOST_LABELS:
+    if by_label and len(by_label) <= _MAX_LABELS:
         head = "label", "AP", "95 % interval", "AP50", "95 % interval"
         labels = [
             (label, *(cell for name in names for cell in _with_interval(name, metrics)))
@@ -154,7 +154,7 @@ def _confusion(manifest: Manifest) -> list[str]:
     confusion = None if manifest.metrics is None else manifest.metrics.confusion
     if confusion is None:
         return []
-    shown = len(manifest.labels) <= _MOST_COLUMNS
+    shown = len(manifest.labels) <= _MAX_COLUMNS
     pairs = most_confused(np.array(confusion), manifest.labels, _PAIRS if shown else _PAIRS_ALONE)
     said = "No image is taken for another label."
     if pairs:

@@ -21,7 +21,7 @@ from vitrine.models.serving import ServedClassifier, ServedDetector
 from vitrine.models.training.network import TorchNetwork
 
 _BATCHES = (1, 3, 8)
-_MOST_PIXELS = 8 * 480 * 640  # of a batch: a dilated DETR's attention on eight large pictures takes 16 GB
+_MAX_PIXELS = 8 * 480 * 640  # of a batch: a dilated DETR's attention on eight large pictures takes 16 GB
 
 Inputs = dict[str, NDArray[np.generic]]
 
@@ -142,7 +142,7 @@ def _batches(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Ite
         height, width = preprocessing.input_size
     else:
         height, width = preprocessing.shortest_edge, preprocessing.longest_edge
-    most = max(2, _MOST_PIXELS // (height * width))
+    most = max(2, _MAX_PIXELS // (height * width))
     start = 0
     while start < len(shaped):
         for size in (min(size, most) for size in _BATCHES):

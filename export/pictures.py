@@ -7,7 +7,7 @@ from PIL import Image
 
 from vitrine.bundle.manifest import ReliabilityBin
 from vitrine.bundle.predictors import Classifier, Predictor
-from vitrine.models.training.data.contact_sheet import Answer, DrawnBox, sheet_of_answers, sheet_of_boxes
+from vitrine.models.training.data.contact_sheet import Answer, DrawnBox, box_sheet, prediction_sheet
 from vitrine.models.training.data.dataset import ClassificationData, Data
 from vitrine.models.training.evaluation.calibration import Reliability
 from vitrine.models.training.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, reliability_chart
@@ -31,7 +31,7 @@ def sample_sheet(predictor: Predictor, data: Data) -> Image.Image:
     if isinstance(predictor, Classifier):
         assert isinstance(data, ClassificationData)
         answers = [(predictor.classify(image, top_k=1)[0], data.labels[data.class_ids[i]]) for i, image in images]
-        return sheet_of_answers(
+        return prediction_sheet(
             [
                 (image, Answer(best.label, best.probability, true))
                 for (_, image), (best, true) in zip(images, answers, strict=True)
@@ -42,7 +42,7 @@ def sample_sheet(predictor: Predictor, data: Data) -> Image.Image:
         found = predictor.detect(image)
         boxes = [(d.label, d.score, d.class_id, (d.box.x_min, d.box.y_min, d.box.x_max, d.box.y_max)) for d in found]
         pictures.append((image, [DrawnBox(f"{label} {score:.0%}", own, xyxy) for label, score, own, xyxy in boxes]))
-    return sheet_of_boxes(pictures)
+    return box_sheet(pictures)
 
 
 def reliability_svg(bins: Sequence[ReliabilityBin]) -> str:

@@ -27,8 +27,8 @@ from vitrine.export.errors import ExportError
 from vitrine.export.parity import Inputs
 
 # How much the answers to the calibration images may change on average before layers are left in float32, see `damage`.
-MOST_DAMAGE = 0.02
-_LEAST_BYTES = 1024  # of a tensor that is worth storing in float16
+MAX_DAMAGE = 0.02
+_MIN_BYTES = 1024  # of a tensor that is worth storing in float16
 _LARGEST_HALF = 65504.0
 # Weights have 7 bits (`reduce_range`): the products of an 8-bit activation and two of them then fit the 16-bit sums of
 # processors with AVX2 and without VNNI, at most 2 x 255 x 64 = 32640. With 8 bits these saturate, and the answers are
@@ -81,7 +81,7 @@ def store_half(model: onnx.ModelProto) -> onnx.ModelProto:
     half.CopyFrom(model)
     casts = []
     for tensor in half.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.raw_data) < _LEAST_BYTES:
+        if tensor.data_type != TensorProto.FLOAT or len(tensor.raw_data) < _MIN_BYTES:
             continue
         values = numpy_helper.to_array(tensor)
         if np.abs(values).max() > _LARGEST_HALF:
@@ -140,22 +140,22 @@ def _with_sensitive_layers_in_float(
 
     ranked: list[str] = []
     quantised, harm = without(0)
-    if harm <= MOST_DAMAGE:
+    if harm <= MAX_DAMAGE:
         return quantised, ()
     some = calibration[: max(1, len(calibration) // 4)]
     alone = {layer: damage(reference[: len(some)], _answers(quantise([layer]), some)) for layer in layers}
     ranked = sorted(layers, key=lambda layer: -alone[layer])
     too_few, count = 0, 1
-    while (tried := without(min(count, len(layers) - 1)))[1] > MOST_DAMAGE:
+    while (tried := without(min(count, len(layers) - 1)))[1] > MAX_DAMAGE:
         if count >= len(layers) - 1:
-            limit = f"answers within {MOST_DAMAGE} of float32's on average"
+            limit = f"answers within {MAX_DAMAGE} of float32's on average"
             raise ExportError(f"{precision}: expected {limit}, found {tried[1]:.3f} with a single layer in 8 bits")
         too_few, count = count, 2 * count
     enough, quantised = min(count, len(layers) - 1), tried[0]
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
         attempt, harm = without(middle)
-        if harm <= MOST_DAMAGE:
+        if harm <= MAX_DAMAGE:
             enough, quantised = middle, attempt
         else:
             too_few = middle

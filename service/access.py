@@ -17,7 +17,7 @@ from vitrine.service.settings import KEY_HASH, hash_key
 
 _log = logging.getLogger("bentoml.vitrine")
 
-_LOOK_SECONDS = 1.0  # between looks whether the file has changed
+_POLL_SECONDS = 1.0  # between looks whether the file has changed
 
 # Probes, and the page that explains the routes.
 _PUBLIC_PATHS = PROBES | PROTOCOL_PROBES | {"/", "/openapi.json", "/docs.json"}
@@ -94,7 +94,7 @@ class Keys:
             raise UnauthorizedError(found="an unknown one")
 
     def _refresh(self) -> None:
-        if self._file is None or time.monotonic() - self._looked < _LOOK_SECONDS:
+        if self._file is None or time.monotonic() - self._looked < _POLL_SECONDS:
             return
         with self._reading:
             self._looked = time.monotonic()

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from vitrine.bundle.machine import give_back_memory
+from vitrine.bundle.machine import release_memory
 from vitrine.bundle.repository import Repository
 from vitrine.bundle.runtime import parse_providers
 from vitrine.service.access import Keys
@@ -29,17 +29,17 @@ from vitrine.service.observability.logs import write_lines
 from vitrine.service.observability.tracing import send_spans
 from vitrine.service.open_inference.grpc import grpc_server
 from vitrine.service.open_inference.http import protocol_routes
-from vitrine.service.runtime.model_control import Control
+from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
-from vitrine.service.runtime.serving import Serving, serving_of
+from vitrine.service.runtime.serving import Serving, get_serving
 from vitrine.service.runtime.sizing import Sizing
 from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 
-BUSIEST = {"/classify": classify, "/detect": detect}
-_QUEUE_SECONDS = 0.25
-_COLLECT_AFTER = 50_000, 50, 100
+HOT_ROUTES = {"/classify": classify, "/detect": detect}
+_QUEUE_GAUGE_SECONDS = 0.25
+_GC_THRESHOLDS = 50_000, 50, 100
 
 
 async def openapi(request: Request) -> Response:
@@ -54,18 +54,18 @@ async def docs(request: Request) -> Response:
 
 async def prometheus(request: Request) -> Response:
     """`GET /metrics`."""
-    text = await asyncio.to_thread(metrics.exposition, serving_of(request).repository)
+    text = await asyncio.to_thread(metrics.exposition, get_serving(request).repository)
     return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
-async def _show_queue(scheduler: Scheduler) -> None:
+async def _update_queue_gauges(scheduler: Scheduler) -> None:
     """Keep the gauges of the queue: a few times a second costs less than with each image."""
     while True:
-        metrics.queued(scheduler.waiting, scheduler.running)
-        await asyncio.sleep(_QUEUE_SECONDS)
+        metrics.set_queue(scheduler.waiting, scheduler.running)
+        await asyncio.sleep(_QUEUE_GAUGE_SECONDS)
 
 
-def _spare_the_collector() -> None:
+def _tune_garbage_collector() -> None:
     """Let Python's garbage collector look at requests only, and seldom.
 
     All that is there by now stays to the end: walking it again and again takes tens of milliseconds each time, which
@@ -73,37 +73,37 @@ def _spare_the_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(*_COLLECT_AFTER)
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 class _Route(Route):
     """A route that the request's observation knows."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["vitrine.observation"].route = self.path
+        scope["vitrine.record"].route = self.path
         await super().handle(scope, receive, send)
 
 
 def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> Starlette:
     """The routes as an ASGI application that loads its bundles when it starts.
 
-    It needs `ObservationMiddleware` around it. `shared` is a folder of all workers of this server.
+    It needs `RequestRecordMiddleware` around it. `shared` is a folder of all workers of this server.
     """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        metrics.keep_in(shared)
-        begin_loading(app)
+        metrics.use_folder(shared)
+        start_loading(app)
         repository = await asyncio.wrap_future(app.state.loading)
         scheduler = Scheduler(sizing.threads, settings.max_queue, settings.max_wait_seconds)
-        control = await asyncio.to_thread(Control, repository, shared, poll_seconds=settings.poll_seconds)
+        control = await asyncio.to_thread(ModelControl, repository, shared, poll_seconds=settings.poll_seconds)
         app.state.serving = Serving(settings, repository, scheduler, control, keys)
-        watching = [asyncio.create_task(control.watch()), asyncio.create_task(_show_queue(scheduler))]
+        watching = [asyncio.create_task(control.watch()), asyncio.create_task(_update_queue_gauges(scheduler))]
         try:
             async with grpc_server(app.state.serving):
                 metrics.worker_ready()
-                _spare_the_collector()
-                give_back_memory()
+                _tune_garbage_collector()
+                release_memory()
                 _log.info("ready: %s", ", ".join(repository.bundles))
                 yield
         finally:
@@ -116,7 +116,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
 
     app = Starlette(
         routes=[
-            *(_Route(path, endpoint, methods=["POST"]) for path, endpoint in BUSIEST.items()),
+            *(_Route(path, endpoint, methods=["POST"]) for path, endpoint in HOT_ROUTES.items()),
             _Route("/models", list_models, methods=["GET"]),
             _Route("/models/{name}", describe_model, methods=["GET"]),
             _Route("/openapi.json", openapi, methods=["GET"]),
@@ -133,7 +133,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
     return app
 
 
-def begin_loading(app: Starlette) -> None:
+def start_loading(app: Starlette) -> None:
     """Have a thread load the bundles, unless one does already; the application's start waits for it."""
     if not hasattr(app.state, "loading"):
         pool = ThreadPoolExecutor(1, "loading")

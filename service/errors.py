@@ -94,7 +94,7 @@ class OverloadedError(VitrineError):
         super().__init__(f"{waiting} images wait already, about {seconds:.1f} s of work; try again later")
 
 
-class ClientLeftError(Exception):
+class ClientDisconnectedError(Exception):
     """The client has closed its connection before its answer was there."""
 
 
@@ -130,22 +130,22 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
 }
 _STATUSES = set(HTTPStatus)
 TIMEOUT = "timeout"
-CLIENT_LEFT = 499
+CLIENT_CLOSED_REQUEST = 499
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 100
 
 
-def shown(value: object) -> str:
+def preview(value: object) -> str:
     """What a client sent, for a sentence: short, and however deep it is nested. (`repr` would run out of stack.)"""
     return _brief.repr(value)
 
 
 def error_response(scope: Scope, status: int, code: str, message: str) -> Response:
     """An error in the shape of the route that was asked."""
-    observation = scope.get("vitrine.observation")
-    if observation is not None:
-        observation.error = code
+    record = scope.get("vitrine.record")
+    if record is not None:
+        record.error = code
     message = message.encode(errors="backslashreplace").decode()  # JSON can name half a character: "\\ud800"
     protocol = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
     answer = ProtocolErrorAnswer(error=message) if protocol else ErrorAnswer(error=Error(code=code, message=message))
@@ -187,13 +187,13 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
     return error_response(request.scope, HTTPStatus.BAD_REQUEST, "incomplete", message)
 
 
-async def on_client_left(request: Request, error: Exception) -> Response:
+async def on_client_disconnected(request: Request, error: Exception) -> Response:
     """Nobody reads this: it is for the log, in nginx' terms."""
-    request.scope["vitrine.observation"].error = "client_left"
-    return Response(status_code=CLIENT_LEFT, media_type="application/json")
+    request.scope["vitrine.record"].error = "client_left"
+    return Response(status_code=CLIENT_CLOSED_REQUEST, media_type="application/json")
 
 
-async def on_bug(request: Request, error: Exception) -> Response:
+async def on_internal_error(request: Request, error: Exception) -> Response:
     """Anything else: the client learns nothing of the inside; Starlette raises it on, so that the log gets it all."""
     message = "an unexpected error; see the server's log"
     return error_response(request.scope, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
@@ -206,8 +206,8 @@ ERROR_HANDLERS: dict[type[Exception], Handler] = {
     HTTPException: on_http_exception,
     TimeoutError: on_timeout,
     ClientDisconnect: on_disconnect,
-    ClientLeftError: on_client_left,
-    Exception: on_bug,
+    ClientDisconnectedError: on_client_disconnected,
+    Exception: on_internal_error,
 }
 
 

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vitrine.service.errors import error_answer, on_bug
+from vitrine.service.errors import error_answer, on_internal_error
 from vitrine.service.paths import PROBES, STATIC_FILES
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -21,28 +21,28 @@ class Front:
     here; Starlette would come to the same endpoints by way of two middlewares and its list of routes.
     """
 
-    def __init__(self, app: Starlette, bentoml_app: ASGIApp, busiest: Mapping[str, Endpoint]) -> None:
+    def __init__(self, app: Starlette, bentoml_app: ASGIApp, hot_routes: Mapping[str, Endpoint]) -> None:
         """Args: our application, BentoML's, and the endpoints of POST by their path."""
-        self.app, self.bentoml_app, self.busiest = app, bentoml_app, busiest
+        self.app, self.bentoml_app, self.hot_routes = app, bentoml_app, hot_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _is_bentomls(scope["path"]):
             await self.bentoml_app(scope, receive, send)
-        elif scope["method"] == "POST" and scope["path"] in self.busiest:
-            await self._answer(self.busiest[scope["path"]], scope, receive, send)
+        elif scope["method"] == "POST" and scope["path"] in self.hot_routes:
+            await self._answer(self.hot_routes[scope["path"]], scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
     async def _answer(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self.app
-        scope["vitrine.observation"].route = scope["path"]
+        scope["vitrine.record"].route = scope["path"]
         request = Request(scope, receive)
         try:
             response = await endpoint(request)
         except Exception as error:
             answer = error_answer(error)
             await (await answer(request, error))(scope, receive, send)
-            if answer is on_bug:
+            if answer is on_internal_error:
                 raise
         else:
             await response(scope, receive, send)

@@ -11,7 +11,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vitrine.bundle.machine import give_back_memory
+from vitrine.bundle.machine import release_memory
 from vitrine.bundle.manifest import Identity
 from vitrine.bundle.repository import Repository
 from vitrine.bundle.runtime import parse_providers
@@ -55,7 +55,7 @@ def check_bundles(settings: Settings) -> list[Identity]:
         importlib.import_module("_bentoml_impl.server.serving")  # takes as long, and has to be done in any case
         manifests = [bundle.manifest for bundle in loading.result().bundles.values()]
     del loading
-    give_back_memory()  # this process does not compute
+    release_memory()  # this process does not compute
     return manifests
 
 

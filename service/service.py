@@ -9,12 +9,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from vitrine.service.access import AccessMiddleware, Keys
-from vitrine.service.app import BUSIEST, begin_loading, create_app
+from vitrine.service.app import HOT_ROUTES, create_app, start_loading
 from vitrine.service.errors import ErrorShapeMiddleware
 from vitrine.service.front import Front
 from vitrine.service.launch import shared_folder
 from vitrine.service.observability.logs import configure
-from vitrine.service.observability.middleware import ObservationMiddleware
+from vitrine.service.observability.middleware import RequestRecordMiddleware
 from vitrine.service.open_inference.http import HEADER_LENGTH
 from vitrine.service.runtime.serving import Serving
 from vitrine.service.runtime.sizing import size
@@ -33,7 +33,7 @@ if _is_first:  # once, not in every worker
     _log.info("%s", _sizing.reason)
     if _sizing.warning:
         _log.warning("%s", _sizing.warning)
-    if not (_settings.only_here or _keys.needed):
+    if not (_settings.loopback_only or _keys.needed):
         _log.warning("everybody who reaches %s may ask: no VITRINE_API_KEYS are set", _settings.host)
 _app = create_app(_settings, _sizing, _keys, shared_folder())
 
@@ -52,7 +52,7 @@ class Vitrine:
 
 def _front(bentoml_app: ASGIApp) -> ASGIApp:
     """Our routes beside BentoML's, and what every request passes first; the last line is the outermost."""
-    app: ASGIApp = Front(_app, bentoml_app, BUSIEST)
+    app: ASGIApp = Front(_app, bentoml_app, HOT_ROUTES)
     app = AccessMiddleware(app, keys=_keys, metrics_need_key=_settings.metrics_need_key)
     if _settings.cors_origins:  # outside of access: a browser asks for permission without a key
         app = CORSMiddleware(
@@ -62,14 +62,14 @@ def _front(bentoml_app: ASGIApp) -> ASGIApp:
             allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID", HEADER_LENGTH],
             expose_headers=["X-Request-ID", "Server-Timing", "Retry-After", HEADER_LENGTH],
         )
-    return ObservationMiddleware(ErrorShapeMiddleware(app), _settings)
+    return RequestRecordMiddleware(ErrorShapeMiddleware(app), _settings)
 
 
 class _Service(bentoml.Service[Any]):  # type: ignore[misc]  # BentoML is not typed
     """BentoML's service, whose ASGI application is `_front`."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        begin_loading(_app)  # while BentoML imports what its application needs
+        start_loading(_app)  # while BentoML imports what its application needs
         return _front(super().to_asgi(is_main))
 
 

@@ -113,7 +113,7 @@ class Settings(BaseSettings):
     traces_share: float = Field(1.0, ge=0, le=1, description="of the requests whose client has not decided itself")
 
     @property
-    def only_here(self) -> bool:
+    def loopback_only(self) -> bool:
         """Whether only this machine reaches the server."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
@@ -188,7 +188,7 @@ def read_settings() -> Settings:
     Raises:
         SettingsError: naming the variable or the file, its value, and what was expected.
     """
-    _forget_service_links()
+    _drop_service_links()
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {FILE_VARIABLE}
     for variable in sorted(os.environ):
         if variable.startswith(PREFIX) and variable not in known:
@@ -206,7 +206,7 @@ def read_settings() -> Settings:
         raise SettingsError(f"{place}: {first['msg'].removeprefix('Value error, ')}{found}") from None
 
 
-def _forget_service_links() -> None:
+def _drop_service_links() -> None:
     """Take Kubernetes' variables of Services out of the environment of this process."""
     for variable, value in list(os.environ.items()):
         is_url = variable in ("VITRINE_PORT", "VITRINE_GRPC_PORT") and _SERVICE_LINK_URL.fullmatch(value)
@@ -236,7 +236,7 @@ def _file_values() -> dict[str, Any]:
     return values
 
 
-def shown(settings: Settings, options: Mapping[str, str] | None = None) -> str:
+def as_yaml(settings: Settings, options: Mapping[str, str] | None = None) -> str:
     """The settings as YAML, each with where it comes from; keys are left out.
 
     Args:

@@ -352,16 +352,16 @@ def predict(
 
     chosen = parse_providers(providers)
     loaded = _load(bundle, variant, chosen)
-    question = ask(loaded.predictor, top_k=top_k, threshold=threshold, max_detections=max_detections, labels=label)
+    query = ask(loaded.predictor, top_k=top_k, threshold=threshold, max_detections=max_detections, labels=label)
     if out is not None:
         check_ending(out, boxes=loaded.manifest.task is Task.DETECTION)
     own = [*(files_of(out) if out is not None else ()), *([annotate] if annotate is not None else ())]
     sources = find_sources(paths, leave_out=own)
     # Lines on a terminal show by themselves how far it is.
-    shown = sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())
+    visible = sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     done = 0
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, redirect_stdout=False) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not visible, redirect_stdout=False) as progress:
         bar = progress.add_task(loaded.manifest.name, total=len(sources))
 
         def each(number: int, record: dict[str, Any] | None) -> None:
@@ -372,7 +372,7 @@ def predict(
                 typer.echo(text(record))
 
         try:
-            summary = predict_files(loaded, question, sources, out=out, annotate=annotate, providers=chosen, each=each)
+            summary = predict_files(loaded, query, sources, out=out, annotate=annotate, providers=chosen, each=each)
         except KeyboardInterrupt:
             progress.stop()
             kept = "" if out is None else f"; they are kept, and the same command goes on to {out}"
@@ -404,7 +404,7 @@ def serve(
     from vitrine.service.access import Keys
     from vitrine.service.launch import check_bundles, run
     from vitrine.service.observability.logs import wants_json
-    from vitrine.service.settings import FILE_VARIABLE, SettingsError, read_settings, shown
+    from vitrine.service.settings import FILE_VARIABLE, SettingsError, as_yaml, read_settings
 
     given = {"--host": host, "--port": port, "--grpc-port": grpc_port}
     options = {
@@ -419,7 +419,7 @@ def serve(
         variable, _, rest = str(error).partition(": ")
         raise SettingsError(f"{options.get(variable, variable)}: {rest}") from None
     if print_settings:
-        typer.echo(shown(settings, options))
+        typer.echo(as_yaml(settings, options))
         return
     hashes = ",".join(settings.api_keys)
     if os.environ.get("VITRINE_API_KEYS", hashes) != hashes:  # what a process has begun with can be read in /proc

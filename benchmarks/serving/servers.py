@@ -206,9 +206,9 @@ def _mlserver_request(model: Model) -> Request:
 
 
 def _binary(path: str, tensor: dict[str, object], data: bytes, outputs: list[str]) -> Request:
-    wishes = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
+    requested = [{"name": name, "parameters": {"binary_data": True}} for name in outputs]
     entry = {**tensor, "parameters": {"binary_data_size": len(data)}}
-    head = json.dumps({"inputs": [entry], "outputs": wishes}).encode()
+    head = json.dumps({"inputs": [entry], "outputs": requested}).encode()
     headers = f"Content-Type: application/octet-stream\nInference-Header-Content-Length: {len(head)}"
     return Request(path, head + data, headers)
 

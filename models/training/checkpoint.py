@@ -30,7 +30,7 @@ _FORMAT = 3
 
 
 @dataclass(frozen=True)
-class Start:
+class WarmStart:
     """The run that a network was fine-tuned from."""
 
     run: str  # the name of its folder
@@ -49,7 +49,7 @@ class Progress:
     seconds: float  # of training so far
     metrics: dict[str, float]  # on the validation images, after the last evaluation
     data_path: str  # where the data was, to resume and to evaluate
-    start: Start | None = None  # the run that gave the first weights
+    start: WarmStart | None = None  # the run that gave the first weights
     job: str = ""  # of torchrun, which may go on with it unasked
     step: int = 0  # steps done of the epoch that is under way
     sums: dict[str, float] = field(default_factory=dict)  # of the parts of the loss over these steps
@@ -190,7 +190,7 @@ def load(run: Path) -> Checkpoint:
 
 def _progress(content: dict[str, Any]) -> Progress:
     start = content.pop("start")
-    return Progress(**content, start=None if start is None else Start(**start))
+    return Progress(**content, start=None if start is None else WarmStart(**start))
 
 
 def _other(run: Path) -> str:

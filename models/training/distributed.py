@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-_PATIENCE = timedelta(minutes=30)  # one process evaluates or writes while the others wait
+_TIMEOUT = timedelta(minutes=30)  # one process evaluates or writes while the others wait
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Processes:
+class ProcessGroup:
     """This process among those that train together."""
 
     rank: int
@@ -25,7 +25,7 @@ class Processes:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one process that writes."""
         return self.rank == 0
 
@@ -35,7 +35,7 @@ class Processes:
             dist.all_reduce(values)
         return values
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the first one's `tensors`, in place."""
         if self.count > 1:
             for tensor in tensors:
@@ -50,21 +50,21 @@ class Processes:
 
 
 @contextmanager
-def joined_processes() -> Iterator[Processes]:
+def process_group() -> Iterator[ProcessGroup]:
     """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs); without it there is one."""
     cuda = torch.cuda.is_available()
     if "LOCAL_RANK" not in os.environ:
-        yield Processes(0, 1, torch.device("cuda" if cuda else "cpu"))
+        yield ProcessGroup(0, 1, torch.device("cuda" if cuda else "cpu"))
         return
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+    store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
     # torchrun keeps one store for all its attempts: without a prefix, the addresses of dead processes are found in it.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE, store=store, rank=rank, world_size=count)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, store=store, rank=rank, world_size=count)
     try:
-        yield Processes(rank, count, device)
+        yield ProcessGroup(rank, count, device)
     finally:
         dist.destroy_process_group()
 
@@ -75,6 +75,6 @@ def job_id() -> str:
     return "" if name == "none" else name
 
 
-def processes_on_this_machine() -> int:
+def local_world_size() -> int:
     """How many processes train beside each other here."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -38,7 +38,7 @@ class Interruption:
 
 
 @contextmanager
-def listening() -> Iterator[Interruption]:
+def handle_signals() -> Iterator[Interruption]:
     """Listen to the signals; only a process's main thread can."""
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():

@@ -28,23 +28,23 @@ from vitrine.models.training.augmentation.augment import NOISE
 from vitrine.models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, PREVIOUS_FILE, Checkpoint, Progress
 from vitrine.models.training.data.dataset import ClassificationData, DetectionData
 from vitrine.models.training.data.layouts import load_training_splits
-from vitrine.models.training.data.loading import Canvases
-from vitrine.models.training.distributed import Processes, job_id, joined_processes
+from vitrine.models.training.data.loading import ImageCache
+from vitrine.models.training.distributed import ProcessGroup, job_id, process_group
 from vitrine.models.training.errors import DataError, DivergedError, RecipeError, TrainingError
-from vitrine.models.training.evaluation.calibration import fit_temperature, with_temperature
+from vitrine.models.training.evaluation.calibration import apply_temperature, fit_temperature
 from vitrine.models.training.evaluation.metrics import ClassificationPredictions, Predictions, measure, merge, predict
-from vitrine.models.training.interruption import Interrupted, Interruption, listening
+from vitrine.models.training.interruption import Interrupted, Interruption, handle_signals
 from vitrine.models.training.network import torch_predictor
 from vitrine.models.training.objectives.objectives import Batch, make_objective
 from vitrine.models.training.optimisation import (
-    averaged,
+    average_weights,
     learning_rate,
     make_optimizer,
     set_learning_rate,
     training_mode,
 )
 from vitrine.models.training.recipe import DetectionRecipe, Recipe
-from vitrine.models.training.warm_start import take_over
+from vitrine.models.training.warm_start import load_initial_weights
 
 DIVERGED_FILE = "diverged.txt"  # the images of the step that diverged
 _EXPLODED = 1e6  # no weight and no loss of a network that still learns comes near it
@@ -80,7 +80,7 @@ def train(
         RecipeError: the network cannot be built or filled, or a step cannot be split among the processes.
         CheckpointError: a checkpoint cannot be read or written.
     """
-    with listening() as interruption, joined_processes() as processes, _kernels(recipe, processes):
+    with handle_signals() as interruption, process_group() as processes, _kernels(recipe, processes):
         trainer = Trainer(recipe, data_path, run, processes, resume, start, changes)
         if resume and trainer.step == trainer.epoch == 0:
             trainer.say(f"there is no run in {run} to resume: a new one begins")
@@ -106,7 +106,7 @@ class Trainer:
         recipe: Recipe,
         data_path: Path,
         run: Path,
-        processes: Processes,
+        processes: ProcessGroup,
         resume: bool,
         start: Path | None,
         changes: Sequence[str],
@@ -135,7 +135,7 @@ class Trainer:
                 seconds=0.0,
                 metrics={},
                 data_path=str(data_path.resolve()),
-                start=None if start is None else take_over(network, recipe, labels, start),
+                start=None if start is None else load_initial_weights(network, recipe, labels, start),
                 job=job_id(),
             )
             self._state = Checkpoint(
@@ -156,13 +156,13 @@ class Trainer:
         self._sums = {  # of all processes, so far
             name: torch.tensor(value, dtype=torch.float64, device=processes.device)
             for name, value in self._progress.sums.items()
-            if processes.first
+            if processes.is_main
         }
         self._joint_sums = self._progress.sums
         self._predictions: Predictions | None = None
         self.network = network.to(processes.device)
         self.optimizer = make_optimizer(self.network, recipe)
-        self.average = averaged(self.network, recipe.ema) if recipe.ema else None
+        self.average = average_weights(self.network, recipe.ema) if recipe.ema else None
         if previous is not None:
             self.optimizer.load_state_dict(self._progress.optimizer)
             if self.average is not None:
@@ -178,10 +178,10 @@ class Trainer:
         self.steps = len(data) // self.batch_size
         self._rows = _own_rows(self.batch_size, recipe, processes, self.objective.group)
         _require_agreement(run, processes, (self.epoch, self.step, labels, len(data)))
-        self.canvases = Canvases(data, recipe, show=processes.first)
+        self.images = ImageCache(data, recipe, show=processes.is_main)
         done = self.epoch * self.steps + self.step
         self._writer = None
-        if processes.first:
+        if processes.is_main:
             with _written(run):
                 run.mkdir(parents=True, exist_ok=True)
                 _keep_lines(run / METRICS_FILE, self.epoch)
@@ -191,7 +191,7 @@ class Trainer:
             initial=done * self.batch_size,
             unit=" images",
             dynamic_ncols=True,
-            disable=None if processes.first else True,
+            disable=None if processes.is_main else True,
         )
         self._started = self._saved = time.monotonic()
 
@@ -209,14 +209,14 @@ class Trainer:
         """
         recipe = self.recipe
         training_mode(self.network, recipe)
-        order = torch.randperm(len(self.canvases), generator=_generator(recipe.seed, self.epoch, self.steps))
+        order = torch.randperm(len(self.images), generator=_generator(recipe.seed, self.epoch, self.steps))
         batches = order.split(self.batch_size)[self.step : self.steps]
-        canvases = self.canvases.batches([indices[rows] for indices in batches for rows in self._rows])
+        images = self.images.batches([indices[rows] for indices in batches for rows in self._rows])
         unchecked: tuple[Tensor, Tensor, int] | None = None
         for indices in batches:
             seeds = (recipe.seed, self.epoch, self.step)
             noise = torch.rand(self.batch_size, NOISE, generator=_generator(*seeds))
-            shares = [self.objective.prepare(next(canvases), indices[rows], noise[rows]) for rows in self._rows]
+            shares = [self.objective.prepare(next(images), indices[rows], noise[rows]) for rows in self._rows]
             totals, stop, due = self._agree(shares, interruption)
             lr = learning_rate(recipe, self.epoch + self.step / self.steps)
             set_learning_rate(self.optimizer, lr)
@@ -242,9 +242,9 @@ class Trainer:
             return
         recipe, processes = self.recipe, self.processes
         predictor = torch_predictor(self.kept, recipe.preprocessing, self._state.labels, processes.device)
-        processes.share(self.kept.buffers())  # statistics of batch norms, which are each process's own
+        processes.broadcast(self.kept.buffers())  # statistics of batch norms, which are each process's own
         own = np.arange(processes.rank, len(self.val), processes.count)
-        self._predictions = merge(processes.gather(predict(predictor, self.val, own, progress=processes.first)))
+        self._predictions = merge(processes.gather(predict(predictor, self.val, own, progress=processes.is_main)))
 
     def finish_epoch(self) -> None:
         """Fit the temperature after the last epoch, write a line of metrics, save."""
@@ -256,7 +256,7 @@ class Trainer:
             if last and isinstance(predictions, ClassificationPredictions) and isinstance(self.val, ClassificationData):
                 truth = self.val.class_ids[predictions.indices]
                 temperature = fit_temperature(predictions.probabilities, truth)
-                calibrated = with_temperature(predictions.probabilities, temperature).astype(np.float32)
+                calibrated = apply_temperature(predictions.probabilities, temperature).astype(np.float32)
                 before = metrics["ECE"]
                 metrics = measure(replace(predictions, probabilities=calibrated), self.val)
                 self._state = replace(self._state, temperature=temperature)
@@ -308,12 +308,12 @@ class Trainer:
             CheckpointError: it cannot be written.
         """
         self._saved = time.monotonic()
-        if self.processes.first:
+        if self.processes.is_main:
             checkpoints.save(self.checkpoint(), self.run)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, once for all processes."""
-        if self.processes.first:
+        if self.processes.is_main:
             self._bar.write(text)
 
     def close(self) -> None:
@@ -324,10 +324,10 @@ class Trainer:
 
     def _agree(self, shares: Sequence[Batch], interruption: Interruption) -> tuple[Tensor, bool, bool]:
         """What the step's losses are divided by, and whether any process was asked to end or should save."""
-        due = self.processes.first and time.monotonic() - self._saved > _SAVE_EVERY
-        wishes = torch.tensor([float(interruption.requested), float(due)], device=self.processes.device)
-        own = torch.stack([share.totals for share in shares]).sum(dim=0)
-        joint = self.processes.sum(torch.cat((own, wishes)))
+        due = self.processes.is_main and time.monotonic() - self._saved > _SAVE_EVERY
+        requested = torch.tensor([float(interruption.requested), float(due)], device=self.processes.device)
+        own = torch.stack([broadcast.totals for broadcast in shares]).sum(dim=0)
+        joint = self.processes.sum(torch.cat((own, requested)))
         stop, save = (interruption.requested, due) if self.processes.count == 1 else (joint[-2:] > 0).tolist()
         return joint[:-2], stop, save
 
@@ -336,12 +336,12 @@ class Trainer:
         device = self.processes.device
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for i, (share, rows) in enumerate(zip(shares, self._rows, strict=True)):
+        for i, (broadcast, rows) in enumerate(zip(shares, self._rows, strict=True)):
             torch.manual_seed(_seed(*seeds, rows.start, 1))  # dropout
             with nullcontext() if i + 1 == len(shares) else self._alone():
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                    output = self.objective.forward(self._forward, share)
-                parts = self.objective.loss(output, share, totals)
+                    output = self.objective.forward(self._forward, broadcast)
+                parts = self.objective.loss(output, broadcast, totals)
                 (parts["loss"] * self.processes.count).backward()  # which DistributedDataParallel averages
             losses.append(parts["loss"].detach())
             for name, value in parts.items():
@@ -361,7 +361,7 @@ class Trainer:
         loss, norm = vital.tolist()
         if not (abs(loss) < _EXPLODED and math.isfinite(norm)):
             names = [self.names[i] for i in indices.tolist()]
-            if self.processes.first:
+            if self.processes.is_main:
                 with _written(self.run):
                     (self.run / DIVERGED_FILE).write_text("".join(f"{name}\n" for name in names))
             shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
@@ -404,7 +404,7 @@ def _generator(*numbers: int) -> Generator:
     return Generator().manual_seed(_seed(*numbers))
 
 
-def _own_rows(batch_size: int, recipe: Recipe, processes: Processes, group: int) -> list[slice]:
+def _own_rows(batch_size: int, recipe: Recipe, processes: ProcessGroup, group: int) -> list[slice]:
     """The rows of a step's batch that this process computes, a slice for each micro-batch.
 
     Rows that augmentation mixes with each other, `group` of them, stay together.
@@ -421,7 +421,7 @@ def _own_rows(batch_size: int, recipe: Recipe, processes: Processes, group: int)
     return [slice(start, min(start + size, batch_size)) for start in starts]
 
 
-def _parallel(network: nn.Module, recipe: Recipe, processes: Processes) -> DistributedDataParallel:
+def _parallel(network: nn.Module, recipe: Recipe, processes: ProcessGroup) -> DistributedDataParallel:
     """The network with gradients that are averaged over all processes."""
     cuda = processes.device.type == "cuda"
     return DistributedDataParallel(
@@ -432,7 +432,7 @@ def _parallel(network: nn.Module, recipe: Recipe, processes: Processes) -> Distr
 
 
 @contextmanager
-def _kernels(recipe: Recipe, processes: Processes) -> Iterator[None]:
+def _kernels(recipe: Recipe, processes: ProcessGroup) -> Iterator[None]:
     """Plain attention in bfloat16 on a CPU (decision 18); kernels that repeat, if asked for."""
     plain = processes.device.type == "cpu" and recipe.precision == "bfloat16"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -468,7 +468,7 @@ def _keep_lines(file: Path, epochs: int) -> None:
     partial.replace(file)
 
 
-def _require_agreement(run: Path, processes: Processes, own: tuple[object, ...]) -> None:
+def _require_agreement(run: Path, processes: ProcessGroup, own: tuple[object, ...]) -> None:
     if len(set(map(repr, processes.gather(own)))) > 1:
         raise TrainingError(
             f"{run}: the processes found different data or different checkpoints; all need the same data and run folder"

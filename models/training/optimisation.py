@@ -117,6 +117,6 @@ def training_mode(network: nn.Module, recipe: Recipe) -> None:
             module.train()
 
 
-def averaged(network: nn.Module, decay: float) -> AveragedModel:
+def average_weights(network: nn.Module, decay: float) -> AveragedModel:
     """A copy of the network whose weights follow as an exponential moving average (Polyak & Juditsky 1992)."""
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vitrine.models.position import interpolate_positions
 from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import Checkpoint, Start
+from vitrine.models.training.checkpoint import Checkpoint, WarmStart
 from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.recipe import Recipe
 from vitrine.models.vit import ViT, ViTConfig, patch_grid
@@ -17,7 +17,7 @@ _OPTIONAL = ("num_batches_tracked", "label_embed.weight")
 _POSITIONS = "pos_embed.embedding"
 
 
-def take_over(network: nn.Module, recipe: Recipe, labels: list[str], run: Path) -> Start:
+def load_initial_weights(network: nn.Module, recipe: Recipe, labels: list[str], run: Path) -> WarmStart:
     """Fill a network with a run's weights.
 
     Between networks of one architecture, all weights are taken; positions are interpolated where the image size
@@ -51,7 +51,7 @@ def take_over(network: nn.Module, recipe: Recipe, labels: list[str], run: Path) 
         if expected != found:
             raise RecipeError(f"{run}: {name}: expected shape {expected} for {recipe.name}, found {found}")
     network.load_state_dict(weights, strict=False)
-    return Start(run.resolve().name, checkpoints.sha256(run), [name for name in own if name not in weights])
+    return WarmStart(run.resolve().name, checkpoints.sha256(run), [name for name in own if name not in weights])
 
 
 def _interpolated(checkpoint: Checkpoint, config: ViTConfig) -> Tensor:

@@ -49,13 +49,13 @@ from vitrine.service.http.schemas import (
     ImageDetections,
     Model,
 )
-from vitrine.service.observability.request_record import Observation
-from vitrine.service.runtime.scheduler import Work, all_of
-from vitrine.service.runtime.serving import Patience, Serving, observation_of, serving_of
+from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.runtime.scheduler import Work, gather
+from vitrine.service.runtime.serving import Deadline, Serving, get_record, get_serving
 
-CLASSIFY_FORMS = (JSON, CSV)
-DETECT_FORMS = (JSON, CSV, PNG, JPEG)
-_MOST_JPEG_PIXELS = 65_535  # of an edge: the format has 16 bits for it
+CLASSIFY_MEDIA_TYPES = (JSON, CSV)
+DETECT_MEDIA_TYPES = (JSON, CSV, PNG, JPEG)
+_MAX_JPEG_PIXELS = 65_535  # of an edge: the format has 16 bits for it
 
 _UNSEEN = schemas.Image(width=0, height=0)
 
@@ -64,14 +64,14 @@ A = TypeVar("A")
 
 async def classify(request: Request) -> Response:
     """`POST /classify`."""
-    serving, observation = serving_of(request), observation_of(request)
-    form = negotiate(request.headers.get("accept"), CLASSIFY_FORMS)
+    serving, record = get_serving(request), get_record(request)
+    form = negotiate(request.headers.get("accept"), CLASSIFY_MEDIA_TYPES)
     await serving.admit()
-    async with Patience(request, serving.settings.timeout_seconds) as patience:
+    async with Deadline(request, serving.settings.timeout_seconds) as deadline:
         asked = await read_image_request(request, CLASSIFY_PARAMETERS, serving.settings)
-        patience.body_is_read()
+        deadline.body_received()
         reference, variant = asked.text(MODEL), asked.text(VARIANT)
-        bundle = await serving.find(reference, observation, task=Task.CLASSIFICATION, variant=variant)
+        bundle = await serving.find(reference, record, task=Task.CLASSIFICATION, variant=variant)
         classifier = cast(Classifier, bundle.predictor)
         top_k, labels = asked.integer(TOP_K), asked.labels(classifier.labels)
         classifier.check(top_k=top_k, labels=labels)
@@ -79,8 +79,8 @@ async def classify(request: Request) -> Response:
         def classified(image: _Image[ImageClassification], row: Row) -> ImageClassification:
             return ImageClassification(image.size, classifier.best(row[0], top_k=top_k, labels=labels))
 
-        works = [_Image(sent, serving, observation, classifier, classified) for sent in asked.images]
-        answers = await _each(serving, observation, bundle, works, several=asked.several)
+        works = [_Image(sent, serving, record, classifier, classified) for sent in asked.images]
+        answers = await _each(serving, record, bundle, works, several=asked.several)
         if form == CSV:
             return csv_response(CLASSIFICATION_COLUMNS, answers, several=asked.several)
         if asked.several:
@@ -91,14 +91,14 @@ async def classify(request: Request) -> Response:
 
 async def detect(request: Request) -> Response:
     """`POST /detect`."""
-    serving, observation = serving_of(request), observation_of(request)
-    form = negotiate(request.headers.get("accept"), DETECT_FORMS)
+    serving, record = get_serving(request), get_record(request)
+    form = negotiate(request.headers.get("accept"), DETECT_MEDIA_TYPES)
     await serving.admit()
-    async with Patience(request, serving.settings.timeout_seconds) as patience:
+    async with Deadline(request, serving.settings.timeout_seconds) as deadline:
         asked = await read_image_request(request, DETECT_PARAMETERS, serving.settings)
-        patience.body_is_read()
+        deadline.body_received()
         reference, variant = asked.text(MODEL), asked.text(VARIANT)
-        bundle = await serving.find(reference, observation, task=Task.DETECTION, variant=variant)
+        bundle = await serving.find(reference, record, task=Task.DETECTION, variant=variant)
         detector = cast(Detector, bundle.predictor)
         threshold, max_detections = asked.number(THRESHOLD), asked.integer(MAX_DETECTIONS)
         labels = asked.labels(detector.labels)
@@ -116,16 +116,16 @@ async def detect(request: Request) -> Response:
         def drawn(image: _Image[Response], row: Row) -> Response:
             assert image.decoded is not None
             picture, buffer = draw_detections(image.decoded, found(image, row)), io.BytesIO()
-            if form == JPEG and max(picture.size) > _MOST_JPEG_PIXELS:
+            if form == JPEG and max(picture.size) > _MAX_JPEG_PIXELS:
                 raise NotAcceptableError(offered=f"{JSON}, {CSV}, {PNG} for so large an image", found=form)
             picture.save(buffer, "PNG") if form == PNG else picture.save(buffer, "JPEG", quality=90)
             return Response(buffer.getvalue(), media_type=form)
 
         if form in (PNG, JPEG):
-            picture = _Image(asked.images[0], serving, observation, detector, drawn, keep=True)
-            return await serving.scheduler.run(picture, bundle, observation)
-        works = [_Image(sent, serving, observation, detector, detected) for sent in asked.images]
-        answers = await _each(serving, observation, bundle, works, several=asked.several)
+            picture = _Image(asked.images[0], serving, record, detector, drawn, keep=True)
+            return await serving.scheduler.run(picture, bundle, record)
+        works = [_Image(sent, serving, record, detector, detected) for sent in asked.images]
+        answers = await _each(serving, record, bundle, works, several=asked.several)
         if form == CSV:
             return csv_response(DETECTION_COLUMNS, answers, several=asked.several)
         if asked.several:
@@ -140,7 +140,7 @@ class _Image(Generic[A]):
 
     sent: object  # see `requests.encoded`
     serving: Serving
-    observation: Observation
+    record: RequestRecord
     predictor: Predictor
     answer: "Callable[[_Image[A], Row], A]"
     keep: bool = False  # the decoded image, to draw in it
@@ -150,10 +150,10 @@ class _Image(Generic[A]):
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
         """From bytes to the network's pixels."""
-        with self.observation.stage("decode"):
+        with self.record.stage("decode"):
             data, max_pixels = encoded(self.sent), self.serving.settings.max_pixels
             image = decode_for(data, self.predictor.preprocessing, max_pixels=max_pixels)
-            self.observation.saw(image.width * image.height)
+            self.record.add_image(image.width * image.height)
             self.size = schemas.Image(image.width, image.height)
             if self.keep:
                 self.decoded = image.image if image.is_whole else decode(data, max_pixels=max_pixels)
@@ -166,16 +166,16 @@ class _Image(Generic[A]):
 
 
 async def _each(
-    serving: Serving, observation: Observation, bundle: Bundle, works: Sequence[Work[A]], *, several: bool
+    serving: Serving, record: RequestRecord, bundle: Bundle, works: Sequence[Work[A]], *, several: bool
 ) -> list[A | ErrorAnswer]:
     """The answers to all images, in their order; of several, those that are no good are answered by their error."""
 
     async def answer(work: Work[A]) -> A | ErrorAnswer:
         try:
-            return await serving.scheduler.run(work, bundle, observation)
+            return await serving.scheduler.run(work, bundle, record)
         except (ImageError, ParameterError) as error:
             if not several:
                 raise
             return ErrorAnswer(Error(code=error.code, message=str(error)))
 
-    return await all_of([answer(work) for work in works])
+    return await gather([answer(work) for work in works])

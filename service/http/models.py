@@ -5,19 +5,19 @@ from starlette.responses import Response
 
 from vitrine.service.http.answers import JSON
 from vitrine.service.http.schemas import ModelDescription, ModelDetail, ModelList
-from vitrine.service.runtime.serving import serving_of
+from vitrine.service.runtime.serving import get_serving
 
 
 async def list_models(request: Request) -> Response:
     """`GET /models`: every model, by name."""
-    repository = serving_of(request).repository
+    repository = get_serving(request).repository
     described = [ModelDescription.of(repository.versions(name)) for name in repository.bundles]
     return Response(ModelList(models=described).model_dump_json(), media_type=JSON)
 
 
 async def describe_model(request: Request) -> Response:
     """`GET /models/{name}` or `/models/{name}@{version}`: its whole manifest."""
-    repository = serving_of(request).repository
+    repository = get_serving(request).repository
     bundle = repository.get(request.path_params["name"])
     versions = [other.manifest.version for other in repository.versions(bundle.manifest.name)]
     detail = ModelDetail(versions=versions, manifest=bundle.manifest)

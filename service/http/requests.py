@@ -14,12 +14,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive
 
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
-from vitrine.service.errors import shown
+from vitrine.service.errors import preview
 from vitrine.service.http.parameters import LABELS, Parameter
 from vitrine.service.settings import Settings
 
 IMAGE, IMAGES = "image", "images"
-_MOST_FIELDS = 1000  # of a form: each label may be one
+_MAX_FIELDS = 1000  # of a form: each label may be one
 _URL = re.compile(r"\s*(https?|ftp|file|s3|gs)://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
@@ -40,7 +40,7 @@ class ImageRequest:
         """
         value = self.parameters.get(parameter.name)
         if value is not None and not isinstance(value, str):
-            raise ParameterError(parameter.name, expected="text", found=shown(value))
+            raise ParameterError(parameter.name, expected="text", found=preview(value))
         return value
 
     def integer(self, parameter: Parameter) -> int:
@@ -54,7 +54,7 @@ class ImageRequest:
             return value
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
             return int(value)
-        raise ParameterError(parameter.name, expected="an integer", found=shown(value))
+        raise ParameterError(parameter.name, expected="an integer", found=preview(value))
 
     def number(self, parameter: Parameter) -> float:
         """A parameter as a number.
@@ -70,7 +70,7 @@ class ImageRequest:
                 return float(value)
             except ValueError:
                 pass
-        raise ParameterError(parameter.name, expected="a number", found=shown(value))
+        raise ParameterError(parameter.name, expected="a number", found=preview(value))
 
     def labels(self, known: Collection[str]) -> tuple[str, ...] | None:
         """The parameter `labels`: one of those known, or several, separated by commas or as a list; None if not sent.
@@ -84,7 +84,7 @@ class ImageRequest:
         if isinstance(value, str):  # labels may hold commas themselves: "tench, Tinca tinca"
             value = [value] if value in known else [part.strip() for part in value.split(",")]
         if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
-            raise ParameterError(LABELS.name, expected="labels as text", found=shown(value))
+            raise ParameterError(LABELS.name, expected="labels as text", found=preview(value))
         return tuple(value)
 
 
@@ -123,7 +123,7 @@ async def _read_form(request: Request, settings: Settings) -> tuple[list[object]
     images: list[object] = []
     fields: list[tuple[str, object]] = []
     try:
-        async with bounded.form(max_files=settings.max_images + 1, max_fields=_MOST_FIELDS) as form:
+        async with bounded.form(max_files=settings.max_images + 1, max_fields=_MAX_FIELDS) as form:
             for name, value in form.multi_items():
                 if name == IMAGE and isinstance(value, UploadFile):
                     images.append(await value.read())
@@ -159,12 +159,12 @@ async def _read_json(body: bytes) -> tuple[list[object], list[tuple[str, object]
     except (ValueError, RecursionError) as error:
         raise ParameterError("body", expected="JSON", found=f"none: {error}") from error
     if not isinstance(document, dict) or len(document.keys() & {IMAGE, IMAGES}) != 1:
-        found = f"the fields {', '.join(document)[:200] or 'none'}" if isinstance(document, dict) else shown(document)
+        found = f"the fields {', '.join(document)[:200] or 'none'}" if isinstance(document, dict) else preview(document)
         raise ParameterError("body", expected=f"an object with {IMAGE!r} or {IMAGES!r}", found=found)
     several = IMAGES in document
     texts = document.pop(IMAGES) if several else [document.pop(IMAGE)]
     if not isinstance(texts, list) or not texts:
-        raise ParameterError(IMAGES, expected="a list of images", found=shown(texts))
+        raise ParameterError(IMAGES, expected="a list of images", found=preview(texts))
     return texts, list(document.items()), several
 
 
@@ -178,7 +178,7 @@ def encoded(image: object) -> bytes:
         return image
     text = image
     if not isinstance(text, str):
-        raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=shown(text))
+        raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=preview(text))
     if _URL.match(text):
         raise ParameterError(IMAGE, expected="base64 or a data URL", found="another URL, which is not fetched")
     prefix = _DATA_URL.match(text)
@@ -201,7 +201,7 @@ def _merged(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[st
             merged[name] = [*_listed(before), *_listed(value)]
             continue
         if merged.get(name, value) != value:
-            raise ParameterError(name, expected="one value", found=f"{shown(merged[name])} and {shown(value)}")
+            raise ParameterError(name, expected="one value", found=f"{preview(merged[name])} and {preview(value)}")
         if value is not None:
             merged[name] = value
     return merged

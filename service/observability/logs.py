@@ -12,15 +12,15 @@ from typing import Any, TextIO
 
 import orjson
 
-from vitrine.service.observability.request_record import STAGES, Observation, current
+from vitrine.service.observability.request_record import STAGES, RequestRecord, current
 from vitrine.service.settings import LogFormat
 
 _log = logging.getLogger("bentoml.vitrine")
 _access = logging.getLogger("bentoml.vitrine.access")
-_LONGEST_PATH, _LONGEST_METHOD = 200, 20
-_TOGETHER_SECONDS, _MOST_TOGETHER = 0.1, 32  # more would keep an answer waiting
+_MAX_PATH, _MAX_METHOD = 200, 20
+_TOGETHER_SECONDS, _MAX_TOGETHER = 0.1, 32  # more would keep an answer waiting
 
-_finished: list[tuple[Observation, str, float, float]] = []  # requests without a line yet, when they ended
+_finished: list[tuple[RequestRecord, str, float, float]] = []  # requests without a line yet, when they ended
 
 
 class JsonFormatter(logging.Formatter):
@@ -36,11 +36,11 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         request = getattr(record, "request", None)
-        observation = current.get()
+        answered = current.get()
         if request is not None:
             line |= request
-        elif observation is not None:  # logged while a request was answered
-            line |= {"request_id": observation.request_id, "trace_id": observation.trace_id}
+        elif answered is not None:  # logged while a request was answered
+            line |= {"request_id": answered.request_id, "trace_id": answered.trace_id}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         if record.stack_info:
@@ -100,23 +100,23 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: Tr
         _log.critical("uncaught %s: %s", kind.__name__, error, exc_info=(kind, error, traceback))
 
 
-def log_request(observation: Observation, status: str, seconds: float) -> None:
+def log_request(record: RequestRecord, status: str, seconds: float) -> None:
     """Write the line of a finished request, with others of the same tenth of a second.
 
     One by one they would take a fifth of the event loop's time for a request, and as many calls of the system.
     """
-    if not _access.isEnabledFor(_level(observation)):
+    if not _access.isEnabledFor(_level(record)):
         return
-    _finished.append((observation, status, seconds, time.time()))
+    _finished.append((record, status, seconds, time.time()))
     if len(_finished) == 1:
         asyncio.get_running_loop().call_later(_TOGETHER_SECONDS, write_lines)
-    elif len(_finished) >= _MOST_TOGETHER:
+    elif len(_finished) >= _MAX_TOGETHER:
         write_lines()
 
 
 def write_lines() -> None:
     """Write the lines of all requests that have finished."""
-    records = [_record(*finished) for finished in _finished]
+    records = [_log_record(*finished) for finished in _finished]
     _finished.clear()
     for handler in _log_handlers():
         passing = [record for record in records if handler.filter(record)]
@@ -130,36 +130,36 @@ def _log_handlers() -> list["logging.StreamHandler[TextIO]"]:
     return [handler for handler in logging.getLogger("bentoml").handlers if isinstance(handler, logging.StreamHandler)]
 
 
-def _level(observation: Observation) -> int:
-    return logging.DEBUG if observation.quiet else logging.INFO
+def _level(record: RequestRecord) -> int:
+    return logging.DEBUG if record.quiet else logging.INFO
 
 
-def _record(observation: Observation, status: str, seconds: float, ended: float) -> logging.LogRecord:
+def _log_record(record: RequestRecord, status: str, seconds: float, ended: float) -> logging.LogRecord:
     """Of a request; nothing of the images, no key, no query."""
-    method = observation.method[:_LONGEST_METHOD]
-    path = observation.path[:_LONGEST_PATH].encode("unicode_escape").decode()  # of control characters as of all others
-    stages = {name: round(1000 * observation.seconds(name), 3) for name in STAGES} if observation.stages else {}
+    method = record.method[:_MAX_METHOD]
+    path = record.path[:_MAX_PATH].encode("unicode_escape").decode()  # of control characters as of all others
+    stages = {name: round(1000 * record.seconds(name), 3) for name in STAGES} if record.stages else {}
     request = {
-        "request_id": observation.request_id,
-        "trace_id": observation.trace_id,
-        "client": observation.client,
+        "request_id": record.request_id,
+        "trace_id": record.trace_id,
+        "client": record.client,
         "method": method,
-        "route": observation.route,
+        "route": record.route,
         "path": path,
         "status": status,
-        "error": observation.error,
-        "model": observation.model,
-        "version": observation.version,
-        "variant": observation.variant,
-        "images": observation.images,
+        "error": record.error,
+        "model": record.model,
+        "version": record.version,
+        "variant": record.variant,
+        "images": record.images,
         "milliseconds": {**stages, "total": round(1000 * seconds, 3)},
-        "bytes_in": observation.bytes_in,
-        "bytes_out": observation.bytes_out,
+        "bytes_in": record.bytes_in,
+        "bytes_out": record.bytes_out,
     }
     spent = ", ".join(f"{name} {stage:.1f}" for name, stage in stages.items())
     text = f"{method} {path} {status} {1000 * seconds:.1f} ms{f' ({spent})' if spent else ''}"
-    model = f"{observation.model}@{observation.version}" if observation.model else ""
-    details = " ".join(part for part in (model, observation.error, observation.request_id) if part)
+    model = f"{record.model}@{record.version}" if record.model else ""
+    details = " ".join(part for part in (model, record.error, record.request_id) if part)
     known = {"msg": f"{text}  {details}", "args": None, "created": ended, "msecs": 1000 * (ended % 1)}
-    named = {"name": _access.name, "levelno": _level(observation), "request": request}
-    return logging.makeLogRecord({**named, "levelname": logging.getLevelName(_level(observation)), **known})
+    named = {"name": _access.name, "levelno": _level(record), "request": request}
+    return logging.makeLogRecord({**named, "levelname": logging.getLevelName(_level(record)), **known})

@@ -21,8 +21,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from vitrine.bundle.repository import Repository
-from vitrine.service.observability.request_record import Observation
-from vitrine.service.observability.shared_counters import Key, Tallies, read_tallies
+from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.observability.shared_counters import Key, SharedCounters, read_shared_counters
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"  # the route of all paths that nobody answers
@@ -66,52 +66,52 @@ _GAUGES = {
 _START_SECONDS = "vitrine_start_time_seconds"
 _START_TEXT = "When the oldest living worker became ready, in seconds since the epoch."
 
-_tallies = Tallies()
+_counters = SharedCounters()
 
 
-def keep_in(folder: Path) -> None:
+def use_folder(folder: Path) -> None:
     """Begin to count, in a file of this process in the folder that the server's workers share."""
-    global _tallies
-    _tallies = Tallies(folder)
+    global _counters
+    _counters = SharedCounters(folder)
     for name in _GAUGES:
-        _tallies.set((name,), 0)
+        _counters.set((name,), 0)
 
 
 def worker_ready() -> None:
     """This process has loaded everything and begins to answer."""
-    _tallies.add(("vitrine_worker_starts",), 1)
-    _tallies.set((_START_SECONDS,), time.time())
+    _counters.add(("vitrine_worker_starts",), 1)
+    _counters.set((_START_SECONDS,), time.time())
 
 
-def began(observation: Observation) -> None:
+def request_started(record: RequestRecord) -> None:
     """A request has come."""
-    if not observation.quiet:
-        _tallies.add(("vitrine_requests_in_flight",), 1)
+    if not record.quiet:
+        _counters.add(("vitrine_requests_in_flight",), 1)
 
 
-def record(observation: Observation, status: str, seconds: float) -> None:
+def request_finished(record: RequestRecord, status: str, seconds: float) -> None:
     """Count a request that is finished."""
-    add, observe = _tallies.add, _tallies.observe
-    if not observation.quiet:
+    add, observe = _counters.add, _counters.observe
+    if not record.quiet:
         add(("vitrine_requests_in_flight",), -1)
-    route, model = observation.route or OTHER, observation.model
-    add(("vitrine_requests", route, model, observation.version, status), 1)
+    route, model = record.route or OTHER, record.model
+    add(("vitrine_requests", route, model, record.version, status), 1)
     observe(("vitrine_request_seconds", route, model), seconds, _SECONDS)
-    for stage in observation.stages:
+    for stage in record.stages:
         observe(("vitrine_stage_seconds", stage.name, model), (stage.end - stage.start) / 1e9, _SECONDS)
-    for images in observation.batches:
+    for images in record.batches:
         observe(("vitrine_batch_images", model), images, _HISTOGRAMS["vitrine_batch_images"][2])
-    if observation.sizes:
-        add(("vitrine_images", model), observation.images)
-        add(("vitrine_pixels", model), observation.pixels)
-    if observation.error:
-        add(("vitrine_rejected", observation.error), 1)
+    if record.sizes:
+        add(("vitrine_images", model), record.images)
+        add(("vitrine_pixels", model), record.pixels)
+    if record.error:
+        add(("vitrine_rejected", record.error), 1)
 
 
-def queued(waiting: int, running: int) -> None:
+def set_queue(waiting: int, running: int) -> None:
     """How much work waits, and how much is on threads, in this process."""
-    _tallies.set(("vitrine_queue_images",), waiting)
-    _tallies.set(("vitrine_running_images",), running)
+    _counters.set(("vitrine_queue_images",), waiting)
+    _counters.set(("vitrine_running_images",), running)
 
 
 class _Counted(Collector):
@@ -180,13 +180,13 @@ class _Workers(Collector):
 
 def exposition(repository: Repository) -> bytes:
     """All metrics of all workers, in Prometheus' text format."""
-    tallies = read_tallies(_tallies.folder) if _tallies.folder else {os.getpid(): _tallies.read()}
+    counters = read_shared_counters(_counters.folder) if _counters.folder else {os.getpid(): _counters.read()}
     counts: dict[Key, list[float]] = {}
-    for worker in tallies.values():
+    for worker in counters.values():
         for key, values in worker.items():
             before = counts.get(key)
             counts[key] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
-    living = {pid: worker for pid, worker in tallies.items() if pid == os.getpid() or _is_worker(pid)}
+    living = {pid: worker for pid, worker in counters.items() if pid == os.getpid() or _is_worker(pid)}
     registry = CollectorRegistry()
     registry.register(_Counted(counts, list(living.values())))
     registry.register(_Workers(set(living)))

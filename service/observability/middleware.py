@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import log_request
-from vitrine.service.observability.request_record import STAGES, Observation, current
+from vitrine.service.observability.request_record import STAGES, RequestRecord, current
 from vitrine.service.observability.tracing import http_span, record_spans, trace_id
 from vitrine.service.paths import PROBES
 from vitrine.service.settings import Settings
@@ -26,25 +26,25 @@ def request_id(sent: str | None) -> str:
 
 
 @contextmanager
-def observed(observation: Observation) -> Iterator[None]:
-    """A request, over HTTP or gRPC; when the block ends, it is logged and counted with `observation.status`.
+def recorded(record: RequestRecord) -> Iterator[None]:
+    """A request, over HTTP or gRPC; when the block ends, it is logged and counted with `record.status`.
 
     Spans are no part of this: `tracing.record_spans` has to be called while the request's span is open.
     """
     start = time.monotonic()
-    observation.trace_id = trace_id()
-    current.set(observation)  # until the task ends: its traceback is logged by uvicorn, outside of this block
-    metrics.began(observation)
+    record.trace_id = trace_id()
+    current.set(record)  # until the task ends: its traceback is logged by uvicorn, outside of this block
+    metrics.request_started(record)
     try:
         yield
     finally:
         seconds = time.monotonic() - start
-        status = observation.status or _INCOMPLETE
-        metrics.record(observation, status, seconds)
-        log_request(observation, status, seconds)
+        status = record.status or _INCOMPLETE
+        metrics.request_finished(record, status, seconds)
+        log_request(record, status, seconds)
 
 
-class ObservationMiddleware:
+class RequestRecordMiddleware:
     """Observes each HTTP request; its answer has `X-Request-ID` (the client's, or a new one) and `Server-Timing`."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -56,34 +56,34 @@ class ObservationMiddleware:
             return
         host, port = scope.get("client") or ("", 0)
         path, headers = scope["path"], Headers(scope=scope)
-        observation = Observation(
+        record = RequestRecord(
             method=scope["method"],
             path=path,
             route=path if path in PROBES else "",
             client=f"{host}:{port}",
             request_id=request_id(headers.get("x-request-id")),
         )
-        scope["vitrine.observation"] = observation
+        scope["vitrine.record"] = record
 
         async def receive_observed() -> Message:
             message = await receive()
-            observation.bytes_in += len(message.get("body", b""))
+            record.bytes_in += len(message.get("body", b""))
             return message
 
         async def send_observed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                observation.status = str(message["status"])
-                own = [(b"x-request-id", observation.request_id.encode())]
-                if observation.stages:
-                    timing = ", ".join(f"{name};dur={1000 * observation.seconds(name):.2f}" for name in STAGES)
+                record.status = str(message["status"])
+                own = [(b"x-request-id", record.request_id.encode())]
+                if record.stages:
+                    timing = ", ".join(f"{name};dur={1000 * record.seconds(name):.2f}" for name in STAGES)
                     own.append((b"server-timing", timing.encode()))
                 message = {**message, "headers": [*message["headers"], *own]}
             else:
-                observation.bytes_out += len(message.get("body", b""))
+                record.bytes_out += len(message.get("body", b""))
             await send(message)
 
-        with http_span(self._settings, observation, headers), observed(observation):
+        with http_span(self._settings, record, headers), recorded(record):
             try:
                 await self.app(scope, receive_observed, send_observed)
             finally:
-                record_spans(self._settings, observation)
+                record_spans(self._settings, record)

@@ -26,7 +26,7 @@ class Stage(NamedTuple):
 
 
 @dataclass
-class Observation:
+class RequestRecord:
     """One request, over HTTP or gRPC. Threads may add stages at the same time."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -61,16 +61,16 @@ class Observation:
         """Their pixels together."""
         return sum(self.sizes)
 
-    def saw(self, pixels: int) -> None:
+    def add_image(self, pixels: int) -> None:
         """Note an image. (Threads do at the same time: a list loses none, where a counter would.)"""
         self.sizes.append(pixels)
 
-    def answered_by(self, bundle: Bundle) -> None:
+    def set_bundle(self, bundle: Bundle) -> None:
         """Note which bundle answers."""
         self.model, self.version = bundle.manifest.name, bundle.manifest.version
         self.variant = bundle.variant.value if bundle.variant else ""
 
-    def add(self, name: str, start: int, end: int) -> None:
+    def add_stage(self, name: str, start: int, end: int) -> None:
         """Note a stage that took place from `start` to `end` (nanoseconds since the epoch)."""
         self.stages.append(Stage(name, start, end))
 
@@ -81,7 +81,7 @@ class Observation:
         try:
             yield
         finally:
-            self.add(name, start, time.time_ns())
+            self.add_stage(name, start, time.time_ns())
 
     def seconds(self, name: str) -> float:
         """The sum of the stages of that name; more than the request took where images were worked on side by side."""
@@ -89,4 +89,4 @@ class Observation:
 
 
 # The request that the running task answers: its id stands in every line that is logged meanwhile.
-current: ContextVar[Observation | None] = ContextVar("observation", default=None)
+current: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)

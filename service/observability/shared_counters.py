@@ -21,7 +21,7 @@ _KEYS = ".keys"  # a line for each key: [first number, how many, the key]
 _ROOM = 4096  # numbers that are made room for at a time
 
 
-class Tallies:
+class SharedCounters:
     """Counters, gauges and histograms by key. Not for several threads."""
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -88,7 +88,7 @@ class Tallies:
             self._numbers = memoryview(mmap.mmap(self._numbers_file.fileno(), 8 * room)).cast("d")
 
 
-def read_tallies(folder: Path) -> dict[int, dict[Key, list[float]]]:
+def read_shared_counters(folder: Path) -> dict[int, dict[Key, list[float]]]:
     """The numbers of every process that has ever written into `folder`, by its id."""
     found = {}
     for file in folder.glob(f"*{_KEYS}"):

@@ -10,7 +10,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
-from vitrine.service.observability.request_record import GRPC, Observation
+from vitrine.service.observability.request_record import GRPC, RequestRecord
 from vitrine.service.settings import Settings
 from vitrine.service.version import server_version
 
@@ -22,21 +22,21 @@ _LAST_SECONDS = 5.0  # that sending gets when the server stops; a collector that
 
 
 @contextmanager
-def http_span(settings: Settings, observation: Observation, headers: Mapping[str, str]) -> Iterator[None]:
+def http_span(settings: Settings, record: RequestRecord, headers: Mapping[str, str]) -> Iterator[None]:
     """The span of an HTTP request (OpenTelemetry's semantic conventions for HTTP); none of a probe."""
-    if not settings.traces_endpoint or observation.quiet:
+    if not settings.traces_endpoint or record.quiet:
         yield
         return
-    host, _, port = observation.client.rpartition(":")
+    host, _, port = record.client.rpartition(":")
     attributes: dict[str, AttributeValue] = {
-        "http.request.method": observation.method,
-        "url.path": observation.path,
+        "http.request.method": record.method,
+        "url.path": record.path,
         "url.scheme": "http",
         "client.address": host,
         "client.port": int(port),
         "user_agent.original": headers.get("user-agent", ""),
     }
-    with _server_span(settings, observation.method, attributes, headers):
+    with _server_span(settings, record.method, attributes, headers):
         yield
 
 
@@ -73,31 +73,31 @@ def trace_id() -> str:
     return f"{span.get_span_context().trace_id:032x}" if _is_sampled(span) else ""
 
 
-def record_spans(settings: Settings, observation: Observation) -> None:
+def record_spans(settings: Settings, record: RequestRecord) -> None:
     """Write what is known of a request into its span, which must not have ended yet, and its stages below it."""
     parent = trace.get_current_span()
     if not _is_sampled(parent):
         return
-    model = _named(model=observation.model, version=observation.version, variant=observation.variant)
-    parent.set_attributes({**model, **_named(request_id=observation.request_id, error=observation.error)})
-    if observation.images:
-        parent.set_attribute("vitrine.images", observation.images)
-        parent.set_attribute("vitrine.batch_sizes", tuple(observation.batches))
-    if observation.method == GRPC:
-        parent.set_attribute("rpc.response.status_code", observation.status)
-        if observation.status in _GRPC_FAULTS:
-            parent.set_status(Status(StatusCode.ERROR, observation.error))
+    model = _named(model=record.model, version=record.version, variant=record.variant)
+    parent.set_attributes({**model, **_named(request_id=record.request_id, error=record.error)})
+    if record.images:
+        parent.set_attribute("vitrine.images", record.images)
+        parent.set_attribute("vitrine.batch_sizes", tuple(record.batches))
+    if record.method == GRPC:
+        parent.set_attribute("rpc.response.status_code", record.status)
+        if record.status in _GRPC_FAULTS:
+            parent.set_status(Status(StatusCode.ERROR, record.error))
     else:
-        parent.update_name(f"{observation.method} {observation.route}".rstrip())
-        if observation.route:
-            parent.set_attribute("http.route", observation.route)
-        if observation.status:
-            parent.set_attribute("http.response.status_code", int(observation.status))
-        if observation.status.startswith("5"):
-            parent.set_status(Status(StatusCode.ERROR, observation.error))
+        parent.update_name(f"{record.method} {record.route}".rstrip())
+        if record.route:
+            parent.set_attribute("http.route", record.route)
+        if record.status:
+            parent.set_attribute("http.response.status_code", int(record.status))
+        if record.status.startswith("5"):
+            parent.set_status(Status(StatusCode.ERROR, record.error))
     context = trace.set_span_in_context(parent)
     tracer = _tracer(settings.traces_endpoint, settings.traces_share)
-    for stage in observation.stages:
+    for stage in record.stages:
         span = tracer.start_span(stage.name, context, attributes=model, start_time=stage.start)
         span.end(stage.end)
 

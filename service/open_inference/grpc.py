@@ -15,9 +15,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vitrine.bundle.errors import ParameterError, UnknownModelError, VitrineError
-from vitrine.service.errors import STATUS, TIMEOUT, shown
-from vitrine.service.observability.middleware import observed, request_id
-from vitrine.service.observability.request_record import Observation
+from vitrine.service.errors import STATUS, TIMEOUT, preview
+from vitrine.service.observability.middleware import recorded, request_id
+from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.observability.tracing import grpc_span, record_spans
 from vitrine.service.open_inference import open_inference_pb2 as pb
 from vitrine.service.open_inference import open_inference_pb2_grpc as pb_grpc
@@ -26,15 +26,15 @@ from vitrine.service.open_inference.inference import (
     PLATFORM,
     SERVER,
     InferenceRequest,
-    OutputWish,
+    RequestedOutput,
     Tensor,
-    bytes_of,
     infer,
     model_metadata,
     reference,
-    tensor_of_array,
-    tensor_of_bytes,
-    tensor_of_values,
+    tensor_from_array,
+    tensor_from_bytes,
+    tensor_from_values,
+    tensor_to_bytes,
 )
 from vitrine.service.runtime.serving import Serving
 from vitrine.service.version import server_version
@@ -77,7 +77,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         """Whether a model is loaded."""
 
-        async def answer(observation: Observation) -> pb.ModelReadyResponse:
+        async def answer(record: RequestRecord) -> pb.ModelReadyResponse:
             try:
                 self._serving.repository.get(reference(request.name, request.version))
             except UnknownModelError:
@@ -89,7 +89,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         """Name, version and extensions."""
 
-        async def answer(observation: Observation) -> pb.ServerMetadataResponse:
+        async def answer(record: RequestRecord) -> pb.ServerMetadataResponse:
             return pb.ServerMetadataResponse(name=SERVER, version=server_version(), extensions=EXTENSIONS)
 
         return await self._answered("ServerMetadata", context, answer)
@@ -97,7 +97,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
         """A model's tensors."""
 
-        async def answer(observation: Observation) -> pb.ModelMetadataResponse:
+        async def answer(record: RequestRecord) -> pb.ModelMetadataResponse:
             found = model_metadata(self._serving, reference(request.name, request.version))
             inputs, outputs = (
                 [
@@ -115,12 +115,12 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
         """Ask a model."""
 
-        async def answer(observation: Observation) -> pb.ModelInferResponse:
-            observation.bytes_in = request.ByteSize()
+        async def answer(record: RequestRecord) -> pb.ModelInferResponse:
+            record.bytes_in = request.ByteSize()
             async with asyncio.timeout(self._serving.settings.timeout_seconds):
                 # Tensors in `contents` are copied number by number; raw ones cost nothing.
                 asked = parse(request) if request.raw_input_contents else await asyncio.to_thread(parse, request)
-                answered = await infer(self._serving, observation, asked)
+                answered = await infer(self._serving, record, asked)
             manifest = answered.bundle.manifest
             return pb.ModelInferResponse(
                 model_name=manifest.name,
@@ -130,7 +130,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
                     pb.ModelInferResponse.InferOutputTensor(name=t.name, datatype=t.datatype, shape=t.shape)
                     for t in answered.outputs
                 ],
-                raw_output_contents=[bytes_of(tensor) for tensor in answered.outputs],
+                raw_output_contents=[tensor_to_bytes(tensor) for tensor in answered.outputs],
             )
 
         return await self._answered("ModelInfer", context, answer)
@@ -138,7 +138,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
         """The state of every version of every model."""
 
-        async def answer(observation: Observation) -> pb.RepositoryIndexResponse:
+        async def answer(record: RequestRecord) -> pb.RepositoryIndexResponse:
             models = [
                 pb.RepositoryIndexResponse.ModelIndex(
                     name=entry.name,
@@ -158,7 +158,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelLoadResponse:
         """Load a model in every worker."""
 
-        async def answer(observation: Observation) -> pb.RepositoryModelLoadResponse:
+        async def answer(record: RequestRecord) -> pb.RepositoryModelLoadResponse:
             if request.parameters:
                 found = ", ".join(request.parameters)[:100]
                 raise ParameterError("parameters", expected="none: a model is configured by its bundle", found=found)
@@ -172,19 +172,19 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.RepositoryModelUnloadResponse:
         """Unload a model in every worker."""
 
-        async def answer(observation: Observation) -> pb.RepositoryModelUnloadResponse:
+        async def answer(record: RequestRecord) -> pb.RepositoryModelUnloadResponse:
             await self._serving.unload(request.model_name)
             return pb.RepositoryModelUnloadResponse()
 
         return await self._answered("RepositoryModelUnload", context, answer)
 
     async def _answered(
-        self, method: str, context: Context, answer: Callable[[Observation], Awaitable[Answer]]
+        self, method: str, context: Context, answer: Callable[[RequestRecord], Awaitable[Answer]]
     ) -> Answer:
         """What `answer` gives; an error becomes the protocol's status with the same sentence as over HTTP."""
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         route = f"/{SERVICE}/{method}"
-        observation = Observation(
+        record = RequestRecord(
             method="gRPC",
             path=route,
             route=route,
@@ -192,25 +192,25 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             request_id=request_id(metadata.get("x-request-id")),
         )
         code, sentence = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
-        with grpc_span(self._serving.settings, route, metadata), observed(observation):
+        with grpc_span(self._serving.settings, route, metadata), recorded(record):
             try:
                 self._serving.keys.check(metadata.get("authorization"), metadata.get("x-api-key"))
-                answered = await answer(observation)
+                answered = await answer(record)
             except VitrineError as error:
-                observation.error = error.code
+                record.error = error.code
                 code, sentence = CODES[STATUS[type(error)]], str(error)
             except TimeoutError:
-                observation.error = TIMEOUT
+                record.error = TIMEOUT
                 code, sentence = grpc.StatusCode.DEADLINE_EXCEEDED, "the request was not answered in time"
             except Exception:
-                observation.error = "internal_error"
+                record.error = "internal_error"
                 _log.exception("%s failed", method)
             else:
-                observation.status, observation.bytes_out = grpc.StatusCode.OK.name, answered.ByteSize()
-                record_spans(self._serving.settings, observation)
+                record.status, record.bytes_out = grpc.StatusCode.OK.name, answered.ByteSize()
+                record_spans(self._serving.settings, record)
                 return answered
-            observation.status = code.name
-            record_spans(self._serving.settings, observation)
+            record.status = code.name
+            record_spans(self._serving.settings, record)
             await context.abort(code, sentence)
         raise AssertionError("abort raises")
 
@@ -229,14 +229,16 @@ def parse(request: pb.ModelInferRequest) -> InferenceRequest:
     inputs = []
     for i, entry in enumerate(request.inputs):
         if raw:
-            inputs.append(tensor_of_bytes(entry.name, entry.datatype, entry.shape, memoryview(raw[i])))
+            inputs.append(tensor_from_bytes(entry.name, entry.datatype, entry.shape, memoryview(raw[i])))
         else:
             inputs.append(_tensor_of_contents(entry))
-    wishes = [OutputWish(entry.name, _classes(entry.parameters)) for entry in request.outputs]
+    requested = [RequestedOutput(entry.name, _classes(entry.parameters)) for entry in request.outputs]
     variant = _value(request.parameters, "variant")
     if variant is not None and not isinstance(variant, str):
-        raise ParameterError("variant", expected="text", found=shown(variant))
-    return InferenceRequest(reference(request.model_name, request.model_version), inputs, wishes, request.id, variant)
+        raise ParameterError("variant", expected="text", found=preview(variant))
+    return InferenceRequest(
+        reference(request.model_name, request.model_version), inputs, requested, request.id, variant
+    )
 
 
 _CONTENTS = {"UINT8": "uint_contents", "INT64": "int64_contents", "FP32": "fp32_contents", "BYTES": "bytes_contents"}
@@ -246,15 +248,15 @@ def _tensor_of_contents(entry: pb.ModelInferRequest.InferInputTensor) -> Tensor:
     field = _CONTENTS.get(entry.datatype)
     values = getattr(entry.contents, field) if field else ()
     if entry.datatype == "BYTES":
-        return tensor_of_values(entry.name, entry.datatype, entry.shape, list(values))
+        return tensor_from_values(entry.name, entry.datatype, entry.shape, list(values))
     array = np.fromiter(values, np.float64 if entry.datatype == "FP32" else np.int64, len(values))
-    return tensor_of_array(entry.name, entry.datatype, entry.shape, array)
+    return tensor_from_array(entry.name, entry.datatype, entry.shape, array)
 
 
 def _classes(parameters: Mapping[str, pb.InferParameter]) -> int:
     classes = _value(parameters, "classification") or 0
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
-        raise ParameterError("classification", expected="a number of classes", found=shown(classes))
+        raise ParameterError("classification", expected="a number of classes", found=preview(classes))
     return classes
 
 

@@ -14,25 +14,25 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
-from vitrine.service.errors import UnavailableError, shown
+from vitrine.service.errors import UnavailableError, preview
 from vitrine.service.http.requests import read_body
 from vitrine.service.open_inference.inference import (
     EXTENSIONS,
     PLATFORM,
     SERVER,
-    InferenceAnswer,
     InferenceRequest,
-    OutputWish,
+    InferenceResponse,
+    RequestedOutput,
     Tensor,
-    Unread,
-    bytes_of,
+    UndecodedElements,
     infer,
     model_metadata,
     reference,
-    tensor_of_bytes,
-    tensor_of_values,
+    tensor_from_bytes,
+    tensor_from_values,
+    tensor_to_bytes,
 )
-from vitrine.service.runtime.serving import Patience, observation_of, serving_of
+from vitrine.service.runtime.serving import Deadline, get_record, get_serving
 from vitrine.service.version import server_version
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -46,14 +46,14 @@ async def server_metadata(request: Request) -> Response:
 
 async def server_health(request: Request) -> Response:
     """`GET /v2/health/live` and `/v2/health/ready`. (Nothing is answered before all models are loaded.)"""
-    if not serving_of(request).live():
+    if not get_serving(request).live():
         raise UnavailableError("a computing thread is stuck")
     return Response()
 
 
 async def metadata(request: Request) -> Response:
     """`GET /v2/models/{name}[/versions/{version}]`."""
-    found = model_metadata(serving_of(request), _reference(request))
+    found = model_metadata(get_serving(request), _reference(request))
     inputs, outputs = (
         [{"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape} for tensor in tensors]
         for tensors in (found.inputs, found.outputs)
@@ -64,30 +64,30 @@ async def metadata(request: Request) -> Response:
 
 async def model_ready(request: Request) -> Response:
     """`GET /v2/models/{name}[/versions/{version}]/ready`."""
-    serving_of(request).repository.get(_reference(request))
+    get_serving(request).repository.get(_reference(request))
     return Response()
 
 
 async def model_infer(request: Request) -> Response:
     """`POST /v2/models/{name}[/versions/{version}]/infer`."""
-    serving, observation = serving_of(request), observation_of(request)
+    serving, record = get_serving(request), get_record(request)
     await serving.admit()
-    async with Patience(request, serving.settings.timeout_seconds) as patience:
+    async with Deadline(request, serving.settings.timeout_seconds) as deadline:
         body = await _body(request, serving.settings.max_body_bytes)
-        patience.body_is_read()
+        deadline.body_received()
         header_length = request.headers.get(HEADER_LENGTH)
         asked, binary = await asyncio.to_thread(parse, _reference(request), body, header_length)
-        answer = await infer(serving, observation, asked)
+        answer = await infer(serving, record, asked)
         return await asyncio.to_thread(_response, answer, asked, binary)
 
 
 async def repository_index(request: Request) -> Response:
     """`POST /v2/repository/index`."""
-    serving = serving_of(request)
+    serving = get_serving(request)
     document = await _optional_json(request, serving.settings.max_body_bytes)
     ready = document.get("ready", False)
     if not isinstance(ready, bool):
-        raise ParameterError("ready", expected="true or false", found=shown(ready))
+        raise ParameterError("ready", expected="true or false", found=preview(ready))
     return _json(
         [
             {
@@ -104,7 +104,7 @@ async def repository_index(request: Request) -> Response:
 
 async def load(request: Request) -> Response:
     """`POST /v2/repository/models/{name}/load`."""
-    serving = serving_of(request)
+    serving = get_serving(request)
     document = await _optional_json(request, serving.settings.max_body_bytes)
     if document.get("parameters"):
         found = ", ".join(document["parameters"])[:100] if isinstance(document["parameters"], dict) else "others"
@@ -115,7 +115,7 @@ async def load(request: Request) -> Response:
 
 async def unload(request: Request) -> Response:
     """`POST /v2/repository/models/{name}/unload`."""
-    serving = serving_of(request)
+    serving = get_serving(request)
     await _optional_json(request, serving.settings.max_body_bytes)
     await serving.unload(request.path_params["name"])
     return Response()
@@ -167,48 +167,48 @@ def parse(model: str, body: bytes, header_length: str | None) -> tuple[Inference
             size = own["binary_data_size"]
             if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(data) - start:
                 expected = f"0 to {len(data) - start}, the bytes that are left"
-                raise ParameterError(f"input {name[:100]}: binary_data_size", expected=expected, found=shown(size))
-            inputs.append(tensor_of_bytes(name, datatype, shape, data[start : start + size]))
+                raise ParameterError(f"input {name[:100]}: binary_data_size", expected=expected, found=preview(size))
+            inputs.append(tensor_from_bytes(name, datatype, shape, data[start : start + size]))
             start += size
         elif "data" in entry:
-            inputs.append(tensor_of_values(name, datatype, shape, entry["data"]))
+            inputs.append(tensor_from_values(name, datatype, shape, entry["data"]))
         else:
             raise ParameterError(f"input {name[:100]}", expected="data or binary_data_size", found="neither")
     if start != len(body):
         raise ParameterError("body", expected="as many bytes as its tensors", found=f"{len(body) - start} more")
     binary = _flag(parameters, "binary_data_output", False)
-    wishes = [_wish(entry, binary) for entry in _objects(document.get("outputs", []), "outputs")]
+    requested = [_requested_output(entry, binary) for entry in _objects(document.get("outputs", []), "outputs")]
     variant, number = parameters.get("variant"), document.get("id", "")
     if variant is not None and not isinstance(variant, str):
-        raise ParameterError("variant", expected="text", found=shown(variant))
+        raise ParameterError("variant", expected="text", found=preview(variant))
     if not isinstance(number, str):
-        raise ParameterError("id", expected="text", found=shown(number))
-    return InferenceRequest(model, inputs, wishes, number, variant), binary
+        raise ParameterError("id", expected="text", found=preview(number))
+    return InferenceRequest(model, inputs, requested, number, variant), binary
 
 
-def _wish(entry: Json, binary: bool) -> OutputWish:
+def _requested_output(entry: Json, binary: bool) -> RequestedOutput:
     name = _text(entry, "name")
     parameters = _object(entry.get("parameters", {}), f"output {name[:100]}: parameters")
     classes = parameters.get("classification", 0)
     if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
-        raise ParameterError("classification", expected="a number of classes", found=shown(classes))
-    return OutputWish(name, classes, _flag(parameters, "binary_data", binary))
+        raise ParameterError("classification", expected="a number of classes", found=preview(classes))
+    return RequestedOutput(name, classes, _flag(parameters, "binary_data", binary))
 
 
 def _flag(parameters: Json, name: str, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise ParameterError(name, expected="true or false", found=shown(value))
+        raise ParameterError(name, expected="true or false", found=preview(value))
     return value
 
 
-def _response(answer: InferenceAnswer, asked: InferenceRequest, binary: bool) -> Response:
-    binaries = {wish.name: wish.binary for wish in asked.outputs}
+def _response(answer: InferenceResponse, asked: InferenceRequest, binary: bool) -> Response:
+    binaries = {output.name: output.binary for output in asked.outputs}
     outputs, parts = [], []
     for tensor in answer.outputs:
         entry: Json = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
         if binaries.get(tensor.name, binary):
-            parts.append(bytes_of(tensor))
+            parts.append(tensor_to_bytes(tensor))
             entry["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
             entry["data"] = _values(tensor)
@@ -227,7 +227,7 @@ def _response(answer: InferenceAnswer, asked: InferenceRequest, binary: bool) ->
 def _values(tensor: Tensor) -> NDArray[np.generic] | list[str]:
     if isinstance(tensor.data, np.ndarray):
         return np.ascontiguousarray(tensor.data).ravel()
-    assert not isinstance(tensor.data, Unread)
+    assert not isinstance(tensor.data, UndecodedElements)
     return [element.decode() for element in tensor.data]
 
 
@@ -273,27 +273,27 @@ def _loads(body: bytes) -> object:
 
 def _object(value: object, name: str) -> Json:
     if not isinstance(value, dict):
-        raise ParameterError(name, expected="a JSON object", found=shown(value))
+        raise ParameterError(name, expected="a JSON object", found=preview(value))
     return value
 
 
 def _objects(value: object, name: str) -> list[Json]:
     if not isinstance(value, list):
-        raise ParameterError(name, expected="a list", found=shown(value))
+        raise ParameterError(name, expected="a list", found=preview(value))
     return [_object(entry, name) for entry in value]
 
 
 def _text(entry: Json, name: str) -> str:
     value = entry.get(name)
     if not isinstance(value, str):
-        raise ParameterError(name, expected="text", found=shown(value))
+        raise ParameterError(name, expected="text", found=preview(value))
     return value
 
 
 def _shape(entry: Json) -> Sequence[int]:
     shape = entry.get("shape")
     if not isinstance(shape, list) or any(not isinstance(edge, int) or isinstance(edge, bool) for edge in shape):
-        raise ParameterError("shape", expected="a list of lengths", found=shown(shape))
+        raise ParameterError("shape", expected="a list of lengths", found=preview(shape))
     return shape
 
 

@@ -19,9 +19,9 @@ from vitrine.bundle.images import decode_for
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import DetectionPreprocessing, TensorSpec
 from vitrine.bundle.predictors import Classifier, PreparedImage, Row
-from vitrine.service.errors import shown
+from vitrine.service.errors import preview
 from vitrine.service.http.requests import encoded
-from vitrine.service.observability.request_record import Observation
+from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import Work
 from vitrine.service.runtime.serving import Serving
 
@@ -33,7 +33,7 @@ DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP
 
 
 @dataclass(frozen=True)
-class Unread:
+class UndecodedElements:
     """BYTES as a client sent them. They are read once it is known how many there may be."""
 
     elements: object  # a memoryview of lengths and bytes, or what should be a list: of bytes, or of base64 text
@@ -46,11 +46,11 @@ class Tensor:
     name: str
     datatype: str  # KServe's
     shape: tuple[int, ...]
-    data: NDArray[np.generic] | Sequence[bytes] | Unread
+    data: NDArray[np.generic] | Sequence[bytes] | UndecodedElements
 
 
 @dataclass(frozen=True)
-class OutputWish:
+class RequestedOutput:
     """An output that the client names."""
 
     name: str
@@ -64,13 +64,13 @@ class InferenceRequest:
 
     reference: str  # `name` or `name@version`
     inputs: Sequence[Tensor]
-    outputs: Sequence[OutputWish] = ()  # none: all
+    outputs: Sequence[RequestedOutput] = ()  # none: all
     id: str = ""
     variant: str | None = None
 
 
 @dataclass(frozen=True)
-class InferenceAnswer:
+class InferenceResponse:
     """What the model answers."""
 
     bundle: Bundle
@@ -110,7 +110,7 @@ def _described(spec: TensorSpec) -> Tensor:
     return Tensor(spec.name, spec.datatype, tuple(edge if isinstance(edge, int) else -1 for edge in spec.shape), [])
 
 
-async def infer(serving: Serving, observation: Observation, request: InferenceRequest) -> InferenceAnswer:
+async def infer(serving: Serving, record: RequestRecord, request: InferenceRequest) -> InferenceResponse:
     """Answer an inference request.
 
     Raises:
@@ -119,17 +119,17 @@ async def infer(serving: Serving, observation: Observation, request: InferenceRe
         ImageError: an image cannot be used.
         OverloadedError: too much is waiting.
     """
-    bundle = await serving.find(request.reference, observation, variant=request.variant)
-    wishes = _wishes(bundle, request.outputs)
+    bundle = await serving.find(request.reference, record, variant=request.variant)
+    requested = _requested_outputs(bundle, request.outputs)
     inputs = {tensor.name: tensor for tensor in request.inputs}
     if len(inputs) != len(request.inputs):
         raise ParameterError("inputs", expected="each name once", found=", ".join(t.name for t in request.inputs)[:200])
     if set(inputs) == {IMAGE}:
-        works: Sequence[Work[Row]] = _encoded_images(serving, observation, bundle, inputs[IMAGE])
+        works: Sequence[Work[Row]] = _encoded_images(serving, record, bundle, inputs[IMAGE])
     else:
-        works = _pixels(serving, observation, bundle, inputs)
+        works = _pixels(serving, record, bundle, inputs)
     try:
-        rows = await serving.scheduler.run_all(works, bundle, observation)
+        rows = await serving.scheduler.run_all(works, bundle, record)
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
@@ -137,20 +137,20 @@ async def infer(serving: Serving, observation: Observation, request: InferenceRe
         raise ParameterError("inputs", expected="tensors that the network can compute with", found=found) from error
     names = [spec.name for spec in bundle.manifest.outputs]
     outputs = dict(zip(names, (np.stack(arrays) for arrays in zip(*rows, strict=True)), strict=True))
-    tensors = [_output(bundle, wish, outputs[wish.name]) for wish in wishes]
-    return InferenceAnswer(bundle, tensors, request.id)
+    tensors = [_output(bundle, output, outputs[output.name]) for output in requested]
+    return InferenceResponse(bundle, tensors, request.id)
 
 
-def _wishes(bundle: Bundle, wanted: Sequence[OutputWish]) -> Sequence[OutputWish]:
+def _requested_outputs(bundle: Bundle, wanted: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
     known = [spec.name for spec in bundle.manifest.outputs]
-    if len({wish.name for wish in wanted}) != len(wanted):
+    if len({output.name for output in wanted}) != len(wanted):
         raise ParameterError("outputs", expected="each name once", found=", ".join(w.name for w in wanted)[:200])
-    for wish in wanted:
-        if wish.name not in known:
-            raise ParameterError("outputs", expected=f"some of {', '.join(known)}", found=repr(wish.name[:100]))
-        if wish.classification and not isinstance(bundle.predictor, Classifier):
-            raise ParameterError("classification", expected="an output that has classes", found=wish.name)
-    return wanted or [OutputWish(name) for name in known]
+    for output in wanted:
+        if output.name not in known:
+            raise ParameterError("outputs", expected=f"some of {', '.join(known)}", found=repr(output.name[:100]))
+        if output.classification and not isinstance(bundle.predictor, Classifier):
+            raise ParameterError("classification", expected="an output that has classes", found=output.name)
+    return wanted or [RequestedOutput(name) for name in known]
 
 
 @dataclass(eq=False)
@@ -159,15 +159,15 @@ class _EncodedImage:
 
     sent: object  # a memoryview, or see `requests.encoded`
     serving: Serving
-    observation: Observation
+    record: RequestRecord
     bundle: Bundle
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
-        with self.observation.stage("decode"):
+        with self.record.stage("decode"):
             data = bytes(self.sent) if isinstance(self.sent, memoryview) else encoded(self.sent)
             predictor = self.bundle.predictor
             decoded = decode_for(data, predictor.preprocessing, max_pixels=self.serving.settings.max_pixels)
-            self.observation.saw(decoded.width * decoded.height)
+            self.record.add_image(decoded.width * decoded.height)
             return predictor.prepare(decoded)
 
     def finish(self, row: Row) -> Row:
@@ -187,18 +187,18 @@ class _Pixels:
         return row
 
 
-def _encoded_images(serving: Serving, observation: Observation, bundle: Bundle, tensor: Tensor) -> list[_EncodedImage]:
-    if not isinstance(tensor.data, Unread):
+def _encoded_images(serving: Serving, record: RequestRecord, bundle: Bundle, tensor: Tensor) -> list[_EncodedImage]:
+    if not isinstance(tensor.data, UndecodedElements):
         raise ParameterError(f"input {IMAGE}: datatype", expected="BYTES", found=tensor.datatype[:20])
     if tensor.shape[1:] not in ((), (1,)) or not tensor.shape:
         found = str(list(tensor.shape))[:100]
         raise ParameterError(f"input {IMAGE}: shape", expected="[number of images]", found=found)
     _check_count(serving, tensor.shape[0])
     images = _elements(tensor.data, tensor.shape[0])
-    return [_EncodedImage(image, serving, observation, bundle) for image in images]
+    return [_EncodedImage(image, serving, record, bundle) for image in images]
 
 
-def _pixels(serving: Serving, observation: Observation, bundle: Bundle, inputs: Mapping[str, Tensor]) -> list[_Pixels]:
+def _pixels(serving: Serving, record: RequestRecord, bundle: Bundle, inputs: Mapping[str, Tensor]) -> list[_Pixels]:
     specs = bundle.manifest.inputs
     if set(inputs) != {spec.name for spec in specs}:
         expected = f"{' and '.join(spec.name for spec in specs)}, or {IMAGE} alone"
@@ -221,7 +221,7 @@ def _pixels(serving: Serving, observation: Observation, bundle: Bundle, inputs: 
         expected = f"for each of {count} images a height from 1 to {height} and a width from 1 to {width}"
         raise ParameterError("input sizes", expected=expected, found=str(sizes.tolist())[:100])
     for _ in range(count):
-        observation.saw(height * width)
+        record.add_image(height * width)
     if sizes is None:
         return [_Pixels(image) for image in pixels]
     # Each without its padding: the answers are the same, for less work.
@@ -251,18 +251,18 @@ def _checked(tensor: Tensor, spec: TensorSpec) -> NDArray[np.generic]:
     return np.require(tensor.data.reshape(tensor.shape), requirements="A")
 
 
-def _output(bundle: Bundle, wish: OutputWish, array: NDArray[np.generic]) -> Tensor:
-    if not wish.classification:
-        (datatype,) = [spec.datatype for spec in bundle.manifest.outputs if spec.name == wish.name]
-        return Tensor(wish.name, datatype, array.shape, array)
+def _output(bundle: Bundle, output: RequestedOutput, array: NDArray[np.generic]) -> Tensor:
+    if not output.classification:
+        (datatype,) = [spec.datatype for spec in bundle.manifest.outputs if spec.name == output.name]
+        return Tensor(output.name, datatype, array.shape, array)
     labels = bundle.predictor.labels
-    count = min(wish.classification, len(labels))
+    count = min(output.classification, len(labels))
     best = np.argsort(-array.astype(np.float32), axis=1, kind="stable")[:, :count]
     texts = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(array, best, strict=True) for i in order]
-    return Tensor(wish.name, "BYTES", (len(array), count), texts)
+    return Tensor(output.name, "BYTES", (len(array), count), texts)
 
 
-def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
+def tensor_from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
     """A tensor in binary form: numbers little-endian in row-major order; of BYTES each element after its length
     (four bytes, little-endian). Numbers are not copied.
 
@@ -271,7 +271,7 @@ def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], data: memory
     """
     shape = _shape(name, shape)
     if datatype == "BYTES":
-        return Tensor(name, datatype, shape, Unread(data))
+        return Tensor(name, datatype, shape, UndecodedElements(data))
     dtype = np.dtype(_dtype(name, datatype)).newbyteorder("<")
     size = math.prod(shape) * dtype.itemsize
     if size != len(data):
@@ -279,7 +279,7 @@ def tensor_of_bytes(name: str, datatype: str, shape: Sequence[int], data: memory
     return Tensor(name, datatype, shape, np.frombuffer(data, dtype))
 
 
-def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: object) -> Tensor:
+def tensor_from_values(name: str, datatype: str, shape: Sequence[int], values: object) -> Tensor:
     """A tensor of a list of numbers (of BYTES: of texts or bytes), flat or nested.
 
     Raises:
@@ -287,7 +287,7 @@ def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: obj
     """
     shape = _shape(name, shape)
     if datatype == "BYTES":
-        return Tensor(name, datatype, shape, Unread(values))
+        return Tensor(name, datatype, shape, UndecodedElements(values))
     whole = _dtype(name, datatype) is not np.float32
     try:
         # As objects: NumPy would make room for the longest text as many times as there are elements.
@@ -299,12 +299,12 @@ def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: obj
         found = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise ParameterError(f"{_input(name)}: data", expected="integers" if whole else "numbers", found=found)
     try:
-        return tensor_of_array(name, datatype, shape, np.array(flat, np.int64 if whole else np.float64))
+        return tensor_from_array(name, datatype, shape, np.array(flat, np.int64 if whole else np.float64))
     except OverflowError as error:
         raise ParameterError(f"{_input(name)}: data", expected=f"values of {datatype}", found=error) from error
 
 
-def tensor_of_array(name: str, datatype: str, shape: Sequence[int], array: NDArray[np.generic]) -> Tensor:
+def tensor_from_array(name: str, datatype: str, shape: Sequence[int], array: NDArray[np.generic]) -> Tensor:
     """A tensor of numbers of some wider type.
 
     Raises:
@@ -323,11 +323,11 @@ def tensor_of_array(name: str, datatype: str, shape: Sequence[int], array: NDArr
     return Tensor(name, datatype, shape, array.astype(dtype).ravel())
 
 
-def bytes_of(tensor: Tensor) -> bytes:
-    """A tensor in binary form, see `tensor_of_bytes`."""
+def tensor_to_bytes(tensor: Tensor) -> bytes:
+    """A tensor in binary form, see `tensor_from_bytes`."""
     if isinstance(tensor.data, np.ndarray):
         return tensor.data.tobytes()
-    assert not isinstance(tensor.data, Unread)
+    assert not isinstance(tensor.data, UndecodedElements)
     return b"".join(len(element).to_bytes(4, "little") + element for element in tensor.data)
 
 
@@ -345,22 +345,22 @@ def _dtype(name: str, datatype: str) -> type[np.generic]:
 def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     if len(shape) > 8 or any(not 0 <= edge < 2**31 for edge in shape):
         expected = "at most 8 lengths from 0 to 2147483647"
-        raise ParameterError(f"{_input(name)}: shape", expected=expected, found=shown(list(shape)))
+        raise ParameterError(f"{_input(name)}: shape", expected=expected, found=preview(list(shape)))
     return tuple(shape)
 
 
-def _elements(unread: Unread, count: int) -> list[object]:
+def _elements(undecoded: UndecodedElements, count: int) -> list[object]:
     """The elements of the input `image`: parts of the memoryview, or bytes or text."""
-    data, field = unread.elements, f"input {IMAGE}: data"
+    data, field = undecoded.elements, f"input {IMAGE}: data"
     if not isinstance(data, memoryview):
         if not isinstance(data, list) or len(data) != count:
-            found = f"{len(data)}" if isinstance(data, list) else shown(data)
+            found = f"{len(data)}" if isinstance(data, list) else preview(data)
             raise ParameterError(field, expected=f"a list of {count} images", found=found)
         # of the shape [n, 1] each stands in a list of its own
         values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in data]
         for value in values:
             if not isinstance(value, (bytes, str)):
-                raise ParameterError(field, expected="base64 or a data URL as text", found=shown(value))
+                raise ParameterError(field, expected="base64 or a data URL as text", found=preview(value))
         return values
     elements: list[object] = []
     start = 0

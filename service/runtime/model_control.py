@@ -24,8 +24,8 @@ from vitrine.service.errors import WorkerError
 
 _log = logging.getLogger("bentoml.vitrine")
 
-_LOOK_SECONDS = 0.1  # between looks at the journal's size
-_FOLLOW_SECONDS = 30.0  # that the other workers get to follow
+_POLL_SECONDS = 0.1  # between looks at the journal's size
+_FOLLOW_TIMEOUT_SECONDS = 30.0  # that the other workers get to follow
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class _Change:
 
 
 @dataclass(frozen=True)
-class _Followed:
+class _WorkerState:
     changes: int  # of the journal
     error: str = ""  # of the last of them
 
 
-class Control:
+class ModelControl:
     """The changes of one worker's repository, in step with those of the other workers."""
 
     def __init__(self, repository: Repository, folder: Path, *, poll_seconds: float = 0.0) -> None:
@@ -91,7 +91,7 @@ class Control:
         with contextlib.ExitStack() as stack:
             polls = False
             while True:
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_POLL_SECONDS)
                 try:
                     if self._journal_size() > self._read:
                         await asyncio.to_thread(self._follow)
@@ -109,14 +109,14 @@ class Control:
 
     async def _change(self, change: _Change) -> None:
         number = await asyncio.to_thread(self._do_first, change)
-        deadline = time.monotonic() + _FOLLOW_SECONDS
+        deadline = time.monotonic() + _FOLLOW_TIMEOUT_SECONDS
         for other in self._folder.glob("worker-*"):
             pid = int(other.name.removeprefix("worker-"))
-            while (followed := _read(other)) is not None and followed.changes < number and _lives(pid):
+            while (followed := _read(other)) is not None and followed.changes < number and _is_alive(pid):
                 if time.monotonic() > deadline:
-                    raise WorkerError(pid, f"nothing after {_FOLLOW_SECONDS:.0f} s")
-                await asyncio.sleep(_LOOK_SECONDS / 5)
-            if followed is not None and followed.changes == number and followed.error and _lives(pid):
+                    raise WorkerError(pid, f"nothing after {_FOLLOW_TIMEOUT_SECONDS:.0f} s")
+                await asyncio.sleep(_POLL_SECONDS / 5)
+            if followed is not None and followed.changes == number and followed.error and _is_alive(pid):
                 raise WorkerError(pid, followed.error)
 
     def _do_first(self, change: _Change) -> int:
@@ -194,7 +194,7 @@ class Control:
 
     def _report(self, error: str) -> None:
         partial = self._own.with_name(f".{self._own.name}")
-        partial.write_text(json.dumps(asdict(_Followed(self._followed, error))))
+        partial.write_text(json.dumps(asdict(_WorkerState(self._followed, error))))
         partial.rename(self._own)
 
     @contextlib.contextmanager
@@ -214,14 +214,14 @@ class Control:
         return True
 
 
-def _read(worker: Path) -> _Followed | None:
+def _read(worker: Path) -> _WorkerState | None:
     try:
-        return _Followed(**json.loads(worker.read_text()))
+        return _WorkerState(**json.loads(worker.read_text()))
     except FileNotFoundError:  # it has ended
         return None
 
 
-def _lives(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

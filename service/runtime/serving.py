@@ -10,13 +10,13 @@ from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import Task
 from vitrine.bundle.repository import Repository
 from vitrine.service.access import Keys
-from vitrine.service.errors import ClientLeftError, ForbiddenError, OverloadedError
-from vitrine.service.observability.request_record import Observation
-from vitrine.service.runtime.model_control import Control
+from vitrine.service.errors import ClientDisconnectedError, ForbiddenError, OverloadedError
+from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.settings import Settings
 
-_LOOK_SECONDS = 0.05  # between looks whether somebody still waits for the answer
+_POLL_SECONDS = 0.05  # between looks whether somebody still waits for the answer
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,27 @@ class Serving:
     settings: Settings
     repository: Repository
     scheduler: Scheduler
-    control: Control
+    control: ModelControl
     keys: Keys
 
     def live(self) -> bool:
         """Whether every computing thread gets on: none is at one piece of work for longer than `stuck_seconds`."""
-        return self.scheduler.longest() < self.settings.stuck_seconds
+        return self.scheduler.longest_running() < self.settings.stuck_seconds
 
     async def admit(self) -> None:
         """Refuse a request that would wait too long, before its body is read.
 
         Raises:
-            OverloadedError: see `Scheduler.check_room`.
+            OverloadedError: see `Scheduler.check_capacity`.
         """
         try:
-            self.scheduler.check_room()
+            self.scheduler.check_capacity()
         except OverloadedError:
-            await self.scheduler.refusal()
+            await self.scheduler.throttle_refusal()
             raise
 
     async def find(
-        self, reference: str | None, observation: Observation, *, task: Task | None = None, variant: str | None = None
+        self, reference: str | None, record: RequestRecord, *, task: Task | None = None, variant: str | None = None
     ) -> Bundle:
         """The bundle that answers a request.
 
@@ -60,7 +60,7 @@ class Serving:
         bundle = self.repository.get(reference, task=task)
         if variant is not None:
             bundle = await asyncio.to_thread(self.repository.variant, bundle, variant)
-        observation.answered_by(bundle)
+        record.set_bundle(bundle)
         return bundle
 
     async def load(self, name: str) -> None:
@@ -90,42 +90,42 @@ class Serving:
             raise ForbiddenError("loading and unloading models", setting="VITRINE_MODEL_CONTROL=true")
 
 
-class Patience:
+class Deadline:
     """How long a request is worked on: `async with` ends its block when time is up or the client has left.
 
     Most answers take so little time that nothing but one timer is ever made.
 
     Raises:
         TimeoutError: the block took longer than `seconds`.
-        ClientLeftError: the client has closed its connection; noticed from `body_is_read` on.
+        ClientDisconnectedError: the client has closed its connection; noticed from `body_received` on.
     """
 
     def __init__(self, request: Request, seconds: float) -> None:
-        self._receive, self._deadline = request.receive, time.monotonic() + seconds
+        self._receive, self._expires = request.receive, time.monotonic() + seconds
         self._is_read = False
         self._left = self._late = False
         self._watcher: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> "Patience":
+    async def __aenter__(self) -> "Deadline":
         task = asyncio.current_task()
         assert task is not None
         self._task, self._loop = task, asyncio.get_running_loop()
-        self._timer = self._loop.call_later(min(_LOOK_SECONDS, self._deadline - time.monotonic()), self._look)
+        self._timer = self._loop.call_later(min(_POLL_SECONDS, self._expires - time.monotonic()), self._look)
         return self
 
-    def body_is_read(self) -> None:
+    def body_received(self) -> None:
         """From now on, what is received can only be the news that the client has left."""
         self._is_read = True
 
     def _look(self) -> None:
-        left = self._deadline - time.monotonic()
+        left = self._expires - time.monotonic()
         if left <= 0:
             self._late = True
             self._task.cancel()
             return
         if self._is_read and self._watcher is None:
             self._watcher = self._loop.create_task(self._watch())
-        self._timer = self._loop.call_later(min(left, _LOOK_SECONDS) if self._watcher is None else left, self._look)
+        self._timer = self._loop.call_later(min(left, _POLL_SECONDS) if self._watcher is None else left, self._look)
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -138,18 +138,18 @@ class Patience:
         if self._watcher is not None:
             self._watcher.cancel()
         if (self._late or self._left) and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise (TimeoutError if self._late else ClientLeftError) from error
+            raise (TimeoutError if self._late else ClientDisconnectedError) from error
 
 
-def serving_of(request: Request) -> Serving:
+def get_serving(request: Request) -> Serving:
     """The serving state of the application that got the request."""
     serving = request.app.state.serving
     assert isinstance(serving, Serving)
     return serving
 
 
-def observation_of(request: Request) -> Observation:
+def get_record(request: Request) -> RequestRecord:
     """The observation of a request."""
-    observation = request.scope["vitrine.observation"]
-    assert isinstance(observation, Observation)
-    return observation
+    record = request.scope["vitrine.record"]
+    assert isinstance(record, RequestRecord)
+    return record

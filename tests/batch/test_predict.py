@@ -97,8 +97,8 @@ def run(bundle: Bundle, paths: Path | list[Path], out: Path | None, stop_after: 
         if done == stop_after:
             raise Stopped
 
-    question = ask(bundle.predictor, **options)
-    return predict_files(bundle, question, sources, out=out, each=each, threads=2, **places)
+    query = ask(bundle.predictor, **options)
+    return predict_files(bundle, query, sources, out=out, each=each, threads=2, **places)
 
 
 def test_classes_are_those_of_the_classifier(classifier: Bundle, photos: Path, tmp_path: Path) -> None:

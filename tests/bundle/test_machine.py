@@ -10,7 +10,7 @@ from vitrine.bundle.machine import (
     available_cores,
     available_memory,
     cpu_quota,
-    give_back_memory,
+    release_memory,
     this_machine,
 )
 
@@ -103,6 +103,6 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     full = resident()
     last = held.pop()
     held.clear()
-    give_back_memory()
+    release_memory()
     assert full - resident() > 50_000_000
     assert len(last) == 100_000

@@ -26,7 +26,7 @@ from vitrine.export.parity import make_inputs
 from vitrine.models.training import checkpoint as checkpoints
 from vitrine.models.training.checkpoint import Origin
 from vitrine.models.training.data.layouts import load_split
-from vitrine.models.training.evaluation.calibration import with_temperature
+from vitrine.models.training.evaluation.calibration import apply_temperature
 from vitrine.models.training.evaluation.metrics import ClassificationPredictions, evaluate, measure, predict
 from vitrine.models.training.network import load_run_predictor
 from vitrine.models.training.registry import load_recipe
@@ -260,8 +260,8 @@ def test_probabilities_are_served_with_the_runs_temperature(
         assert isinstance(predictions, ClassificationPredictions)
     np.testing.assert_allclose(of_onnx.probabilities, of_torch.probabilities, atol=1e-5)
     own = checkpoints.load(classifier_run).temperature  # fitted by training
-    plain = replace(fitted, probabilities=with_temperature(fitted.probabilities, 1 / own))
-    np.testing.assert_allclose(of_onnx.probabilities, with_temperature(plain.probabilities, 2.5), atol=1e-4)
+    plain = replace(fitted, probabilities=apply_temperature(fitted.probabilities, 1 / own))
+    np.testing.assert_allclose(of_onnx.probabilities, apply_temperature(plain.probabilities, 2.5), atol=1e-4)
 
     shipped, found = read_manifest(tiny_bundles / "colours" / "1"), manifest.calibration
     assert shipped.calibration.temperature == own

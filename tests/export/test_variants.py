@@ -15,7 +15,7 @@ from vitrine.bundle.tolerances import GOLDEN
 from vitrine.export import variants
 from vitrine.export.errors import ExportError
 from vitrine.export.parity import Inputs, make_inputs
-from vitrine.export.variants import MOST_DAMAGE, compute_half, damage, make_variant, store_half
+from vitrine.export.variants import MAX_DAMAGE, compute_half, damage, make_variant, store_half
 from vitrine.models.training.data.layouts import load_split
 
 INT8 = Precision.INT8_DYNAMIC, Precision.INT8_STATIC
@@ -61,7 +61,7 @@ def test_a_variant_takes_and_gives_what_float32_does(precision: Precision, case:
     onnx.checker.check_model(variant, full_check=True)
     assert list(variant.graph.input) == list(model.graph.input)
     assert list(variant.graph.output) == list(model.graph.output)
-    assert damage(answers(model, *calibration), answers(variant, *calibration)) <= MOST_DAMAGE
+    assert damage(answers(model, *calibration), answers(variant, *calibration)) <= MAX_DAMAGE
 
     (batch,) = answers(variant, {name: values[:3] for name, values in calibration[0].items()})
     assert all(len(output) == 3 for output in batch)
@@ -151,7 +151,7 @@ def test_a_sensitive_layer_is_found_and_left_in_float32(
 ) -> None:
     model, calibration = classifier
     before = answers(model, *calibration)
-    monkeypatch.setattr(variants, "MOST_DAMAGE", 1.0)
+    monkeypatch.setattr(variants, "MAX_DAMAGE", 1.0)
     usual = damage(before, answers(make_variant(model, precision, calibration).model, *calibration))
 
     _widen(model, "network.blocks.0.norm1", "network.blocks.0.attn.qkv/MatMul")
@@ -162,7 +162,7 @@ def test_a_sensitive_layer_is_found_and_left_in_float32(
     harm = damage(reference, answers(careless.model, *calibration))
     assert harm > 2 * usual
 
-    monkeypatch.setattr(variants, "MOST_DAMAGE", (usual + harm) / 2)
+    monkeypatch.setattr(variants, "MAX_DAMAGE", (usual + harm) / 2)
     careful = make_variant(model, precision, calibration)
     assert careful.float_layers == ("network.blocks.0.attn.qkv",)
     assert damage(reference, answers(careful.model, *calibration)) <= (usual + harm) / 2
@@ -190,7 +190,7 @@ def test_answers_that_no_choice_of_layers_keeps_are_refused(
     precision: Precision, classifier: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calibration = classifier
-    monkeypatch.setattr(variants, "MOST_DAMAGE", -1.0)
+    monkeypatch.setattr(variants, "MAX_DAMAGE", -1.0)
     expected = rf"{precision}: expected answers within -1.0 of float32's on average, found \d\.\d+ with a single layer"
     with pytest.raises(ExportError, match=expected):
         make_variant(model, precision, calibration)

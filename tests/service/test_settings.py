@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from vitrine.service.settings import FILE_VARIABLE, PREFIX, Settings, SettingsError, hash_key, read_settings, shown
+from vitrine.service.settings import FILE_VARIABLE, PREFIX, Settings, SettingsError, as_yaml, hash_key, read_settings
 
 Run = Callable[..., str]
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -40,7 +40,7 @@ def test_the_environment_wins_over_the_file(file: Path, monkeypatch: pytest.Monk
     assert (settings.max_queue, settings.max_images, settings.port) == (9, 3, 3000)
     assert settings.bundles == (Path("a"), Path("b"))
     assert settings.cors_origins == ("http://a", "http://b")
-    lines = shown(settings).splitlines()
+    lines = as_yaml(settings).splitlines()
     assert "max_queue: 9  # VITRINE_MAX_QUEUE" in lines
     assert f"max_images: 3  # {file}" in lines
     assert "port: 3000  # default" in lines
@@ -49,7 +49,7 @@ def test_the_environment_wins_over_the_file(file: Path, monkeypatch: pytest.Monk
 def test_what_is_shown_can_be_read_again(file: Path) -> None:
     file.write_text("port: 4000\n")
     first = read_settings()
-    file.write_text(shown(first))
+    file.write_text(as_yaml(first))
     assert read_settings() == first
 
 
@@ -109,10 +109,11 @@ def test_the_variables_that_kubernetes_makes_of_services_are_no_settings(monkeyp
 
 
 @pytest.mark.parametrize(
-    ("host", "only_here"), [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("vm", False)]
+    ("host", "loopback_only"),
+    [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("vm", False)],
 )
-def test_whether_others_reach_the_server(host: str, only_here: bool) -> None:
-    assert Settings(host=host).only_here is only_here
+def test_whether_others_reach_the_server(host: str, loopback_only: bool) -> None:
+    assert Settings(host=host).loopback_only is loopback_only
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1"])
@@ -156,7 +157,7 @@ def test_keys_are_hashed_at_once_and_never_shown(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("VITRINE_API_KEYS", f"a-long-plain-key-1, sha256:{'0' * 64}")
     settings = read_settings()
     assert settings.api_keys == (hash_key("a-long-plain-key-1"), f"sha256:{'0' * 64}")
-    for text in (repr(settings), str(settings), shown(settings)):
+    for text in (repr(settings), str(settings), as_yaml(settings)):
         assert "plain" not in text
         assert "sha256" not in text
     monkeypatch.setenv("VITRINE_API_KEYS", "a-long-plain-key-1,secret")

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from vitrine.models.training.augmentation import mosaic as tiles
 from vitrine.models.training.augmentation import randaugment
-from vitrine.models.training.augmentation.color import recolour
-from vitrine.models.training.augmentation.mixup import erase, mix
+from vitrine.models.training.augmentation.color import color_jitter
+from vitrine.models.training.augmentation.mixup import mixup_cutmix, random_erasing
 from vitrine.models.training.augmentation.resampling import (
-    mirrored,
+    flip_valid_region,
     pixel_centres,
     resample,
-    shifted,
+    shift_and_flip,
     valid_pixels,
     within,
 )
@@ -56,12 +56,12 @@ class _Augmentation(BaseModel):
     saturation: Fraction = 0.0  # largest relative change
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0  # largest turn, as a part of the circle of hues
 
-    def _recoloured(self, pixels: Tensor, noise: Tensor, valid: Tensor | None = None) -> Tensor:
+    def _color_jitter(self, pixels: Tensor, noise: Tensor, valid: Tensor | None = None) -> Tensor:
         amounts = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue], device=pixels.device)
         if not any((self.brightness, self.contrast, self.saturation, self.hue)):
             return pixels
         as_is = torch.tensor([1.0, 1.0, 1.0, 0.0], device=pixels.device)
-        return recolour(pixels, as_is + amounts * (2 * noise[:, _COLOURS] - 1), valid)
+        return color_jitter(pixels, as_is + amounts * (2 * noise[:, _COLOURS] - 1), valid)
 
 
 class ClassificationAugmentation(_Augmentation):
@@ -75,7 +75,7 @@ class ClassificationAugmentation(_Augmentation):
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(_in_order)] = (3 / 4, 4 / 3)  # its width over height
     padding: Annotated[float, Field(ge=0, le=0.5)] = 0.125  # furthest move of "shift", as a part of the image's edge
     randaugment_ops: Annotated[int, Field(ge=0, le=4)] = 0  # operations of RandAugment on each image
-    randaugment_magnitude: Annotated[float, Field(ge=0, le=randaugment.LARGEST)] = 9.0  # their strength
+    randaugment_magnitude: Annotated[float, Field(ge=0, le=randaugment.MAX_MAGNITUDE)] = 9.0  # their strength
     erasing: Fraction = 0.0  # part of the images in which a rectangle is erased
     mixup: Alpha = 0.0  # alpha of mixup; 0: off
     cutmix: Alpha = 0.0  # alpha of CutMix; 0: off; with mixup, each image draws one of them
@@ -118,18 +118,22 @@ class ClassificationAugmentation(_Augmentation):
         if self.randaugment_ops:
             turns = randaugment.geometry(operations, signs, self.randaugment_magnitude, size).to(canvas.device)
             pixels = self._resampled(canvas, sizes, own, size, turns)
-            pixels = randaugment.change_colours(pixels, operations, signs, self.randaugment_magnitude)
+            pixels = randaugment.apply_color_operations(pixels, operations, signs, self.randaugment_magnitude)
         elif self.crop == "resized":
             pixels = self._resampled(canvas, sizes, own, size)
         elif self.flip or (self.crop == "shift" and self.padding):
-            pixels = shifted(canvas, self._shift(own, size), own[:, _FLIPS][:, 0] < self.flip)
+            pixels = shift_and_flip(canvas, self._shift(own, size), own[:, _FLIPS][:, 0] < self.flip)
         else:
             pixels = canvas
-        pixels = self._recoloured(pixels, own)
+        pixels = self._color_jitter(pixels, own)
         if self.erasing:
-            pixels = erase(pixels, noise[:, _ERASE], self.erasing)
+            pixels = random_erasing(pixels, noise[:, _ERASE], self.erasing)
         targets = F.one_hot(class_ids, num_classes).float()
-        return mix(pixels, targets, noise[:, _MIX], self.mixup, self.cutmix) if self.group > 1 else (pixels, targets)
+        return (
+            mixup_cutmix(pixels, targets, noise[:, _MIX], self.mixup, self.cutmix)
+            if self.group > 1
+            else (pixels, targets)
+        )
 
     def _shift(self, noise: Tensor, size: tuple[int, int]) -> Tensor:
         """How many pixels each image moves down and right: int64 [B, 2]."""
@@ -217,8 +221,8 @@ class DetectionAugmentation(_Augmentation):
             if zooms or self.mosaic:
                 pixels = tiles.show(layout, canvas, edges, fill=zooms and self.zoom[0] < 1)
             else:
-                pixels = mirrored(canvas, sizes, mirror.flip(-1))
-        return self._recoloured(pixels, noise, valid), sizes, valid[:, None], targets
+                pixels = flip_valid_region(canvas, sizes, mirror.flip(-1))
+        return self._color_jitter(pixels, noise, valid), sizes, valid[:, None], targets
 
     def _layout(self, edges: Tensor, noise: Tensor, mirror: Tensor) -> tiles.Tiles:
         low, high = (math.log(bound) for bound in self.zoom)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitrine.models.training.augmentation.resampling import at_once
+from vitrine.models.training.augmentation.resampling import chunks
 
 _LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey (ITU-R 601, as in PIL)
 
 
-def recolour(pixels: Tensor, factors: Tensor, valid: Tensor | None = None) -> Tensor:
+def color_jitter(pixels: Tensor, factors: Tensor, valid: Tensor | None = None) -> Tensor:
     """Change brightness, contrast and saturation as PIL's `ImageEnhance` does, in this order, then turn the hue.
 
     Each is linear, so that together they are one 3 x 3 matrix and one offset per image; only the result is clipped.
@@ -37,7 +37,7 @@ def recolour(pixels: Tensor, factors: Tensor, valid: Tensor | None = None) -> Te
     matrix = (brightness * contrast * turned @ saturated).mT.contiguous()
     offset = brightness * (1 - contrast) * mean + 0.5
     changed = torch.empty_like(pixels)
-    for part in at_once(pixels):
+    for part in chunks(pixels):
         colours = torch.baddbmm(offset[part], pixels[part].flatten(1, 2).float(), matrix[part])
         changed[part] = colours.clamp_(0, 255).to(torch.uint8).view_as(pixels[part])
     return changed

@@ -10,13 +10,13 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from vitrine.models.training.augmentation.resampling import at_once
+from vitrine.models.training.augmentation.resampling import chunks
 
 _ERASED = (0.02, 1 / 3)  # smallest and largest part of an image
 _ERASED_ASPECT = 3.3  # largest ratio of its edges
 
 
-def erase(pixels: Tensor, noise: Tensor, probability: float) -> Tensor:
+def random_erasing(pixels: Tensor, noise: Tensor, probability: float) -> Tensor:
     """Random erasing (Zhong et al. 2020): a rectangle of random pixels in some of the images, in place.
 
     It covers 2 to 33 % of an image, with edges up to 3.3 times as long as each other.
@@ -38,7 +38,7 @@ def erase(pixels: Tensor, noise: Tensor, probability: float) -> Tensor:
     return pixels
 
 
-def mix(pixels: Tensor, targets: Tensor, noise: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
+def mixup_cutmix(pixels: Tensor, targets: Tensor, noise: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
     """Mix each image, and its label, with its partner.
 
     mixup (Zhang et al. 2018) takes the weighted mean of all pixels. CutMix (Yun et al. 2019) pastes a rectangle of the
@@ -57,7 +57,7 @@ def mix(pixels: Tensor, targets: Tensor, noise: Tensor, mixup: float, cutmix: fl
     pasted = noise[:, 0] < (0.5 if mixup and cutmix else float(cutmix > 0))
     partners = (torch.arange(len(pixels)) ^ 1).clamp(max=len(pixels) - 1)  # a last one alone is its own
     mixed, weights = torch.empty_like(pixels), torch.empty(len(pixels), 1, device=pixels.device)
-    for chosen, alpha, method in ((~pasted, mixup, _blended), (pasted, cutmix, _pasted)):
+    for chosen, alpha, method in ((~pasted, mixup, _mixup), (pasted, cutmix, _cutmix)):
         rows = chosen.nonzero()[:, 0]
         if len(rows):
             own = torch.from_numpy(betaincinv(alpha, alpha, noise[rows, 1].double().numpy())).float()
@@ -66,15 +66,15 @@ def mix(pixels: Tensor, targets: Tensor, noise: Tensor, mixup: float, cutmix: fl
     return mixed, torch.lerp(targets[partners], targets, weights)
 
 
-def _blended(images: Tensor, others: Tensor, own: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+def _mixup(images: Tensor, others: Tensor, own: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     mixed = torch.empty_like(images)
-    for part in at_once(images):
+    for part in chunks(images):
         blend = torch.lerp(others[part].float(), images[part].float(), own[part, None, None, None])
         mixed[part] = (blend + 0.5).to(torch.uint8)
     return mixed, own
 
 
-def _pasted(images: Tensor, others: Tensor, own: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+def _cutmix(images: Tensor, others: Tensor, own: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     inside, covered = _rectangle(1 - own, torch.zeros_like(own), place, images)
     return torch.where(inside[..., None], others, images), 1 - covered
 

@@ -10,13 +10,20 @@ from enum import IntEnum, auto
 import torch
 from torch import Tensor
 
-from vitrine.models.training.augmentation.color import autocontrast, equalize, posterize, recolour, sharpen, solarize
+from vitrine.models.training.augmentation.color import (
+    autocontrast,
+    color_jitter,
+    equalize,
+    posterize,
+    sharpen,
+    solarize,
+)
 
-LARGEST = 10.0  # magnitude
+MAX_MAGNITUDE = 10.0  # magnitude
 
 
 class Operation(IntEnum):
-    """What RandAugment draws from; the numbers of the first three are `recolour`'s columns."""
+    """What RandAugment draws from; the numbers of the first three are `color_jitter`'s columns."""
 
     BRIGHTNESS = 0
     CONTRAST = auto()
@@ -52,7 +59,7 @@ def geometry(operations: Tensor, signs: Tensor, magnitude: float, size: tuple[in
     Returns:
         float [B, 3, 3] for columns x, y, 1.
     """
-    amounts = signs * magnitude / LARGEST
+    amounts = signs * magnitude / MAX_MAGNITUDE
     joint = torch.eye(3, device=signs.device).expand(len(signs), 3, 3)
     for operation, amount in zip(operations.unbind(1), amounts.unbind(1), strict=True):
         chosen = {member: torch.where(operation == member, amount, 0.0) for member in Operation}
@@ -67,7 +74,7 @@ def geometry(operations: Tensor, signs: Tensor, magnitude: float, size: tuple[in
     return joint
 
 
-def change_colours(pixels: Tensor, operations: Tensor, signs: Tensor, magnitude: float) -> Tensor:
+def apply_color_operations(pixels: Tensor, operations: Tensor, signs: Tensor, magnitude: float) -> Tensor:
     """Apply the operations on colours, in place, to each group of images that drew the same.
 
     Brightness, contrast, colour and sharpness change by up to 90 %, 4 to 8 bits stay when posterizing, solarizing
@@ -77,14 +84,14 @@ def change_colours(pixels: Tensor, operations: Tensor, signs: Tensor, magnitude:
         pixels: uint8 [B, H, W, 3].
         operations, signs: [B, count], on the CPU.
     """
-    strength = magnitude / LARGEST
+    strength = magnitude / MAX_MAGNITUDE
     for operation, sign in zip(operations.unbind(1), signs.unbind(1), strict=True):
         factor = 1 + 0.9 * strength * sign
         linear = (operation <= Operation.COLOR).nonzero()[:, 0]
         if len(linear):
             factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(len(linear), 1)
             factors[torch.arange(len(linear)), operation[linear]] = factor[linear]
-            pixels[linear] = recolour(pixels[linear], factors.to(pixels.device))
+            pixels[linear] = color_jitter(pixels[linear], factors.to(pixels.device))
         for member in range(Operation.SHARPNESS, Operation.ROTATE):
             rows = (operation == member).nonzero()[:, 0]
             if len(rows):

@@ -12,7 +12,7 @@ GREY = 128  # what comes in where there is no image: about 0 for the network
 _OUTSIDE = 1e6  # a position in no canvas
 
 
-def at_once(pixels: Tensor) -> list[slice]:
+def chunks(pixels: Tensor) -> list[slice]:
     """The parts of a batch to be worked on at a time: on a CPU, few enough to stay in its cache."""
     step = 4 if pixels.device.type == "cpu" else max(1, len(pixels))
     return [slice(start, start + step) for start in range(0, len(pixels), step)]
@@ -54,7 +54,7 @@ def resample(canvas: Tensor, x: Tensor, y: Tensor) -> Tensor:
     height, width = canvas.shape[1:3]
     pixels = torch.empty(*torch.broadcast_shapes(x.shape, y.shape), 3, dtype=torch.uint8, device=canvas.device)
     x, y = x * (2 / width) - 1, y * (2 / height) - 1
-    for part in at_once(canvas):
+    for part in chunks(canvas):
         images = canvas[part].permute(0, 3, 1, 2).float().sub_(GREY)
         grid = torch.stack(torch.broadcast_tensors(x[part], y[part]), dim=-1)
         sampled = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
@@ -62,13 +62,13 @@ def resample(canvas: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return pixels
 
 
-def rearranged(canvas: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def gather_pixels(canvas: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The pixels of the given rows, int64 [B, h], and columns, int64 [B, w]: uint8 [B, h, w, 3]."""
     images = torch.arange(len(canvas), device=canvas.device)
     return canvas[images[:, None, None], rows[:, :, None], columns[:, None]]
 
 
-def shifted(canvas: Tensor, shift: Tensor, mirror: Tensor) -> Tensor:
+def shift_and_flip(canvas: Tensor, shift: Tensor, mirror: Tensor) -> Tensor:
     """Move images by whole pixels, then mirror some of them; grey comes in.
 
     Args:
@@ -82,11 +82,11 @@ def shifted(canvas: Tensor, shift: Tensor, mirror: Tensor) -> Tensor:
     columns = torch.arange(width, device=device) - shift[:, 1:]
     columns = torch.where(mirror[:, None], columns.flip(1), columns)
     outside = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None]
-    pixels = rearranged(canvas, rows.clamp(0, height - 1), columns.clamp(0, width - 1))
+    pixels = gather_pixels(canvas, rows.clamp(0, height - 1), columns.clamp(0, width - 1))
     return pixels.masked_fill_(outside[..., None], GREY)
 
 
-def mirrored(canvas: Tensor, sizes: Tensor, mirror: Tensor) -> Tensor:
+def flip_valid_region(canvas: Tensor, sizes: Tensor, mirror: Tensor) -> Tensor:
     """Mirror the valid regions of canvases.
 
     Args:
@@ -99,4 +99,4 @@ def mirrored(canvas: Tensor, sizes: Tensor, mirror: Tensor) -> Tensor:
         own = torch.arange(edge, device=canvas.device).expand(len(canvas), -1)
         opposite = sizes[:, axis, None] - 1 - own
         indices.append(torch.where(mirror[:, axis, None] & (opposite >= 0), opposite, own))
-    return rearranged(canvas, *indices)
+    return gather_pixels(canvas, *indices)

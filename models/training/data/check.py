@@ -22,7 +22,7 @@ from vitrine.bundle.errors import ImageError
 from vitrine.bundle.images import decode
 from vitrine.bundle.manifest import Task
 from vitrine.models.training.data.classification_layouts import LabelledImages, unknown_label
-from vitrine.models.training.data.contact_sheet import DrawnBox, sheet_of_boxes, sheet_of_classes
+from vitrine.models.training.data.contact_sheet import DrawnBox, box_sheet, class_sheet
 from vitrine.models.training.data.dataset import Files
 from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotation, Annotations, Box
 from vitrine.models.training.data.layouts import SPLITS, find_task, no_split, read_split
@@ -300,13 +300,13 @@ def _sheet(split: _Split, seen: Sequence[_Seen]) -> Image.Image:
     """Some images of each class, or some images with their boxes."""
     sound = np.array([i for i, image in enumerate(seen) if image.error is None], np.int64)
     if split.annotated:
-        return sheet_of_boxes([_drawn(split, i, seen[i].size) for i in _spread(sound, _PICTURES)])
+        return box_sheet([_drawn(split, i, seen[i].size) for i in _spread(sound, _PICTURES)])
     class_ids = np.array(split.class_ids)[sound]
     rows = []
     for class_id in _spread(np.unique(class_ids), _ROWS):
         indices = _spread(sound[class_ids == class_id], _PER_ROW)
         rows.append((split.labels[class_id], [decode(split.encoded[i]) for i in indices]))
-    return sheet_of_classes(rows)
+    return class_sheet(rows)
 
 
 def _drawn(split: _Split, index: int, size: tuple[int, int] | None) -> tuple[Image.Image, list[DrawnBox]]:

@@ -10,7 +10,7 @@ _EDGE, _BOX_EDGE = 96, 320  # of a picture, in pixels
 _ANSWER_COLUMNS, _COLUMNS = 8, 4  # of pictures with answers, with boxes
 _GAP = 6
 _TEXT = 13  # height of letters
-_MOST_LETTERS = 22  # of a label
+_MAX_LETTERS = 22  # of a label
 _PAPER, _INK, _GREY, _RED = (250, 250, 250), (30, 30, 30), (150, 150, 150), (190, 30, 30)
 _GOLDEN_RATIO = 0.618033988749895  # its multiples are spread evenly over the circle of hues, however many they are
 
@@ -34,7 +34,7 @@ class DrawnBox(NamedTuple):
     xyxy: tuple[float, float, float, float]  # in pixels of the picture
 
 
-def sheet_of_classes(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+def class_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     """A row of pictures for each label."""
     font = ImageFont.load_default(_TEXT)
     names = [_short(label) for label, _ in rows]
@@ -49,7 +49,7 @@ def sheet_of_classes(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image
     return sheet
 
 
-def sheet_of_answers(pictures: Sequence[tuple[Image.Image, Answer]]) -> Image.Image:
+def prediction_sheet(pictures: Sequence[tuple[Image.Image, Answer]]) -> Image.Image:
     """A grid of pictures with the answers under them; wrong ones are red and say what would have been right."""
     font = ImageFont.load_default(_TEXT - 2)
     column, row = _EDGE + _GAP, _EDGE + 2 * _TEXT + 2 * _GAP
@@ -67,7 +67,7 @@ def sheet_of_answers(pictures: Sequence[tuple[Image.Image, Answer]]) -> Image.Im
     return sheet
 
 
-def sheet_of_boxes(pictures: Sequence[tuple[Image.Image, Sequence[DrawnBox]]]) -> Image.Image:
+def box_sheet(pictures: Sequence[tuple[Image.Image, Sequence[DrawnBox]]]) -> Image.Image:
     """A grid of pictures with their boxes."""
     drawn = [_with_boxes(picture, boxes) for picture, boxes in pictures]
     rows = [drawn[i : i + _COLUMNS] for i in range(0, len(drawn), _COLUMNS)]
@@ -113,7 +113,7 @@ def _paper(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= _MOST_LETTERS else f"{label[: _MOST_LETTERS - 3]}..."
+    return label if len(label) <= _MAX_LETTERS else f"{label[: _MAX_LETTERS - 3]}..."
 
 
 def _within(width: int, label: str, ending: str, font: Font) -> str:

@@ -19,19 +19,19 @@ from tqdm import tqdm
 
 from vitrine.bundle.images import ReducedImage, pad_and_stack, to_classification_pixels, to_detection_pixels
 from vitrine.models.training.data.dataset import Data
-from vitrine.models.training.distributed import processes_on_this_machine
+from vitrine.models.training.distributed import local_world_size
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.recipe import ClassificationRecipe, Recipe
 
-Canvas = NDArray[np.uint8]  # [H, W, 3]
-Decoded = tuple[Canvas, tuple[int, int]]  # with the height and width of the image that it was made from
+Pixels = NDArray[np.uint8]  # [H, W, 3]
+Decoded = tuple[Pixels, tuple[int, int]]  # with the height and width of the image that it was made from
 
-_IN_MEMORY = 2 * 2**30  # bytes, of all processes on a machine
+_MAX_CACHE_BYTES = 2 * 2**30  # bytes, of all processes on a machine
 _SAMPLE = 32  # images, to estimate how much memory all of them take
 _MARGIN = 1.25  # canvas over network input: random resized crops that take most of an image lose no detail
 
 
-class CanvasBatch(NamedTuple):
+class ImageBatch(NamedTuple):
     """Canvases of one size, padded below and to the right."""
 
     pixels: Tensor  # uint8 [B, H, W, 3]
@@ -39,29 +39,29 @@ class CanvasBatch(NamedTuple):
     image_sizes: Tensor  # int64 [B, 2], height and width of the images that the canvases were made from
 
 
-class Canvases:
+class ImageCache:
     """The canvases of a data set, by index."""
 
     def __init__(self, data: Data, recipe: Recipe, *, show: bool) -> None:
-        self._dataset = _Decoded(data, canvas_maker(recipe))
+        self._dataset = _DecodedImages(data, image_transform(recipe))
         self._workers = recipe.workers
-        self._kept: list[Decoded] | None = None
-        beside = processes_on_this_machine()
-        if recipe.cache == "memory" or (recipe.cache == "auto" and self._size() <= _IN_MEMORY / beside):
-            self._kept = self._decode_all(show, threads=max(1, (os.cpu_count() or 1) // beside))
+        self._cached: list[Decoded] | None = None
+        beside = local_world_size()
+        if recipe.cache == "memory" or (recipe.cache == "auto" and self._estimate_bytes() <= _MAX_CACHE_BYTES / beside):
+            self._cached = self._decode_all(show, threads=max(1, (os.cpu_count() or 1) // beside))
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def batches(self, batches: Sequence[Tensor]) -> Iterator[CanvasBatch]:
+    def batches(self, batches: Sequence[Tensor]) -> Iterator[ImageBatch]:
         """A batch for each tensor of indices.
 
         Raises:
             DataError: naming an image that is broken.
         """
-        if self._kept is not None:
+        if self._cached is not None:
             for indices in batches:
-                yield _stacked([self._kept[i] for i in indices.tolist()])
+                yield _stack([self._cached[i] for i in indices.tolist()])
             return
         loader = DataLoader(
             self._dataset,
@@ -76,7 +76,7 @@ class Canvases:
                 raise loaded
             yield loaded
 
-    def _size(self) -> float:
+    def _estimate_bytes(self) -> float:
         """About how many bytes all canvases take."""
         some = np.unique(np.linspace(0, len(self) - 1, _SAMPLE, dtype=int))
         return float(np.mean([self._decoded(int(i))[0].nbytes for i in some])) * len(self)
@@ -97,10 +97,10 @@ class Canvases:
         return decoded
 
 
-class _Decoded(Dataset[Decoded | DataError]):
+class _DecodedImages(Dataset[Decoded | DataError]):
     """Errors are returned: a DataLoader would wrap what its workers raise in their tracebacks."""
 
-    def __init__(self, data: Data, make: Callable[[Image.Image], Canvas]) -> None:
+    def __init__(self, data: Data, make: Callable[[Image.Image], Pixels]) -> None:
         self.data, self.make = data, make
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class _Decoded(Dataset[Decoded | DataError]):
 
     def __getitem__(self, index: int) -> Decoded | DataError:
         try:
-            if isinstance(self.make, _Evaluated):
+            if isinstance(self.make, _EvaluationTransform):
                 reduced = self.data.image_for(index, self.make.recipe.preprocessing)
                 return self.make(reduced), (reduced.height, reduced.width)
             image = self.data.image(index)
@@ -117,15 +117,15 @@ class _Decoded(Dataset[Decoded | DataError]):
             return error
 
 
-def _collate(images: list[Decoded | DataError]) -> CanvasBatch | DataError:
+def _collate(images: list[Decoded | DataError]) -> ImageBatch | DataError:
     broken = next((image for image in images if isinstance(image, DataError)), None)
-    return _stacked([image for image in images if not isinstance(image, DataError)]) if broken is None else broken
+    return _stack([image for image in images if not isinstance(image, DataError)]) if broken is None else broken
 
 
-def _stacked(images: Sequence[Decoded]) -> CanvasBatch:
-    canvases, image_sizes = zip(*images, strict=True)
-    pixels, sizes = pad_and_stack(canvases)
-    return CanvasBatch(torch.from_numpy(pixels), torch.from_numpy(sizes), torch.tensor(image_sizes))
+def _stack(images: Sequence[Decoded]) -> ImageBatch:
+    arrays, image_sizes = zip(*images, strict=True)
+    pixels, sizes = pad_and_stack(arrays)
+    return ImageBatch(torch.from_numpy(pixels), torch.from_numpy(sizes), torch.tensor(image_sizes))
 
 
 def _start_worker(_: int) -> None:
@@ -133,13 +133,13 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Shrunk:
+class _Shrink:
     """An image with its shortest edge at most `shortest` pixels long."""
 
     def __init__(self, shortest: int) -> None:
         self.shortest = shortest
 
-    def __call__(self, image: Image.Image) -> Canvas:
+    def __call__(self, image: Image.Image) -> Pixels:
         scale = self.shortest / min(image.size)
         if scale < 1:
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -147,20 +147,20 @@ class _Shrunk:
         return np.asarray(image)
 
 
-class _Evaluated:
+class _EvaluationTransform:
     """An image as evaluation sees it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
-    def __call__(self, image: Image.Image | ReducedImage) -> Canvas:
+    def __call__(self, image: Image.Image | ReducedImage) -> Pixels:
         if isinstance(self.recipe, ClassificationRecipe):
             return to_classification_pixels(image, self.recipe.preprocessing)
         return to_detection_pixels(image, self.recipe.preprocessing)
 
 
-def canvas_maker(recipe: Recipe) -> Callable[[Image.Image], Canvas]:
+def image_transform(recipe: Recipe) -> Callable[[Image.Image], Pixels]:
     """How an image becomes a canvas: as for evaluation, unless crops of the whole image are wanted."""
     if isinstance(recipe, ClassificationRecipe) and recipe.augmentation.crop == "resized":
-        return _Shrunk(round(_MARGIN * max(recipe.preprocessing.input_size)))
-    return _Evaluated(recipe)
+        return _Shrink(round(_MARGIN * max(recipe.preprocessing.input_size)))
+    return _EvaluationTransform(recipe)

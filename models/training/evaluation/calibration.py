@@ -63,7 +63,7 @@ def negative_log_likelihood(probabilities: Probabilities, class_ids: NDArray[np.
     return float(-_log(true).mean())
 
 
-def with_temperature(probabilities: Probabilities, temperature: float) -> NDArray[np.float64]:
+def apply_temperature(probabilities: Probabilities, temperature: float) -> NDArray[np.float64]:
     """Probabilities [n, K] as they would be with the logits divided by `temperature`; 1 / temperature undoes it."""
     scaled = _log(probabilities) / temperature
     powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))

@@ -12,9 +12,9 @@ from vitrine.models.training.evaluation.calibration import Reliability
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 458, 14, 250  # of the plot
-_MOST_STEPS = 8
+_MAX_STEPS = 8
 _SMALLEST_STEP = 1e-300
-_MOST_DOTS = 40  # of a curve
+_MAX_DOTS = 40  # of a curve
 
 Points = Sequence[tuple[float, float]]
 
@@ -96,7 +96,7 @@ def line_chart(
         dots = [
             Dot(*place, f"{name}: {write(b)} at {_number(a)}")
             for place, (a, b) in zip(places, curve, strict=True)
-            if len(curve) <= _MOST_DOTS
+            if len(curve) <= _MAX_DOTS
         ]
         drawn.append(Curve(name, path, dots))
     x_ticks = [Tick(x(value), _number(value)) for value in ticks(x_low, x_high) if x_low <= value <= x_high]
@@ -141,7 +141,7 @@ def reliability_chart(title: str, reliability: Reliability) -> Chart:
 
 def ticks(low: float, high: float) -> list[float]:
     """Round numbers at equal steps of 1, 2 or 5 times a power of ten, from `low` until one reaches `high`."""
-    rough = (high - low) / _MOST_STEPS
+    rough = (high - low) / _MAX_STEPS
     if not rough > _SMALLEST_STEP:
         return [low]
     power = 10.0 ** math.floor(math.log10(rough))

@@ -26,10 +26,10 @@ from vitrine.models.training.data.dataset import ClassificationData, Data, Detec
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.evaluation.calibration import calibration_error, negative_log_likelihood
 
-MOST_DETECTIONS = 100  # of an image, as COCO counts them
+MAX_DETECTIONS = 100  # of an image, as COCO counts them
 _CLASSIFIED_AT_ONCE = 64
 _DETECTED_AT_ONCE = 1  # images of different sizes are padded to the largest: no gain on a CPU
-_MOST_COLUMNS, _LONGEST_NAME, _MOST_PAIRS = 12, 20, 15  # of a confusion matrix as text
+_MAX_COLUMNS, _LONGEST_NAME, _MAX_PAIRS = 12, 20, 15  # of a confusion matrix as text
 _METRICS = {"top1", "top5", "ECE", "NLL", "AP", "AP50", "AP75"}
 _AREAS = ("AP_small", "AP_medium", "AP_large")
 
@@ -47,7 +47,7 @@ class ClassificationPredictions:
 
 @dataclass(frozen=True)
 class DetectionPredictions:
-    """What a detector found in some images of a data set, at most `MOST_DETECTIONS` in each."""
+    """What a detector found in some images of a data set, at most `MAX_DETECTIONS` in each."""
 
     indices: NDArray[np.int64]  # [n], of the images in the data
     image: NDArray[np.int64]  # [m], index in the data of the image of each detection
@@ -226,8 +226,8 @@ def most_confused(matrix: NDArray[np.int64], labels: Sequence[str], count: int =
 
 def confusion_text(matrix: NDArray[np.int64], labels: Sequence[str]) -> str:
     """The confusion matrix as a table (rows true, columns answered), or its largest entries with many classes."""
-    if len(labels) > _MOST_COLUMNS:
-        pairs = most_confused(matrix, labels, _MOST_PAIRS)
+    if len(labels) > _MAX_COLUMNS:
+        pairs = most_confused(matrix, labels, _MAX_PAIRS)
         lines = [f"{pair.count:6}  {pair.share:6.1%}  {pair.true} as {pair.answered}" for pair in pairs]
         return "\n".join([" count   share  true class as answered", *lines])
     names = [label[:_LONGEST_NAME] for label in labels]
@@ -249,10 +249,10 @@ def average_precision(predictions: DetectionPredictions, data: DetectionData) ->
     evaluator = matched_detections(predictions, data)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on standard output
         evaluator.accumulate()
-    return averaged(evaluator.eval["precision"][..., -1])
+    return average_weights(evaluator.eval["precision"][..., -1])
 
 
-def averaged(precision: NDArray[np.float64]) -> AveragePrecision:
+def average_weights(precision: NDArray[np.float64]) -> AveragePrecision:
     """The measures of COCO's precision at each IoU threshold, recall, label and range of areas.
 
     Args:
@@ -330,7 +330,7 @@ def _detections(
 ) -> list[list[Detection]]:
     found: list[list[Detection]] = []
     for prepared in _batches(indices, lambda i: predictor.prepare(data.image_for(i, predictor.preprocessing)), size):
-        found += predictor.answer(prepared, threshold=0.0, max_detections=MOST_DETECTIONS)
+        found += predictor.answer(prepared, threshold=0.0, max_detections=MAX_DETECTIONS)
         bar.update(len(prepared))
     return found
 

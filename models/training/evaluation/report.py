@@ -23,7 +23,7 @@ from vitrine.models.training.data.dataset import ClassificationData, Data, Detec
 from vitrine.models.training.data.layouts import has_split, load_split, load_training_splits
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.evaluation import calibration, charts
-from vitrine.models.training.evaluation.calibration import fit_temperature, reliability, with_temperature
+from vitrine.models.training.evaluation.calibration import apply_temperature, fit_temperature, reliability
 from vitrine.models.training.evaluation.charts import Chart, line_chart, reliability_chart
 from vitrine.models.training.evaluation.metrics import (
     ClassificationPredictions,
@@ -47,9 +47,9 @@ from vitrine.models.training.network import checkpoint_predictor, default_device
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.jinja"
-_MOST_CLASSES = 30  # of a confusion matrix that can be read
-_MOST_CURVES = 7
-_MOST_ROWS = 12  # of weak classes and of confusions
+_MAX_CLASSES = 30  # of a confusion matrix that can be read
+_MAX_CURVES = 7
+_MAX_ROWS = 12  # of weak classes and of confusions
 _ANSWERS, _IMAGES = 24, 12  # pictures of mistakes
 _ANSWER_EDGE, _IMAGE_EDGE = 160, 520  # of the pictures, in pixels
 _NO_LOSS = {"epoch", "step", "seconds", "images_per_second", "lr", "grad_norm", "temperature"}
@@ -256,10 +256,10 @@ def _classification(
     ]
     drawn, notes = _calibration(predictions.probabilities, data.class_ids[predictions.indices], temperature)
     return ClassificationResult(
-        matrix.tolist() if len(data.labels) <= _MOST_CLASSES else None,
+        matrix.tolist() if len(data.labels) <= _MAX_CLASSES else None,
         precision,
-        sorted(classes, key=lambda result: result.recall)[:_MOST_ROWS],
-        most_confused(matrix, data.labels, _MOST_ROWS),
+        sorted(classes, key=lambda result: result.recall)[:_MAX_ROWS],
+        most_confused(matrix, data.labels, _MAX_ROWS),
         drawn,
         notes,
         [(wrong, _picture(data, wrong.index, _ANSWER_EDGE)) for wrong in wrong_answers(predictions, data, _ANSWERS)],
@@ -271,7 +271,7 @@ def _calibration(
 ) -> tuple[list[Chart], list[str]]:
     """Reliability without and with the run's temperature, or with one that is fitted here where it has none."""
     if temperature != 1:
-        before, after = with_temperature(probabilities, 1 / temperature), probabilities.astype(np.float64)
+        before, after = apply_temperature(probabilities, 1 / temperature), probabilities.astype(np.float64)
         named = f"temperature {temperature:.3g}, as served"
         note = "The temperature was fitted on the images that training held out; on those this error is optimistic."
     else:
@@ -280,7 +280,7 @@ def _calibration(
         fitted = []
         for fit, use in (halves, halves[::-1]):
             fitted.append(fit_temperature(before[fit], class_ids[fit]))
-            after[use] = with_temperature(before[use], fitted[-1])
+            after[use] = apply_temperature(before[use], fitted[-1])
         named = f"temperature {np.mean(fitted):.3g}, as it could be"
         note = (
             "The run has no temperature. The one shown was fitted here: on every second image for the others, "
@@ -301,7 +301,7 @@ def _detection(predictions: DetectionPredictions, data: DetectionData) -> Detect
         for i, label in enumerate(data.labels)
     ]
     found = detection_mistakes(predictions, data, _IMAGES)
-    most = [int(i) for i in np.argsort(-counts, kind="stable")[:_MOST_CURVES] if counts[i]]
+    most = [int(i) for i in np.argsort(-counts, kind="stable")[:_MAX_CURVES] if counts[i]]
     recalls = np.linspace(0, 1, len(measured.precision_50)).tolist()
     curves = {data.labels[i]: list(zip(recalls, measured.precision_50[:, i].tolist(), strict=True)) for i in most}
     if len(most) > 1:

@@ -13,7 +13,7 @@ from vitrine.models.boxes import xyxy_to_cxcywh
 from vitrine.models.detr import Denoising, Detr, DetrConfig
 from vitrine.models.serving import Normalise
 from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
-from vitrine.models.training.data.loading import CanvasBatch
+from vitrine.models.training.data.loading import ImageBatch
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.objectives.denoising import make_denoising
 from vitrine.models.training.objectives.losses import ClassificationLoss, SetCriterion
@@ -51,7 +51,7 @@ class Objective(Protocol):
 
     group: int  # neighbouring images of a batch that augmentation mixes
 
-    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> Any:
+    def prepare(self, loaded: ImageBatch, indices: Tensor, noise: Tensor) -> Any:
         """Augment the canvases of the images at `indices`; each draws from its own row of `noise`."""
         ...
 
@@ -77,8 +77,8 @@ class ClassificationObjective:
         self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std).to(device)
         self.criterion = ClassificationLoss(recipe.loss, recipe.label_smoothing)
 
-    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> ClassificationBatch:
-        given = canvases.pixels, canvases.sizes, self.class_ids[indices]
+    def prepare(self, loaded: ImageBatch, indices: Tensor, noise: Tensor) -> ClassificationBatch:
+        given = loaded.pixels, loaded.sizes, self.class_ids[indices]
         pixels, sizes, class_ids = (tensor.to(self.device, non_blocking=True) for tensor in given)
         pixels, targets = self.augmentation(pixels, sizes, class_ids, self.num_classes, noise, self.size)
         return ClassificationBatch(pixels, torch.tensor([float(len(pixels))], device=self.device), targets)
@@ -103,12 +103,12 @@ class DetectionObjective:
         self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std).to(device)
         self.criterion = SetCriterion(eos_coef=recipe.eos_coef)
 
-    def prepare(self, canvases: CanvasBatch, indices: Tensor, noise: Tensor) -> DetectionBatch:
-        pixels, sizes = (tensor.to(self.device, non_blocking=True) for tensor in (canvases.pixels, canvases.sizes))
-        edges = canvases.image_sizes.flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
+    def prepare(self, loaded: ImageBatch, indices: Tensor, noise: Tensor) -> DetectionBatch:
+        pixels, sizes = (tensor.to(self.device, non_blocking=True) for tensor in (loaded.pixels, loaded.sizes))
+        edges = loaded.image_sizes.flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
         targets = [self._target(i, own) for i, own in zip(indices.tolist(), edges, strict=True)]
         pixels, sizes, valid, targets = self.augmentation(pixels, sizes, targets, noise)
-        padded = bool((canvases.sizes != torch.tensor(canvases.pixels.shape[1:3])).any())
+        padded = bool((loaded.sizes != torch.tensor(loaded.pixels.shape[1:3])).any())
         return DetectionBatch(
             pixels,
             totals=self.criterion.totals(targets, self.config).to(self.device),

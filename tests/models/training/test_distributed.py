@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vitrine.models.training.checkpoint import METRICS_FILE, load
-from vitrine.models.training.distributed import Processes, job_id, joined_processes
+from vitrine.models.training.distributed import ProcessGroup, job_id, process_group
 from vitrine.models.training.loop import train
 from vitrine.models.training.registry import load_recipe
 
@@ -168,12 +168,12 @@ def command(pid: int) -> str:
 
 
 def test_alone_without_torchrun() -> None:
-    with joined_processes() as processes:
-        assert (processes.rank, processes.count, processes.first) == (0, 1, True)
+    with process_group() as processes:
+        assert (processes.rank, processes.count, processes.is_main) == (0, 1, True)
         assert processes.gather("x") == ["x"]
         assert processes.sum(torch.ones(2)).tolist() == [1, 1]
     assert job_id() == ""
 
 
 def test_only_the_first_process_writes() -> None:
-    assert not Processes(1, 2, torch.device("cpu")).first
+    assert not ProcessGroup(1, 2, torch.device("cpu")).is_main

@@ -6,13 +6,13 @@ import threading
 
 import pytest
 
-from vitrine.models.training.interruption import Interrupted, listening
+from vitrine.models.training.interruption import Interrupted, handle_signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_a_request(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with listening() as interruption:
+    with handle_signals() as interruption:
         assert not interruption.requested
         os.kill(os.getpid(), number)
         assert interruption.requested
@@ -20,7 +20,7 @@ def test_a_signal_is_a_request(number: signal.Signals) -> None:
 
 
 def test_it_is_raised_where_waiting_would_take_long() -> None:
-    with listening() as interruption:
+    with handle_signals() as interruption:
         with pytest.raises(Interrupted), interruption.raised():
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Interrupted), interruption.raised():
@@ -28,7 +28,7 @@ def test_it_is_raised_where_waiting_would_take_long() -> None:
 
 
 def test_a_second_interrupt_is_python_s_own() -> None:
-    with listening():
+    with handle_signals():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -38,7 +38,7 @@ def test_other_threads_do_without() -> None:
     seen = []
 
     def listen() -> None:
-        with listening() as interruption:
+        with handle_signals() as interruption:
             seen.append(interruption.requested)
 
     thread = threading.Thread(target=listen)

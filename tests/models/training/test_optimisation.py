@@ -11,7 +11,7 @@ from torch import nn
 from vitrine.models.build import build_model
 from vitrine.models.training.optimisation import (
     MuonWithAdamW,
-    averaged,
+    average_weights,
     learning_rate,
     make_optimizer,
     set_learning_rate,
@@ -116,7 +116,7 @@ def test_whole_network_is_in_training_mode() -> None:
 
 def test_average_follows() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = averaged(network, 0.75)
+    average = average_weights(network, 0.75)
     average.update_parameters(network)  # the first is a copy
     before = average.module[0].weight.detach().clone()
     with torch.no_grad():

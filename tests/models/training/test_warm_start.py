@@ -11,7 +11,7 @@ from vitrine.models.training import checkpoint as checkpoints
 from vitrine.models.training.checkpoint import Checkpoint
 from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.registry import load_recipe
-from vitrine.models.training.warm_start import take_over
+from vitrine.models.training.warm_start import load_initial_weights
 
 VIT = ("model.embed_dim=16", "model.depth=2", "model.num_heads=2")
 DETR = ("model.embed_dim=16", "model.num_heads=2", "model.backbone_width=4", "model.backbone_layers=[1, 1]")
@@ -32,7 +32,7 @@ def test_same_labels_take_everything(tmp_path: Path, name: str, changes: tuple[s
     source = saved(tmp_path / "run", name, ["a", "b"], *changes)
     recipe = load_recipe(name, changes)
     network = build_model(recipe.architecture, recipe.model, 2)
-    start = take_over(network, recipe, ["a", "b"], tmp_path / "run")
+    start = load_initial_weights(network, recipe, ["a", "b"], tmp_path / "run")
     assert (start.run, start.sha256, start.fresh) == ("run", checkpoints.sha256(tmp_path / "run"), [])
     assert all(torch.equal(value, source.weights[key]) for key, value in network.state_dict().items())
 
@@ -48,7 +48,7 @@ def test_other_labels_start_a_new_head(
     recipe = load_recipe(name, changes)
     network = build_model(recipe.architecture, recipe.model, len(labels))
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    start = take_over(network, recipe, labels, tmp_path / "run")
+    start = load_initial_weights(network, recipe, labels, tmp_path / "run")
     assert sorted(start.fresh) == [f"{head}.bias", f"{head}.weight"]
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key] if key in start.fresh else source.weights[key])
@@ -58,7 +58,7 @@ def test_positions_are_interpolated(tmp_path: Path) -> None:
     source = saved(tmp_path / "run", "vit_cifar10", ["a", "b"], *VIT)
     recipe = load_recipe("vit_cifar10", [*VIT, "model.image_size=64"])
     network = build_model(recipe.architecture, recipe.model, 2)
-    assert take_over(network, recipe, ["a", "b"], tmp_path / "run").fresh == []
+    assert load_initial_weights(network, recipe, ["a", "b"], tmp_path / "run").fresh == []
     expected = interpolate_positions(source.weights["pos_embed.embedding"], (8, 8), (16, 16))
     assert torch.equal(network.pos_embed.embedding, expected)
 
@@ -68,7 +68,7 @@ def test_detector_takes_a_classifiers_backbone(tmp_path: Path) -> None:
     source = saved(tmp_path / "run", "resnet_imagenette", ["a", "b"], *changes)
     recipe = load_recipe("detr_bccd", DETR)
     network = build_model(recipe.architecture, recipe.model, 3)
-    start = take_over(network, recipe, ["x", "y", "z"], tmp_path / "run")
+    start = load_initial_weights(network, recipe, ["x", "y", "z"], tmp_path / "run")
     assert not any(name.startswith("backbone.") for name in start.fresh)
     for key, value in network.backbone.state_dict().items():
         assert torch.equal(value, source.weights[f"backbone.{key}"])
@@ -91,4 +91,4 @@ def test_networks_that_do_not_fit(tmp_path: Path, name: str, changes: tuple[str,
     saved(tmp_path / "run", "vit_cifar10", ["a", "b"], *VIT)
     recipe = load_recipe(name, changes)
     with pytest.raises(RecipeError, match=message):
-        take_over(build_model(recipe.architecture, recipe.model, 2), recipe, ["a", "b"], tmp_path / "run")
+        load_initial_weights(build_model(recipe.architecture, recipe.model, 2), recipe, ["a", "b"], tmp_path / "run")

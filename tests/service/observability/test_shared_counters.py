@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitrine.service.observability.shared_counters import Key, Tallies, read_tallies
+from vitrine.service.observability.shared_counters import Key, SharedCounters, read_shared_counters
 
 BUCKETS = (1, 10, 100)
 keys = st.tuples(st.sampled_from(["requests", "images"]), st.text(max_size=5))
@@ -38,48 +38,48 @@ def expected(happened: list[tuple[str, Key, float]]) -> dict[Key, list[float]]:
     return numbers
 
 
-def tell(tallies: Tallies, happened: list[tuple[str, Key, float]]) -> None:
+def tell(counters: SharedCounters, happened: list[tuple[str, Key, float]]) -> None:
     for kind, key, value in happened:
         if kind == "observe":
-            tallies.observe(key, value, BUCKETS)
+            counters.observe(key, value, BUCKETS)
         else:
-            getattr(tallies, kind)(key, value)
+            getattr(counters, kind)(key, value)
 
 
 @given(events)
 def test_numbers_are_as_told(happened: list[tuple[str, Key, float]]) -> None:
-    tallies = Tallies()
-    tell(tallies, happened)
-    assert tallies.read() == expected(happened)
+    counters = SharedCounters()
+    tell(counters, happened)
+    assert counters.read() == expected(happened)
 
 
 @given(events)
 def test_others_read_the_same(tmp_path_factory: pytest.TempPathFactory, happened: list[tuple[str, Key, float]]) -> None:
-    folder = tmp_path_factory.mktemp("tallies")
-    tell(Tallies(folder), happened)
-    assert read_tallies(folder) == {os.getpid(): expected(happened)}
+    folder = tmp_path_factory.mktemp("counters")
+    tell(SharedCounters(folder), happened)
+    assert read_shared_counters(folder) == {os.getpid(): expected(happened)}
 
 
 @pytest.mark.parametrize("in_files", [True, False])
 def test_there_is_room_for_any_number_of_keys(in_files: bool, tmp_path: Path) -> None:
-    tallies = Tallies(tmp_path if in_files else None)
+    counters = SharedCounters(tmp_path if in_files else None)
     for number in range(10_000):
-        tallies.add(("count", str(number)), number)
-    assert tallies.read() == {("count", str(number)): [number] for number in range(10_000)}
+        counters.add(("count", str(number)), number)
+    assert counters.read() == {("count", str(number)): [number] for number in range(10_000)}
     if in_files:
-        assert read_tallies(tmp_path)[os.getpid()] == tallies.read()
+        assert read_shared_counters(tmp_path)[os.getpid()] == counters.read()
 
 
 def test_a_killed_process_leaves_all_it_has_counted(root: Path, tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path
-from vitrine.service.observability.shared_counters import Tallies
-tallies = Tallies(Path({str(tmp_path)!r}))
+from vitrine.service.observability.shared_counters import SharedCounters
+counters = SharedCounters(Path({str(tmp_path)!r}))
 for _ in range(1000):
-    tallies.add(("requests", "/classify"), 1)
+    counters.add(("requests", "/classify"), 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=root)
     assert process.wait(60) == -signal.SIGKILL
-    assert read_tallies(tmp_path) == {process.pid: {("requests", "/classify"): [1000]}}
+    assert read_shared_counters(tmp_path) == {process.pid: {("requests", "/classify"): [1000]}}

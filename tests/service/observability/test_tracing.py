@@ -132,13 +132,13 @@ def test_errors_are_traced_and_nothing_of_the_query_is(serve: Serving, tiny_bund
 
     spans = traced(serve, tiny_bundles, ask, VITRINE_LOG_FORMAT="json")
     found = {span.name: span for span in spans if span.parent_span_id.hex() == PARENT}
-    unread, unknown, call = (found[name] for name in ("POST /classify", "GET", f"{SERVICE}/ModelMetadata"))
-    assert attributes(unread)["vitrine.error"] == "unsupported_image_type"
-    assert attributes(unread)["url.path"] == "/classify"
+    undecoded, unknown, call = (found[name] for name in ("POST /classify", "GET", f"{SERVICE}/ModelMetadata"))
+    assert attributes(undecoded)["vitrine.error"] == "unsupported_image_type"
+    assert attributes(undecoded)["url.path"] == "/classify"
     assert attributes(unknown)["vitrine.error"] == "not_found"
     assert not any("secret=1" in text for span in spans for text in attributes(span).values())
     assert attributes(call)["rpc.response.status_code"] == "NOT_FOUND"
-    assert {span.status.code for span in (unread, unknown, call)} == {0}  # not the server's fault
+    assert {span.status.code for span in (undecoded, unknown, call)} == {0}  # not the server's fault
     logged = [line for line in map(json.loads, servers[0].lines) if "path" in line]
     assert {line["trace_id"] for line in logged} == {TRACE}
 

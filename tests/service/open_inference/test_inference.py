@@ -21,21 +21,21 @@ from vitrine.bundle.errors import ImageTooLargeError, ParameterError, VitrineErr
 from vitrine.bundle.images import decode
 from vitrine.bundle.repository import Repository
 from vitrine.service.access import Keys
-from vitrine.service.errors import STATUS, error_response, shown
-from vitrine.service.observability.request_record import Observation
+from vitrine.service.errors import STATUS, error_response, preview
+from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.open_inference.http import parse
 from vitrine.service.open_inference.inference import (
-    InferenceAnswer,
     InferenceRequest,
-    OutputWish,
+    InferenceResponse,
+    RequestedOutput,
     Tensor,
-    bytes_of,
     infer,
-    tensor_of_array,
-    tensor_of_bytes,
-    tensor_of_values,
+    tensor_from_array,
+    tensor_from_bytes,
+    tensor_from_values,
+    tensor_to_bytes,
 )
-from vitrine.service.runtime.model_control import Control
+from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving
 from vitrine.service.settings import Settings
@@ -47,7 +47,7 @@ MODEL = "colours"
 def serving(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """Everything but a transport."""
     repository = Repository(tiny_bundles)
-    control = Control(repository, tmp_path_factory.mktemp("shared"))
+    control = ModelControl(repository, tmp_path_factory.mktemp("shared"))
     scheduler = Scheduler(2, 64)
     limits = Settings(max_images=4, max_pixels=6000)
     yield Serving(limits, repository, scheduler, control, Keys(()))
@@ -68,8 +68,8 @@ def examples() -> list[bytes]:
     return [png(random.integers(0, 256, size, np.uint8)) for size in ((60, 96, 3), (96, 60, 3))]
 
 
-def ask(serving: Serving, request: InferenceRequest, observation: Observation | None = None) -> InferenceAnswer:
-    return asyncio.run(infer(serving, observation or Observation(), request))
+def ask(serving: Serving, request: InferenceRequest, record: RequestRecord | None = None) -> InferenceResponse:
+    return asyncio.run(infer(serving, record or RequestRecord(), request))
 
 
 def refused(error: VitrineError) -> None:
@@ -83,12 +83,12 @@ def refused(error: VitrineError) -> None:
 
 def binary(name: str, array: NDArray[np.generic]) -> Tensor:
     datatype = {"u1": "UINT8", "i8": "INT64"}[array.dtype.str[1:]]
-    return tensor_of_bytes(name, datatype, array.shape, memoryview(array.tobytes()))
+    return tensor_from_bytes(name, datatype, array.shape, memoryview(array.tobytes()))
 
 
 def images(*encoded: bytes) -> Tensor:
     content = b"".join(struct.pack("<I", len(image)) + image for image in encoded)
-    return tensor_of_bytes("image", "BYTES", [len(encoded)], memoryview(content))
+    return tensor_from_bytes("image", "BYTES", [len(encoded)], memoryview(content))
 
 
 NAMES = ["inputs", "outputs", "parameters", "name", "datatype", "shape", "data", "id", "binary_data_size", "variant"]
@@ -112,7 +112,7 @@ entries = st.fixed_dictionaries(
         "parameters": st.dictionaries(st.just("binary_data_size"), st.integers(-1, 40), max_size=1) | documents,
     },
 )
-wishes = st.fixed_dictionaries(
+requested = st.fixed_dictionaries(
     {"name": st.sampled_from(["probabilities", "scores"]) | documents},
     optional={"parameters": st.dictionaries(any_text, documents, max_size=2)},
 )
@@ -121,7 +121,7 @@ requests = st.fixed_dictionaries(
     optional={
         "id": any_text | documents,
         "parameters": st.dictionaries(any_text, documents, max_size=2) | documents,
-        "outputs": st.lists(wishes, max_size=2) | documents,
+        "outputs": st.lists(requested, max_size=2) | documents,
     },
 )
 
@@ -175,15 +175,15 @@ def test_a_header_of_many_digits_is_no_length() -> None:
 def test_one_long_text_among_many_values_costs_no_memory() -> None:
     values: list[object] = ["x" * 10_000_000, *[""] * 100_000]
     with pytest.raises(ParameterError, match="input pixels: data: expected integers, found str"):
-        tensor_of_values("pixels", "UINT8", [len(values)], values)
+        tensor_from_values("pixels", "UINT8", [len(values)], values)
 
 
 def test_elements_beyond_the_shape_are_not_read(serving: Serving) -> None:
-    many = tensor_of_bytes("image", "BYTES", [1], memoryview(bytes(20_000_000)))  # five million empty ones
+    many = tensor_from_bytes("image", "BYTES", [1], memoryview(bytes(20_000_000)))  # five million empty ones
     with pytest.raises(ParameterError, match="expected 1 images for its shape, found 1, and 19999996 bytes after them"):
         ask(serving, InferenceRequest(MODEL, [many]))
     with pytest.raises(ParameterError, match="inputs: expected 1 to 4 images, found 5000000"):
-        ask(serving, InferenceRequest(MODEL, [tensor_of_bytes("image", "BYTES", [5_000_000], memoryview(b""))]))
+        ask(serving, InferenceRequest(MODEL, [tensor_from_bytes("image", "BYTES", [5_000_000], memoryview(b""))]))
 
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -201,16 +201,16 @@ def test_every_form_of_a_tensor_holds_the_same_numbers(
     datatype, flat, shape = drawn
     body = memoryview(bytes(offset) + flat.tobytes())[offset:]
     forms = [
-        tensor_of_bytes("x", datatype, shape, body),
-        tensor_of_values("x", datatype, shape, flat.tolist()),
-        tensor_of_values("x", datatype, shape, flat.reshape(shape).tolist()),
-        tensor_of_array("x", datatype, shape, flat.astype(np.int64)),
+        tensor_from_bytes("x", datatype, shape, body),
+        tensor_from_values("x", datatype, shape, flat.tolist()),
+        tensor_from_values("x", datatype, shape, flat.reshape(shape).tolist()),
+        tensor_from_array("x", datatype, shape, flat.astype(np.int64)),
     ]
     for tensor in forms:
         assert isinstance(tensor.data, np.ndarray)
         assert (tensor.shape, tensor.data.dtype) == (shape, flat.dtype)
         np.testing.assert_array_equal(tensor.data, flat)
-        assert bytes_of(tensor) == flat.tobytes()
+        assert tensor_to_bytes(tensor) == flat.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_every_form_of_a_tensor_holds_the_same_numbers(
 )
 def test_values_of_another_kind_are_refused(datatype: str, values: object, message: str) -> None:
     with pytest.raises(ParameterError, match=f"^input x: data: {message}"):
-        tensor_of_values("x", datatype, [2], values)
+        tensor_from_values("x", datatype, [2], values)
 
 
 def test_a_binary_tensor_is_not_copied() -> None:
@@ -251,18 +251,18 @@ def test_images_are_answered_as_the_predictors_answer_in_every_form(serving: Ser
     texts = [base64.b64encode(image).decode() for image in examples]
     forms = [
         images(*examples),
-        tensor_of_values("image", "BYTES", [2], texts),
-        tensor_of_values("image", "BYTES", [2, 1], [[text] for text in texts]),
-        tensor_of_values("image", "BYTES", [2], [f"data:image/png;base64,{text}" for text in texts]),
-        tensor_of_values("image", "BYTES", [2], examples),
+        tensor_from_values("image", "BYTES", [2], texts),
+        tensor_from_values("image", "BYTES", [2, 1], [[text] for text in texts]),
+        tensor_from_values("image", "BYTES", [2], [f"data:image/png;base64,{text}" for text in texts]),
+        tensor_from_values("image", "BYTES", [2], examples),
     ]
     for form in forms:
-        observation = Observation()
-        (output,) = ask(serving, InferenceRequest("colours@1", [form]), observation).outputs
+        record = RequestRecord()
+        (output,) = ask(serving, InferenceRequest("colours@1", [form]), record).outputs
         assert (output.name, output.datatype, output.shape) == ("probabilities", "FP32", (2, 3))
         np.testing.assert_allclose(output.data, expected, atol=1e-6)
-        assert (observation.images, observation.pixels, observation.batches) == (2, 96 * 60 + 60 * 96, [1, 1])
-        assert {stage.name for stage in observation.stages} == {"queue", "decode", "inference"}
+        assert (record.images, record.pixels, record.batches) == (2, 96 * 60 + 60 * 96, [1, 1])
+        assert {stage.name for stage in record.stages} == {"queue", "decode", "inference"}
 
 
 def test_one_bad_image_refuses_the_request(serving: Serving, examples: list[bytes]) -> None:
@@ -278,7 +278,9 @@ def test_numbers_of_eight_bytes_may_begin_anywhere(serving: Serving) -> None:
     expected = network(pixels=pixels, sizes=sizes)
     for offset in range(8):
         body = memoryview(bytes(offset) + sizes.tobytes())[offset:]
-        asked = InferenceRequest("squares", [binary("pixels", pixels), tensor_of_bytes("sizes", "INT64", [2, 2], body)])
+        asked = InferenceRequest(
+            "squares", [binary("pixels", pixels), tensor_from_bytes("sizes", "INT64", [2, 2], body)]
+        )
         for output, wanted in zip(ask(serving, asked).outputs, expected, strict=True):
             np.testing.assert_allclose(output.data, wanted, atol=1e-5)
 
@@ -310,7 +312,9 @@ def test_limits_count_for_tensors(serving: Serving) -> None:
 
 
 def test_outputs_come_in_the_order_in_which_they_are_named(serving: Serving, examples: list[bytes]) -> None:
-    asked = InferenceRequest("squares", [images(*examples)], [OutputWish("boxes"), OutputWish("scores")], id="a")
+    asked = InferenceRequest(
+        "squares", [images(*examples)], [RequestedOutput("boxes"), RequestedOutput("scores")], id="a"
+    )
     answer = ask(serving, asked)
     assert [(tensor.name, tensor.shape) for tensor in answer.outputs] == [("boxes", (2, 8, 4)), ("scores", (2, 8))]
     assert answer.id == "a"
@@ -318,4 +322,4 @@ def test_outputs_come_in_the_order_in_which_they_are_named(serving: Serving, exa
 
 @given(documents)
 def test_what_is_shown_is_short(document: object) -> None:
-    assert len(shown(document)) < 800
+    assert len(preview(document)) < 800

@@ -17,7 +17,7 @@ import pytest
 
 from vitrine.bundle.errors import UnknownModelError
 from vitrine.bundle.repository import Repository
-from vitrine.service.runtime.model_control import Control
+from vitrine.service.runtime.model_control import ModelControl
 
 Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
 NewVersion = Callable[[Path, str], Path]
@@ -170,25 +170,25 @@ def test_a_thread_that_is_stuck_is_seen_by_livez(
 
 
 def test_a_change_that_fails_is_not_told_to_the_others(bundles: Path, tmp_path: Path) -> None:
-    control = Control(Repository(bundles), tmp_path / "shared")
+    control = ModelControl(Repository(bundles), tmp_path / "shared")
     with pytest.raises(UnknownModelError):
         asyncio.run(control.load("cats"))
     assert not (tmp_path / "shared" / "journal").exists()
     asyncio.run(control.unload("colours"))
     assert len((tmp_path / "shared" / "journal").read_text().splitlines()) == 1
     late = Repository(bundles)
-    Control(late, tmp_path / "shared")
+    ModelControl(late, tmp_path / "shared")
     assert list(late.bundles) == ["squares"]
 
 
 def test_what_is_loaded_while_a_worker_starts_is_served_by_it_too(
     bundles: Path, tmp_path: Path, new_version: NewVersion
 ) -> None:
-    first = Control(Repository(bundles), tmp_path / "shared")
+    first = ModelControl(Repository(bundles), tmp_path / "shared")
     late = Repository(bundles)  # and then
     new_version(bundles / "colours" / "1", "2")
     asyncio.run(first.load("colours"))
     asyncio.run(first.unload("squares"))
-    Control(late, tmp_path / "shared")
+    ModelControl(late, tmp_path / "shared")
     assert [bundle.manifest.version for bundle in late.versions("colours")] == ["1", "2"]
     assert list(late.bundles) == ["colours"]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
-from vitrine.bundle.pace import Pace
 from vitrine.bundle.predictors import Classifier, Detector, PreparedImage, Row
+from vitrine.bundle.profile import ExecutionProfile
 from vitrine.service.errors import OverloadedError
-from vitrine.service.observability.request_record import Observation
+from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import Scheduler
 
 CHANNELS: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -39,9 +39,9 @@ class Doubling:
         return [2 * values]
 
 
-def bundle_of(network: Doubling, **pace: Any) -> Bundle:
+def bundle_of(network: Doubling, **profile: Any) -> Bundle:
     predictor = Classifier(network, SQUARE, ["a"])
-    return Bundle(None, predictor, Path("nowhere"), pace=Pace(0.001, **pace))  # type: ignore[arg-type]
+    return Bundle(None, predictor, Path("nowhere"), profile=ExecutionProfile(0.001, **profile))  # type: ignore[arg-type]
 
 
 class Value:
@@ -87,7 +87,7 @@ def scheduling(threads: int = 1, max_queue: int = 64, max_wait: float = 60) -> I
 async def occupied(scheduler: Scheduler, bundle: Bundle) -> tuple[Blocked, asyncio.Future[int]]:
     """A thread that works until it may end."""
     work = Blocked()
-    answer = asyncio.ensure_future(scheduler.run(work, bundle, Observation()))
+    answer = asyncio.ensure_future(scheduler.run(work, bundle, RequestRecord()))
     await asyncio.to_thread(work.begun.wait, 30)
     return work, answer
 
@@ -101,21 +101,21 @@ def test_work_waits_for_a_thread_and_its_wait_is_observed() -> None:
         bundle = bundle_of(Doubling())
         first, answer = await occupied(scheduler, bundle)
         assert (scheduler.running, scheduler.waiting) == (1, 0)
-        assert scheduler.longest() > 0
-        observation = Observation()
-        (second,) = begun(scheduler.run(Value(2), bundle, observation))
+        assert scheduler.longest_running() > 0
+        record = RequestRecord()
+        (second,) = begun(scheduler.run(Value(2), bundle, record))
         await asyncio.sleep(0)
         assert (scheduler.running, scheduler.waiting) == (1, 1)
         with pytest.raises(OverloadedError, match=r"1 images wait already, about .* try again later"):
-            await scheduler.run(Value(3), bundle, Observation())
+            await scheduler.run(Value(3), bundle, RequestRecord())
         first.may_end.set()
         assert (await answer, await second) == (2, 4)
-        assert (scheduler.running, scheduler.waiting, scheduler.longest()) == (0, 0, 0.0)
-        assert [stage.name for stage in observation.stages] == ["queue", "inference"]
-        queue, inference = observation.stages
+        assert (scheduler.running, scheduler.waiting, scheduler.longest_running()) == (0, 0, 0.0)
+        assert [stage.name for stage in record.stages] == ["queue", "inference"]
+        queue, inference = record.stages
         assert 0 < queue.end - queue.start < 30e9
         assert queue.end <= inference.start <= inference.end
-        assert observation.batches == [1]
+        assert record.batches == [1]
 
     with scheduling(max_queue=1) as scheduler:
         asyncio.run(scenario(scheduler))
@@ -123,25 +123,25 @@ def test_work_waits_for_a_thread_and_its_wait_is_observed() -> None:
 
 def test_what_would_wait_too_long_is_refused_and_told_when_to_come_back() -> None:
     async def scenario(scheduler: Scheduler) -> None:
-        slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), pace=Pace(3.0))  # type: ignore[arg-type]
+        slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), profile=ExecutionProfile(3.0))  # type: ignore[arg-type]
         first, answer = await occupied(scheduler, slow)
-        waiting = begun(scheduler.run(Value(2), slow, Observation()))
+        waiting = begun(scheduler.run(Value(2), slow, RequestRecord()))
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError) as refused:
-            scheduler.check_room()
+            scheduler.check_capacity()
         assert refused.value.retry_after >= 3
         first.may_end.set()
         await asyncio.gather(answer, *waiting)
-        scheduler.check_room()
+        scheduler.check_capacity()
 
     with scheduling(max_wait=1.0) as scheduler:
         asyncio.run(scenario(scheduler))
 
 
 def test_a_lone_image_is_never_refused_however_slow_the_network_is() -> None:
-    slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), pace=Pace(1e6))  # type: ignore[arg-type]
+    slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), profile=ExecutionProfile(1e6))  # type: ignore[arg-type]
     with scheduling(max_wait=0.001) as scheduler:
-        assert asyncio.run(scheduler.run(Value(2), slow, Observation())) == 4
+        assert asyncio.run(scheduler.run(Value(2), slow, RequestRecord())) == 4
 
 
 def test_refusals_are_spread_and_none_waits_for_ever() -> None:
@@ -149,7 +149,7 @@ def test_refusals_are_spread_and_none_waits_for_ever() -> None:
         order: list[int] = []
 
         async def refuse(number: int) -> None:
-            await scheduler.refusal()
+            await scheduler.throttle_refusal()
             order.append(number)
 
         await asyncio.wait_for(asyncio.gather(*(refuse(number) for number in range(400))), 30)
@@ -166,9 +166,9 @@ def test_what_is_given_up_leaves_the_queue_and_is_never_done() -> None:
         first, answer = await occupied(scheduler, bundle)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
-                await scheduler.run(Value(2), bundle, Observation())
+                await scheduler.run(Value(2), bundle, RequestRecord())
         assert scheduler.waiting == 0
-        (last,) = begun(scheduler.run(Value(3), bundle, Observation()))
+        (last,) = begun(scheduler.run(Value(3), bundle, RequestRecord()))
         first.may_end.set()
         assert (await answer, await last) == (2, 6)
         assert network.batches == [[1], [3]]
@@ -185,7 +185,7 @@ def test_an_event_loop_that_no_longer_runs_keeps_no_answer_from_another(closed: 
         if closed:
             runner.close()
         work.may_end.set()
-        assert asyncio.run(asyncio.wait_for(scheduler.run(Value(2), bundle, Observation()), 30)) == 4
+        assert asyncio.run(asyncio.wait_for(scheduler.run(Value(2), bundle, RequestRecord()), 30)) == 4
 
 
 @pytest.mark.parametrize("broken", [Value(1, fail), Value(7)], ids=["image", "network"])
@@ -193,8 +193,8 @@ def test_an_error_reaches_who_asked_and_the_thread_goes_on(broken: Value) -> Non
     async def scenario(scheduler: Scheduler) -> None:
         bundle = bundle_of(Doubling(poison=7))
         with pytest.raises((ValueError, RuntimeError), match=r"no|cannot compute with 7"):
-            await scheduler.run(broken, bundle, Observation())
-        assert await scheduler.run(Value(2), bundle, Observation()) == 4
+            await scheduler.run(broken, bundle, RequestRecord())
+        assert await scheduler.run(Value(2), bundle, RequestRecord()) == 4
         assert scheduler.running == 0
 
     with scheduling() as scheduler:
@@ -204,9 +204,9 @@ def test_an_error_reaches_who_asked_and_the_thread_goes_on(broken: Value) -> Non
 def test_of_several_pieces_of_work_one_that_fails_takes_the_waiting_ones_along() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         bundle = bundle_of(Doubling())
-        assert await scheduler.run_all([Value(1), Value(2)], bundle, Observation()) == [2, 4]
+        assert await scheduler.run_all([Value(1), Value(2)], bundle, RequestRecord()) == [2, 4]
         with pytest.raises(ValueError, match="no"):
-            await scheduler.run_all([Value(1, fail), *[Value(2)] * 5], bundle, Observation())
+            await scheduler.run_all([Value(1, fail), *[Value(2)] * 5], bundle, RequestRecord())
 
     with scheduling() as scheduler:
         asyncio.run(scenario(scheduler))
@@ -217,10 +217,10 @@ def test_small_networks_run_what_waits_as_one_batch_and_each_gets_its_own_row() 
         network, other = Doubling(), Doubling()
         bundle = bundle_of(network, batch=4)
         first, answer = await occupied(scheduler, bundle)
-        observations = [Observation() for _ in range(6)]
+        observations = [RequestRecord() for _ in range(6)]
         waiting = begun(
-            *(scheduler.run(Value(2 + i), bundle, observation) for i, observation in enumerate(observations)),
-            scheduler.run(Value(9), bundle_of(other, batch=4), Observation()),
+            *(scheduler.run(Value(2 + i), bundle, record) for i, record in enumerate(observations)),
+            scheduler.run(Value(9), bundle_of(other, batch=4), RequestRecord()),
         )
         await asyncio.sleep(0)
         first.may_end.set()
@@ -228,7 +228,7 @@ def test_small_networks_run_what_waits_as_one_batch_and_each_gets_its_own_row() 
         assert await answer == 2
         assert network.batches == [[1], [2, 3, 4, 5], [6, 7]]
         assert other.batches == [[9]]
-        assert [observation.batches for observation in observations] == [[4]] * 4 + [[2]] * 2
+        assert [record.batches for record in observations] == [[4]] * 4 + [[2]] * 2
 
     with scheduling() as scheduler:
         asyncio.run(scenario(scheduler))
@@ -240,12 +240,12 @@ def test_in_a_batch_everything_fails_alone() -> None:
         bundle = bundle_of(network, batch=8)
         first, answer = await occupied(scheduler, bundle)
         works = [Value(2), Value(3, fail), Value(7), Value(4)]
-        waiting = begun(*(scheduler.run(work, bundle, Observation()) for work in works))
+        waiting = begun(*(scheduler.run(work, bundle, RequestRecord()) for work in works))
         await asyncio.sleep(0)
         first.may_end.set()
-        good, unread, poisoned, last = await asyncio.gather(*waiting, return_exceptions=True)
+        good, undecoded, poisoned, last = await asyncio.gather(*waiting, return_exceptions=True)
         assert (await answer, good, last) == (2, 4, 8)
-        assert isinstance(unread, ValueError)
+        assert isinstance(undecoded, ValueError)
         assert isinstance(poisoned, RuntimeError)
         assert network.batches == [[1], [2, 7, 4], [2], [7], [4]]
 
@@ -258,7 +258,7 @@ def test_threads_share_what_waits() -> None:
         network = Doubling()
         bundle = bundle_of(network, batch=8)
         busy = [await occupied(scheduler, bundle) for _ in range(2)]
-        waiting = begun(*(scheduler.run(Value(2 + i), bundle, Observation()) for i in range(4)))
+        waiting = begun(*(scheduler.run(Value(2 + i), bundle, RequestRecord()) for i in range(4)))
         await asyncio.sleep(0)
         for work, _ in busy:
             work.may_end.set()
@@ -284,9 +284,9 @@ def test_images_of_different_sizes_run_apart() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         preprocessing = DetectionPreprocessing(shortest_edge=64, longest_edge=640, **CHANNELS)
         predictor = Detector(network, preprocessing, ["a"])
-        bundle = Bundle(None, predictor, Path("nowhere"), pace=Pace(0.001, batch=8))  # type: ignore[arg-type]
+        bundle = Bundle(None, predictor, Path("nowhere"), profile=ExecutionProfile(0.001, batch=8))  # type: ignore[arg-type]
         first, answer = await occupied(scheduler, bundle_of(Doubling()))
-        waiting = begun(*(scheduler.run(Picture(h), bundle, Observation()) for h in (64, 600, 60, 610)))
+        waiting = begun(*(scheduler.run(Picture(h), bundle, RequestRecord()) for h in (64, 600, 60, 610)))
         await asyncio.sleep(0)
         first.may_end.set()
         await asyncio.gather(answer, *waiting)
@@ -299,12 +299,12 @@ def test_images_of_different_sizes_run_apart() -> None:
 def test_an_image_that_is_alone_runs_on_all_cores_and_others_on_one_each() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         narrow, wide = Doubling(), Doubling()
-        bundle = bundle_of(narrow, wide=Classifier(wide, SQUARE, ["a"]))
+        bundle = bundle_of(narrow, all_cores=Classifier(wide, SQUARE, ["a"]))
         for value in (1, 2, 3):
-            await scheduler.run(Value(value), bundle, Observation())
+            await scheduler.run(Value(value), bundle, RequestRecord())
         assert (narrow.batches, wide.batches) == ([], [[1], [2], [3]])
         work, answer = await occupied(scheduler, bundle)
-        (beside,) = begun(scheduler.run(Value(4), bundle, Observation()))
+        (beside,) = begun(scheduler.run(Value(4), bundle, RequestRecord()))
         assert await beside == 8
         work.may_end.set()
         await answer

@@ -93,10 +93,10 @@ def test_flips_mirror(ops: int, crop: str) -> None:
     canvas, noise = images(40, 8, 10, 3), uniform(40, NOISE)
     noise[:, 20] = LAST  # RandAugment's identity
     pixels, _ = classify(canvas, noise, crop=crop, padding=0, flip=0.5, randaugment_ops=ops)
-    mirrored = (pixels == canvas.flip(2)).flatten(1).all(dim=1)
+    flip_valid_region = (pixels == canvas.flip(2)).flatten(1).all(dim=1)
     same = (pixels == canvas).flatten(1).all(dim=1)
-    assert (same ^ mirrored).all()
-    assert 8 < mirrored.sum() < 32
+    assert (same ^ flip_valid_region).all()
+    assert 8 < flip_valid_region.sum() < 32
     assert torch.equal(classify(canvas, noise, crop="none", flip=1)[0], canvas.flip(2))
 
 
@@ -109,11 +109,11 @@ def test_shift_moves_by_at_most_an_eighth_and_grey_comes_in(ops: int) -> None:
     for before, after in zip(canvas, pixels, strict=True):
         found = []
         for dy, dx, flipped in product(range(-2, 3), range(-3, 4), (False, True)):
-            shifted = torch.full_like(before, GREY)
+            shift_and_flip = torch.full_like(before, GREY)
             rows, columns = slice(max(0, dy), 16 + min(0, dy)), slice(max(0, dx), 24 + min(0, dx))
             sources = slice(max(0, -dy), 16 + min(0, -dy)), slice(max(0, -dx), 24 + min(0, -dx))
-            shifted[rows, columns] = before[sources]
-            if torch.equal(after, shifted.flip(1) if flipped else shifted):
+            shift_and_flip[rows, columns] = before[sources]
+            if torch.equal(after, shift_and_flip.flip(1) if flipped else shift_and_flip):
                 found.append((dy, dx, flipped))
         assert len(found) == 1
         moves += found

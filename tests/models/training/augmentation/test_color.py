@@ -7,7 +7,14 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from vitrine.models.training.augmentation.color import autocontrast, equalize, posterize, recolour, sharpen, solarize
+from vitrine.models.training.augmentation.color import (
+    autocontrast,
+    color_jitter,
+    equalize,
+    posterize,
+    sharpen,
+    solarize,
+)
 
 AS_IS = [1.0, 1.0, 1.0, 0.0]
 
@@ -35,7 +42,7 @@ def check(changed: Tensor, expected: Image.Image, levels: int = 1) -> None:
 def test_recolour_is_pils_enhancement(photo: Image.Image, column: int, enhance: type, factor: float) -> None:
     factors = torch.tensor([AS_IS, AS_IS])
     factors[1, column] = factor
-    same, changed = recolour(torch.stack([tensor(photo)] * 2), factors)
+    same, changed = color_jitter(torch.stack([tensor(photo)] * 2), factors)
     assert torch.equal(same, tensor(photo))
     check(changed, enhance(photo).enhance(factor), 2)
 
@@ -45,14 +52,14 @@ def test_recolour_composes_in_its_order(photo: Image.Image) -> None:
     expected = calm
     for enhance, factor in ((ImageEnhance.Brightness, 0.8), (ImageEnhance.Contrast, 1.3), (ImageEnhance.Color, 0.5)):
         expected = enhance(expected).enhance(factor)
-    check(recolour(tensor(calm)[None], torch.tensor([[0.8, 1.3, 0.5, 0.0]]))[0], expected, 3)
+    check(color_jitter(tensor(calm)[None], torch.tensor([[0.8, 1.3, 0.5, 0.0]]))[0], expected, 3)
 
 
 def test_a_third_of_a_turn_makes_red_green_and_leaves_grey_alone() -> None:
     pixels = torch.tensor([[200, 20, 20], [90, 90, 90], [255, 255, 255]], dtype=torch.uint8)[None, None]
-    turned = recolour(pixels, torch.tensor([[1.0, 1.0, 1.0, 1 / 3]]))
+    turned = color_jitter(pixels, torch.tensor([[1.0, 1.0, 1.0, 1 / 3]]))
     assert turned[0, 0].tolist() == [[20, 200, 20], [90, 90, 90], [255, 255, 255]]
-    back = recolour(turned, torch.tensor([[1.0, 1.0, 1.0, 2 / 3]]))
+    back = color_jitter(turned, torch.tensor([[1.0, 1.0, 1.0, 2 / 3]]))
     assert torch.equal(back, pixels)
 
 
@@ -63,7 +70,7 @@ def test_contrast_knows_no_padding(photo: Image.Image) -> None:
     valid = torch.zeros(1, 150, 200, dtype=torch.bool)
     valid[:, :120, :160] = True
     factors = torch.tensor([[1.2, 1.5, 1.0, 0.0]])
-    assert torch.equal(recolour(padded, factors, valid)[:, :120, :160], recolour(pixels[None], factors))
+    assert torch.equal(color_jitter(padded, factors, valid)[:, :120, :160], color_jitter(pixels[None], factors))
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 1.9])

@@ -100,8 +100,8 @@ def test_geometry_of_several_operations_composes(photo: Image.Image) -> None:
     inner = slice(25, -25), slice(35, -35)
     difference = np.abs(pixels.numpy()[inner].astype(int) - expected[inner])
     assert difference.mean() < 4  # theirs is interpolated twice
-    shifted = np.abs(np.roll(pixels.numpy(), 2, axis=1)[inner].astype(int) - expected[inner])
-    assert shifted.mean() > 2 * difference.mean()
+    shift_and_flip = np.abs(np.roll(pixels.numpy(), 2, axis=1)[inner].astype(int) - expected[inner])
+    assert shift_and_flip.mean() > 2 * difference.mean()
 
 
 def test_colours_are_changed_in_the_order_drawn(photo: Image.Image) -> None:

@@ -4,10 +4,10 @@ from torch import Tensor
 
 from vitrine.models.training.augmentation.resampling import (
     GREY,
-    mirrored,
+    flip_valid_region,
     pixel_centres,
     resample,
-    shifted,
+    shift_and_flip,
     valid_pixels,
     within,
 )
@@ -51,7 +51,7 @@ def test_valid_pixels() -> None:
 
 def test_shifted_moves_down_and_right_before_it_mirrors() -> None:
     canvas = images(2, 3, 4, 3)
-    moved = shifted(canvas, torch.tensor([[1, 2], [-1, 0]]), torch.tensor([True, False]))
+    moved = shift_and_flip(canvas, torch.tensor([[1, 2], [-1, 0]]), torch.tensor([True, False]))
     assert torch.equal(moved[0, 1:, :2], canvas[0, :-1, :2].flip(1))
     assert (moved[0, 0] == GREY).all()
     assert (moved[0, :, 2:] == GREY).all()
@@ -62,7 +62,7 @@ def test_shifted_moves_down_and_right_before_it_mirrors() -> None:
 def test_mirrored_leaves_padding_where_it_is() -> None:
     canvas, sizes = images(3, 6, 8, 3), torch.tensor([[6, 8], [4, 5], [1, 2]])
     mirror = torch.tensor([[False, True], [True, True], [False, False]])
-    moved = mirrored(canvas, sizes, mirror)
+    moved = flip_valid_region(canvas, sizes, mirror)
     assert torch.equal(moved[0], canvas[0].flip(1))
     assert torch.equal(moved[1, :4, :5], canvas[1, :4, :5].flip(0, 1))
     assert torch.equal(moved[1, 4:, 5:], canvas[1, 4:, 5:])

@@ -4,10 +4,10 @@ from PIL import Image
 from vitrine.models.training.data.contact_sheet import (
     Answer,
     DrawnBox,
+    box_sheet,
+    class_sheet,
     colour,
-    sheet_of_answers,
-    sheet_of_boxes,
-    sheet_of_classes,
+    prediction_sheet,
 )
 
 
@@ -16,7 +16,7 @@ def test_a_row_for_each_class() -> None:
         ("blue", [Image.new("RGB", (32, 32), "blue")] * 3),
         ("a label that is far too long to be read", [Image.new("RGB", (300, 100), "red")]),
     ]
-    pixels = np.asarray(sheet_of_classes(rows)).astype(int)
+    pixels = np.asarray(class_sheet(rows)).astype(int)
     blue, red = ((pixels == paint).all(axis=-1) for paint in ((0, 0, 255), (255, 0, 0)))
     assert blue.sum() == 3 * 96 * 96
     assert red.sum() == 96 * 32
@@ -26,9 +26,9 @@ def test_a_row_for_each_class() -> None:
 def test_wrong_answers_are_red_and_say_what_is_right() -> None:
     picture = Image.new("RGB", (32, 32), "blue")
     answers = [Answer("cat", 0.9, "cat"), Answer("dog", 0.8, "cat"), Answer("a name wider than its picture", 1.0, "")]
-    reds = [red_pixels(sheet_of_answers([(picture, answer)])) for answer in answers]
+    reds = [red_pixels(prediction_sheet([(picture, answer)])) for answer in answers]
     assert reds[0] == 0 < reds[1] < reds[2]
-    sheet = sheet_of_answers([(picture, answer) for answer in answers * 4])
+    sheet = prediction_sheet([(picture, answer) for answer in answers * 4])
     assert sheet.size == (6 + 8 * 102, 6 + 2 * 134)
     assert red_pixels(sheet) == 4 * sum(reds)  # no name runs into its neighbour's
 
@@ -40,7 +40,7 @@ def red_pixels(sheet: Image.Image) -> int:
 
 def test_boxes_lie_where_they_are_in_the_picture() -> None:
     boxes = [DrawnBox("cat", 3, (50.0, 20.0, 90.0, 40.0)), DrawnBox("crowd", None, (0.0, 45.0, 5.0, 50.0))]
-    pixels = np.asarray(sheet_of_boxes([(Image.new("RGB", (100, 50), "white"), boxes)]))
+    pixels = np.asarray(box_sheet([(Image.new("RGB", (100, 50), "white"), boxes)]))
     rows, columns = (pixels == colour(3)).all(axis=-1).nonzero()
     scale, gap = 320 / 100, 6
     for found, wanted in ((columns, (50, 90)), (rows, (20, 40))):
@@ -51,14 +51,14 @@ def test_boxes_lie_where_they_are_in_the_picture() -> None:
 
 def test_boxes_outside_and_inside_out_are_drawn_too() -> None:
     boxes = [DrawnBox("x", 0, (90.0, 40.0, 10.0, 10.0)), DrawnBox("y", 1, (-50.0, -50.0, 500.0, 500.0))]
-    sheet = sheet_of_boxes([(Image.new("RGB", (100, 50)), boxes)] * 5)
+    sheet = box_sheet([(Image.new("RGB", (100, 50)), boxes)] * 5)
     assert sheet.size == (6 + 4 * 326, 6 + 2 * 166)
 
 
 def test_an_empty_sheet() -> None:
-    assert sheet_of_classes([]).width > 0
-    assert sheet_of_boxes([]).height > 0
-    assert sheet_of_answers([]).height > 0
+    assert class_sheet([]).width > 0
+    assert box_sheet([]).height > 0
+    assert prediction_sheet([]).height > 0
 
 
 def test_each_class_has_its_colour() -> None:

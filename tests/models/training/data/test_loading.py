@@ -11,7 +11,7 @@ from PIL import Image
 from vitrine.bundle.images import to_classification_pixels, to_detection_pixels
 from vitrine.bundle.manifest import Task
 from vitrine.models.training.data.layouts import load_split
-from vitrine.models.training.data.loading import Canvases, canvas_maker
+from vitrine.models.training.data.loading import ImageCache, image_transform
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.recipe import Recipe
 from vitrine.models.training.registry import load_recipe
@@ -28,7 +28,7 @@ def noise(width: int, height: int) -> Image.Image:
 def test_detection_batches(squares: Path, cache: str) -> None:
     recipe = load_recipe("detr_bccd", [*DETR, f"cache={cache}", "workers=2"])
     data = load_split(squares, Task.DETECTION, "train")
-    canvases = Canvases(data, recipe, show=False)
+    canvases = ImageCache(data, recipe, show=False)
     assert len(canvases) == len(data)
     batches = list(canvases.batches(INDICES))
     assert len(batches) == 3
@@ -54,11 +54,11 @@ def test_broken_image_is_named(tmp_path: Path, cache: str) -> None:
     recipe = load_recipe("vit_cifar10", [f"cache={cache}", "workers=1"])
     data = load_split(tmp_path, Task.CLASSIFICATION, "train")
     with pytest.raises(DataError, match=r"^[^\n]*1\.png: [^\n]*$"):
-        list(Canvases(data, recipe, show=False).batches([torch.tensor([0, 1, 2])]))
+        list(ImageCache(data, recipe, show=False).batches([torch.tensor([0, 1, 2])]))
 
 
 def test_crops_are_taken_of_more_than_the_network_sees() -> None:
-    make = canvas_maker(load_recipe("vit_cifar10", ["augmentation.crop=resized"]))
+    make = image_transform(load_recipe("vit_cifar10", ["augmentation.crop=resized"]))
     assert make(noise(300, 150)).shape == (40, 80, 3)
     assert make(noise(30, 150)).shape == (150, 30, 3)  # never enlarged
 
@@ -67,5 +67,5 @@ def test_crops_are_taken_of_more_than_the_network_sees() -> None:
 def test_without_crops_a_canvas_is_what_is_evaluated(crop: str) -> None:
     recipe: Recipe = load_recipe("vit_cifar10", [f"augmentation.crop={crop}"])
     image = noise(50, 70)
-    make = pickle.loads(pickle.dumps(canvas_maker(recipe)))  # it travels to worker processes
+    make = pickle.loads(pickle.dumps(image_transform(recipe)))  # it travels to worker processes
     assert np.array_equal(make(image), to_classification_pixels(image, recipe.preprocessing))

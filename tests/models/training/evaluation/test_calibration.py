@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from vitrine.models.training.evaluation.calibration import (
     TEMPERATURES,
+    apply_temperature,
     calibration_error,
     fit_temperature,
     negative_log_likelihood,
     reliability,
-    with_temperature,
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -50,18 +50,18 @@ def test_no_temperature_is_better_for_the_images_it_was_fitted_on(
     class_ids = np.tile(random.integers(0, classes, images), 200)  # so many that doubt plays no part
     fitted = fit_temperature(probabilities, class_ids)
     assert TEMPERATURES[0] <= fitted <= TEMPERATURES[1]
-    loss = negative_log_likelihood(with_temperature(probabilities, fitted), class_ids)
+    loss = negative_log_likelihood(apply_temperature(probabilities, fitted), class_ids)
     for other in (1.0, fitted * 0.9, fitted * 1.1, *TEMPERATURES):
         if TEMPERATURES[0] <= other <= TEMPERATURES[1]:
             assert (
-                loss <= negative_log_likelihood(with_temperature(probabilities, other), class_ids) + 1e-3 * loss + 1e-2
+                loss <= negative_log_likelihood(apply_temperature(probabilities, other), class_ids) + 1e-3 * loss + 1e-2
             )
 
 
 @given(SEEDS, st.integers(2, 9), st.floats(*TEMPERATURES))
 def test_answers_do_not_change_and_probabilities_stay_such(seed: int, classes: int, temperature: float) -> None:
     probabilities = softmax(np.random.default_rng(seed).normal(0, 3, (20, classes)))
-    scaled = with_temperature(probabilities, temperature)
+    scaled = apply_temperature(probabilities, temperature)
     np.testing.assert_array_equal(scaled.argmax(axis=1), probabilities.argmax(axis=1))
     np.testing.assert_allclose(scaled.sum(axis=1), 1)
 
@@ -69,13 +69,13 @@ def test_answers_do_not_change_and_probabilities_stay_such(seed: int, classes: i
 @given(SEEDS, st.floats(0.5, 5))
 def test_a_temperature_can_be_taken_back(seed: int, temperature: float) -> None:
     probabilities = softmax(np.random.default_rng(seed).normal(0, 2, (20, 6)))
-    back = with_temperature(with_temperature(probabilities, temperature), 1 / temperature)
+    back = apply_temperature(apply_temperature(probabilities, temperature), 1 / temperature)
     np.testing.assert_allclose(back, probabilities, atol=1e-6)
 
 
 def test_a_temperature_is_the_division_of_logits() -> None:
     logits, _ = honest(50, 10)
-    np.testing.assert_allclose(with_temperature(softmax(logits), 2.5), softmax(logits / 2.5), atol=1e-6)
+    np.testing.assert_allclose(apply_temperature(softmax(logits), 2.5), softmax(logits / 2.5), atol=1e-6)
 
 
 def test_a_network_that_is_too_sure_becomes_honest_on_other_images() -> None:
@@ -83,7 +83,7 @@ def test_a_network_that_is_too_sure_becomes_honest_on_other_images() -> None:
     sure = softmax(3 * logits)
     fitted = fit_temperature(sure[:4000], class_ids[:4000])
     before = calibration_error(sure[4000:], class_ids[4000:])
-    after = calibration_error(with_temperature(sure[4000:], fitted), class_ids[4000:])
+    after = calibration_error(apply_temperature(sure[4000:], fitted), class_ids[4000:])
     assert before > 0.15
     assert after < 0.03
 
@@ -144,5 +144,5 @@ def test_other_number_of_images() -> None:
 def test_a_few_right_answers_make_no_certainty(images: int) -> None:
     probabilities = np.tile(np.array([[0.6, 0.3, 0.1]], dtype=np.float32), (images, 1))
     class_ids = np.zeros(images, dtype=np.int64)
-    calibrated = with_temperature(probabilities, fit_temperature(probabilities, class_ids))
+    calibrated = apply_temperature(probabilities, fit_temperature(probabilities, class_ids))
     assert 0.6 < calibrated[0, 0] < 1 - 0.5 / (images + 2)
