@@ -58,8 +58,7 @@ from vitrine.export.variants import make_variant
 from vitrine.models.explaining import explained
 from vitrine.models.mlp_mixer import MlpMixer
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
 from vitrine.models.training.data.dataset import ClassificationData, Data, check_labels
 from vitrine.models.training.data.layouts import has_split, load_split
 from vitrine.models.training.evaluation.calibration import apply_temperature, calibration_error
@@ -116,7 +115,7 @@ def export_run(
     precisions = tuple(dict.fromkeys((Precision.FP32, *variants)))
     if default not in precisions:
         raise ExportError(f"default variant: expected one of {', '.join(precisions)}, found {default}")
-    checkpoint = checkpoints.load(run)
+    checkpoint = load_checkpoint(run)
     if checkpoint.origin is not None and checkpoint.origin.untrained and checkpoint.progress is None:
         untrained = ", ".join(checkpoint.origin.untrained)
         raise ExportError(f"{run}: weights: expected a trained network, found random numbers in {untrained}")
@@ -197,7 +196,7 @@ def verify_run(run: Path, bundle: Path, *, data_path: Path | None = None, provid
         ParityError: the graph does not answer what torch answers; it says where in the network the difference begins.
     """
     manifest = load_bundle(bundle, variant=Precision.FP32, providers=providers).manifest
-    checkpoint = checkpoints.load(run)
+    checkpoint = load_checkpoint(run)
     for what, expected, found in (
         ("architecture", checkpoint.architecture, manifest.architecture),
         ("labels", tuple(checkpoint.labels), manifest.labels),

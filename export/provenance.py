@@ -9,8 +9,7 @@ import torch
 
 from vitrine.bundle.manifest import Import, Provenance, Start, Training
 from vitrine.export.graph import OPSET
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.checkpoint import Checkpoint, checkpoint_sha256
 
 _FULL_NAMES = {
     "vit": "Vision Transformer",
@@ -42,7 +41,7 @@ def provenance(run: Path, checkpoint: Checkpoint, parameters: int) -> Provenance
         torch=torch.__version__,
         onnx=onnx.__version__,
         opset=OPSET,
-        checkpoint_sha256=checkpoints.sha256(run),
+        checkpoint_sha256=checkpoint_sha256(run),
     )
 
 

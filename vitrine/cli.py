@@ -45,13 +45,13 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
 ) -> None:
     """Train a network; KEY=VALUE changes the recipe. Under torchrun, on many processes."""
-    from vitrine.models.training import checkpoint as checkpoints
+    from vitrine.models.training.checkpoint import load_checkpoint
     from vitrine.models.training.evaluation.report import write_report
     from vitrine.models.training.loop import train as run_training
     from vitrine.models.training.registry import load_recipe
 
     changes = settings or []
-    chosen = load_recipe(recipe, changes, None if start is None else checkpoints.load(start))
+    chosen = load_recipe(recipe, changes, None if start is None else load_checkpoint(start))
     run = out or Path("runs") / recipe
     data_path = data or Path("data") / recipe.rpartition("_")[2]
     trained = run_training(chosen, data_path, run, resume=resume, start=start, changes=changes)
@@ -176,10 +176,10 @@ def evaluate(
         bundle = _load(path, variant, parse_providers(providers), available_cores())
         predictor, task = bundle.predictor, bundle.manifest.task
     else:
-        from vitrine.models.training.checkpoint import load
+        from vitrine.models.training.checkpoint import load_checkpoint
         from vitrine.models.training.network import checkpoint_predictor
 
-        checkpoint = load(path)
+        checkpoint = load_checkpoint(path)
         if checkpoint.progress is None and checkpoint.origin is not None and checkpoint.origin.untrained:
             untrained = ", ".join(checkpoint.origin.untrained)
             typer.echo(f"warning: {path}: {untrained} hold random numbers: train before you measure", err=True)

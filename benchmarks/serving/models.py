@@ -60,7 +60,7 @@ def _random_vit(name: str, image_size: int, **settings: int) -> Path:
     from vitrine.export.export import export_run
     from vitrine.export.latency import Timing
     from vitrine.models.build import build_model
-    from vitrine.models.training import checkpoint as checkpoints
+    from vitrine.models.training.checkpoint import Checkpoint, Origin, save_checkpoint
 
     full: dict[str, Any] = {"image_size": image_size, "embed_dim": 192, "num_heads": 3, **settings}
     labels = [f"class {i}" for i in range(1000 if image_size == 224 else 10)]
@@ -73,8 +73,8 @@ def _random_vit(name: str, image_size: int, **settings: int) -> Path:
         "std": [0.5] * 3,
     }
     weights = build_model("vit", full, len(labels)).state_dict()
-    origin = checkpoints.Origin("random", "0" * 64, "timm", [], [])
-    checkpoints.save(checkpoints.Checkpoint("vit", full, preprocessing, labels, weights, origin=origin), run)
+    origin = Origin("random", "0" * 64, "timm", [], [])
+    save_checkpoint(Checkpoint("vit", full, preprocessing, labels, weights, origin=origin), run)
     export_run(run, path, timing=Timing.NONE)
     return path
 

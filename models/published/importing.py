@@ -22,8 +22,7 @@ from vitrine.models.published.labels import choose_labels
 from vitrine.models.published.layout import Layout, Settings, convert
 from vitrine.models.published.preprocessing import find_preprocessing, input_size, read_published
 from vitrine.models.published.recognition import recognise
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, Origin
+from vitrine.models.training.checkpoint import CHECKPOINT_FILE, Checkpoint, Origin, save_checkpoint
 from vitrine.models.vit import patch_grid
 
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -279,7 +278,7 @@ def _write(checkpoint: Checkpoint, run: Path) -> None:
                 folder.mkdir()
                 made.append(folder)
         try:
-            checkpoints.save(checkpoint, run)
+            save_checkpoint(checkpoint, run)
         except BaseException:
             (run / f"{CHECKPOINT_FILE}.partial").unlink(missing_ok=True)
             raise

@@ -109,7 +109,7 @@ class Checkpoint:
         return network.eval()
 
 
-def save(checkpoint: Checkpoint, run: Path) -> None:
+def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
     """Write the checkpoint so that a crash at any moment leaves the old or the new one; the old one is kept beside it.
 
     Raises:
@@ -148,7 +148,7 @@ def _plain(part: Progress | Origin | None) -> dict[str, Any] | None:
     return plain if start is None else {**plain, "start": asdict(start)}
 
 
-def load(run: Path) -> Checkpoint:
+def load_checkpoint(run: Path) -> Checkpoint:
     """Read a run's checkpoint; no code in the file is executed.
 
     Raises:
@@ -202,7 +202,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def sha256(run: Path) -> str:
+def checkpoint_sha256(run: Path) -> str:
     """SHA-256 of the checkpoint file."""
     with (run / CHECKPOINT_FILE).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

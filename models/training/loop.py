@@ -23,9 +23,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vitrine.models.build import build_model
-from vitrine.models.training import checkpoint as checkpoints
 from vitrine.models.training.augmentation.augment import NOISE
-from vitrine.models.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, PREVIOUS_FILE, Checkpoint, Progress
+from vitrine.models.training.checkpoint import (
+    CHECKPOINT_FILE,
+    METRICS_FILE,
+    PREVIOUS_FILE,
+    Checkpoint,
+    Progress,
+    checkpoint_sha256,
+    load_checkpoint,
+    save_checkpoint,
+)
 from vitrine.models.training.data.dataset import ClassificationData, DetectionData
 from vitrine.models.training.data.layouts import load_training_splits
 from vitrine.models.training.data.loading import ImageCache
@@ -144,7 +152,7 @@ class Trainer:
                 preprocessing=document["preprocessing"],
                 labels=labels,
                 weights={},
-                origin=None if start is None else checkpoints.load(start).origin,
+                origin=None if start is None else load_checkpoint(start).origin,
             )
         else:
             self._state, self._progress = previous
@@ -309,7 +317,7 @@ class Trainer:
         """
         self._saved = time.monotonic()
         if self.processes.is_main:
-            checkpoints.save(self.checkpoint(), self.run)
+            save_checkpoint(self.checkpoint(), self.run)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, once for all processes."""
@@ -478,7 +486,7 @@ def _require_agreement(run: Path, processes: ProcessGroup, own: tuple[object, ..
 def _previous(recipe: Recipe, run: Path, resume: bool, start: Path | None) -> tuple[Checkpoint, Progress] | None:
     if not any((run / name).is_file() for name in (CHECKPOINT_FILE, PREVIOUS_FILE)):
         return None
-    previous = checkpoints.load(run)
+    previous = load_checkpoint(run)
     progress = previous.progress
     if progress is None:
         raise TrainingError(
@@ -487,7 +495,7 @@ def _previous(recipe: Recipe, run: Path, resume: bool, start: Path | None) -> tu
     if not resume and (not job_id() or progress.job != job_id()):  # torchrun restarts what has failed
         raise TrainingError(f"{run}: a run is already there; continue it with --resume or choose another --out")
     differences = progress.read_recipe().differences(recipe)
-    if start is not None and (progress.start is None or progress.start.sha256 != checkpoints.sha256(start)):
+    if start is not None and (progress.start is None or progress.start.sha256 != checkpoint_sha256(start)):
         differences.append(f"--from: expected {progress.start and progress.start.run}, found another run, {start}")
     if differences:
         raise TrainingError(f"{run}: cannot resume: {', '.join(differences)}")

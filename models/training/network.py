@@ -11,8 +11,7 @@ from torch import nn
 from vitrine.bundle.manifest import Preprocessing, Task
 from vitrine.bundle.predictors import Predictor, make_predictor
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
 
 
 class TorchNetwork:
@@ -49,7 +48,7 @@ def load_run_predictor(run: Path, device: torch.device | None = None) -> tuple[P
     Raises:
         CheckpointError: the run cannot be read.
     """
-    return checkpoint_predictor(checkpoints.load(run), device)
+    return checkpoint_predictor(load_checkpoint(run), device)
 
 
 def checkpoint_predictor(checkpoint: Checkpoint, device: torch.device | None = None) -> tuple[Predictor, Task]:

@@ -5,8 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from vitrine.models.position import interpolate_positions
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import Checkpoint, WarmStart
+from vitrine.models.training.checkpoint import Checkpoint, WarmStart, checkpoint_sha256, load_checkpoint
 from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.recipe import Recipe
 from vitrine.models.vit import ViT, ViTConfig, patch_grid
@@ -28,7 +27,7 @@ def load_initial_weights(network: nn.Module, recipe: Recipe, labels: list[str], 
         CheckpointError: the run cannot be read.
         RecipeError: its weights do not fit.
     """
-    checkpoint = checkpoints.load(run)
+    checkpoint = load_checkpoint(run)
     weights, own = dict(checkpoint.weights), network.state_dict()
     if checkpoint.architecture != recipe.architecture:
         weights = {name: value for name, value in weights.items() if name.startswith(_BACKBONE)}
@@ -51,7 +50,7 @@ def load_initial_weights(network: nn.Module, recipe: Recipe, labels: list[str], 
         if expected != found:
             raise RecipeError(f"{run}: {name}: expected shape {expected} for {recipe.name}, found {found}")
     network.load_state_dict(weights, strict=False)
-    return WarmStart(run.resolve().name, checkpoints.sha256(run), [name for name in own if name not in weights])
+    return WarmStart(run.resolve().name, checkpoint_sha256(run), [name for name in own if name not in weights])
 
 
 def _interpolated(checkpoint: Checkpoint, config: ViTConfig) -> Tensor:

@@ -20,7 +20,7 @@ from vitrine.export.graph import export_graph
 from vitrine.models.build import build_model
 from vitrine.models.explaining import explained
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
-from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import load_checkpoint
 from vitrine.models.training.network import TorchNetwork
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -50,7 +50,7 @@ def exported(
     @functools.cache
     def export(name: str) -> Exported:
         if name in BUNDLES:
-            checkpoint = checkpoints.load({"colours": classifier_run, "squares": detector_run}[name])
+            checkpoint = load_checkpoint({"colours": classifier_run, "squares": detector_run}[name])
             preprocessing = checkpoint.read_preprocessing()
             mean, std, temperature = preprocessing.mean, preprocessing.std, checkpoint.temperature
             folder, network = tiny_bundles / name / "1", checkpoint.build()

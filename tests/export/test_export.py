@@ -23,8 +23,7 @@ from vitrine.bundle.predictors import Classifier
 from vitrine.export.errors import AccuracyError, ExportError
 from vitrine.export.export import export_run
 from vitrine.export.parity import make_inputs
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import Origin
+from vitrine.models.training.checkpoint import Origin, load_checkpoint, save_checkpoint
 from vitrine.models.training.data.layouts import load_split
 from vitrine.models.training.evaluation.calibration import apply_temperature
 from vitrine.models.training.evaluation.metrics import ClassificationPredictions, evaluate, measure, predict
@@ -111,8 +110,8 @@ def test_another_default_is_said_and_served(classifier_run: Path, tmp_path: Path
 def test_labels_that_do_not_fit_the_head_are_refused(classifier_run: Path, tmp_path: Path, run_vitrine: Run) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    checkpoint = checkpoints.load(classifier_run)
-    checkpoints.save(replace(checkpoint, labels=[*checkpoint.labels, "violet"], progress=None, origin=ORIGIN), run)
+    checkpoint = load_checkpoint(classifier_run)
+    save_checkpoint(replace(checkpoint, labels=[*checkpoint.labels, "violet"], progress=None, origin=ORIGIN), run)
     printed = run_vitrine("export", run, "--out", tmp_path / "bundles" / "a" / "1", status=1)
     assert "weights: expected those of vit with 4 labels, found otherwise: size mismatch for head.weight" in printed
     assert not (tmp_path / "bundles").exists()
@@ -121,7 +120,7 @@ def test_labels_that_do_not_fit_the_head_are_refused(classifier_run: Path, tmp_p
 def test_variants_of_an_imported_run_need_data(classifier_run: Path, colours: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    checkpoints.save(replace(checkpoints.load(classifier_run), progress=None, origin=ORIGIN), run)
+    save_checkpoint(replace(load_checkpoint(classifier_run), progress=None, origin=ORIGIN), run)
     variants = [Precision.INT8_DYNAMIC]
     with pytest.raises(ExportError, match="int8-dynamic: expected --data, on which to measure what the variants lose"):
         export_run(run, tmp_path / "bundles" / "a" / "1", variants=variants)
@@ -157,9 +156,9 @@ def test_verify_against_the_run_again(
     assert f"architecture: expected that of {detector_run}, detr, found vit" in printed
     other = tmp_path / "other"
     other.mkdir()
-    checkpoint = checkpoints.load(classifier_run)
+    checkpoint = load_checkpoint(classifier_run)
     weights = {**checkpoint.weights, "blocks.1.attn.qkv.weight": 2 * checkpoint.weights["blocks.1.attn.qkv.weight"]}
-    checkpoints.save(replace(checkpoint, weights=weights), other)
+    save_checkpoint(replace(checkpoint, weights=weights), other)
     printed = run_vitrine("verify", path, "--run", other, status=1)
     assert "it begins in network.blocks.1.attn.qkv (Linear)" in printed
 
@@ -224,7 +223,7 @@ def test_evaluate_warns_of_random_weights(
     origin = replace(ORIGIN, untrained=["head.weight", "head.bias"])
     run = tmp_path / "imported"
     run.mkdir()
-    checkpoints.save(replace(checkpoints.load(classifier_run), progress=None, origin=origin), run)
+    save_checkpoint(replace(load_checkpoint(classifier_run), progress=None, origin=origin), run)
     printed = run_vitrine("evaluate", run, "--data", colours)
     assert f"warning: {run}: head.weight, head.bias hold random numbers: train before you measure" in printed
     assert "top1\t" in printed
@@ -236,7 +235,7 @@ def test_the_card_says_what_the_manifest_says(tiny_bundles: Path, classifier_run
     assert f"| top-1 accuracy | {manifest.metrics.values['top1']:.2%} |" in card
     command = next(line for line in card.splitlines() if line.startswith("vitrine train"))
     _, _, recipe, _, _, _, _, *settings = shlex.split(command)
-    assert load_recipe(recipe, settings) == checkpoints.load(classifier_run).progress.read_recipe()
+    assert load_recipe(recipe, settings) == load_checkpoint(classifier_run).progress.read_recipe()
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +243,7 @@ def calibrated_run(classifier_run: Path, tmp_path_factory: pytest.TempPathFactor
     """The run of `colours` with a temperature."""
     run = tmp_path_factory.mktemp("runs") / "calibrated"
     run.mkdir()
-    checkpoints.save(replace(checkpoints.load(classifier_run), temperature=2.5), run)
+    save_checkpoint(replace(load_checkpoint(classifier_run), temperature=2.5), run)
     return run
 
 
@@ -259,7 +258,7 @@ def test_probabilities_are_served_with_the_runs_temperature(
     for predictions in (of_onnx, of_torch, fitted):
         assert isinstance(predictions, ClassificationPredictions)
     np.testing.assert_allclose(of_onnx.probabilities, of_torch.probabilities, atol=1e-5)
-    own = checkpoints.load(classifier_run).temperature  # fitted by training
+    own = load_checkpoint(classifier_run).temperature  # fitted by training
     plain = replace(fitted, probabilities=apply_temperature(fitted.probabilities, 1 / own))
     np.testing.assert_allclose(of_onnx.probabilities, apply_temperature(plain.probabilities, 2.5), atol=1e-4)
 

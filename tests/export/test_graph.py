@@ -16,7 +16,7 @@ from vitrine.bundle.runtime import OnnxNetwork
 from vitrine.export.graph import export_graph, fuse_transformer, write_metadata
 from vitrine.models.build import build_model
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
-from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import load_checkpoint
 from vitrine.models.training.network import TorchNetwork
 
 TINY_DETR = {
@@ -193,7 +193,7 @@ def test_the_graph_has_the_contracts_inputs_outputs_and_axes(tiny_bundles: Path)
 def test_detection_answers_as_torch_does_on_any_size(
     batch: int, height: int, width: int, detector_run: Path, tiny_bundles: Path
 ) -> None:
-    checkpoint = checkpoints.load(detector_run)
+    checkpoint = load_checkpoint(detector_run)
     preprocessing = checkpoint.read_preprocessing()
     module = served(checkpoint.build(), preprocessing.mean, preprocessing.std).eval()
     random = np.random.default_rng(batch)

@@ -6,7 +6,7 @@ from vitrine.bundle.machine import available_cores
 from vitrine.bundle.runtime import CPU
 from vitrine.export.latency import in_turns, measure_latency
 from vitrine.models.serving import served
-from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import load_checkpoint
 
 
 def test_calls_take_turns() -> None:
@@ -21,7 +21,7 @@ def test_calls_take_turns() -> None:
 
 
 def test_every_way_at_every_setting(classifier_run: Path, tiny_bundles: Path) -> None:
-    checkpoint = checkpoints.load(classifier_run)
+    checkpoint = load_checkpoint(classifier_run)
     module = served(checkpoint.build(), (0.5,) * 3, (0.5,) * 3).eval()
     file = tiny_bundles / "colours" / "1" / "model.onnx"
     latency = measure_latency(module, {"model.onnx": file}, (16, 16), providers=CPU, seconds=0.01)

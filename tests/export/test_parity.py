@@ -12,7 +12,7 @@ from vitrine.bundle.tolerances import PARITY
 from vitrine.export.errors import ParityError
 from vitrine.export.parity import check_parity, generated_images, make_inputs
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
-from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import load_checkpoint
 from vitrine.models.training.data.layouts import load_split
 
 Case = tuple[ServedClassifier | ServedDetector, Path, list[Image.Image], Preprocessing]
@@ -26,7 +26,7 @@ def make_case(
 
     def make(name: str) -> Case:
         run, data = {"colours": (classifier_run, colours), "squares": (detector_run, squares)}[name]
-        checkpoint = checkpoints.load(run)
+        checkpoint = load_checkpoint(run)
         preprocessing = checkpoint.read_preprocessing()
         module = served(checkpoint.build(), preprocessing.mean, preprocessing.std, checkpoint.temperature).eval()
         images = load_split(data, checkpoint.task, "test")

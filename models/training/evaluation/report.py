@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitrine.bundle.manifest import Task
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import METRICS_FILE, Checkpoint
+from vitrine.models.training.checkpoint import METRICS_FILE, Checkpoint, checkpoint_sha256, load_checkpoint
 from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
 from vitrine.models.training.data.layouts import has_split, load_split, load_training_splits
 from vitrine.models.training.errors import DataError
@@ -121,7 +120,7 @@ def write_report(run: Path, out: Path | None = None, *, data_path: Path | None =
     Raises:
         CheckpointError, DataError: the run or its data cannot be read.
     """
-    checkpoint = checkpoints.load(run)
+    checkpoint = load_checkpoint(run)
     data, part = _load(checkpoint, run, data_path, split)
     device = default_device()
     predictor, _ = checkpoint_predictor(checkpoint, device)
@@ -239,7 +238,7 @@ def _facts(checkpoint: Checkpoint, run: Path, lines: list[Line], speed: str) -> 
     facts["Evaluation speed"] = speed
     if checkpoint.task is Task.CLASSIFICATION:
         facts["Temperature"] = f"{checkpoint.temperature:.3g}" if checkpoint.temperature != 1 else "1 (not calibrated)"
-    facts["Checkpoint's SHA-256"] = f"{checkpoints.sha256(run)[:12]}…"
+    facts["Checkpoint's SHA-256"] = f"{checkpoint_sha256(run)[:12]}…"
     return facts
 
 

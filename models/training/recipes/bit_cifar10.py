@@ -7,24 +7,16 @@ Time: 61 minutes on one core of an AMD EPYC with bfloat16 instructions.
 Result: 87.5 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships).
 """
 
-from vitrine.bundle.manifest import ClassificationPreprocessing
 from vitrine.models.training.augmentation.augment import ClassificationAugmentation
-from vitrine.models.training.recipe import ClassificationRecipe
+from vitrine.models.training.recipes.vit_cifar10 import RECIPE as VIT
 
-RECIPE = ClassificationRecipe(
-    name="bit_cifar10",
-    architecture="resnetv2",
-    model={"image_size": 32, "layers": (2, 2, 2, 2), "width_factor": 0.5, "stem": "small", "num_groups": 8},
-    preprocessing=ClassificationPreprocessing(
-        input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-    ),
-    augmentation=ClassificationAugmentation(crop="shift", flip=0.5),
-    epochs=9,
-    batch_size=128,
-    optimizer="muon",
-    lr=5e-3,
-    weight_decay=0.05,
-    warmup_epochs=1.0,
-    label_smoothing=0.1,
-    precision="bfloat16",
+RECIPE = VIT.model_copy(
+    update={
+        "name": "bit_cifar10",
+        "architecture": "resnetv2",
+        "model": {"image_size": 32, "layers": (2, 2, 2, 2), "width_factor": 0.5, "stem": "small", "num_groups": 8},
+        "augmentation": ClassificationAugmentation(crop="shift", flip=0.5),
+        "epochs": 9,
+        "lr": 5e-3,
+    }
 )

@@ -5,9 +5,9 @@
 The other two are `claim_mixer` and `claim_bit`; `python -m benchmarks.claims` runs them all.
 """
 
-from vitrine.bundle.manifest import ClassificationPreprocessing
 from vitrine.models.training.augmentation.augment import ClassificationAugmentation
 from vitrine.models.training.recipe import ClassificationRecipe
+from vitrine.models.training.recipes.vit_cifar10 import RECIPE as VIT_CIFAR10
 
 RECIPE = ClassificationRecipe(
     name="claim_vit",
@@ -20,9 +20,7 @@ RECIPE = ClassificationRecipe(
         "num_heads": 2,
         "global_pool": "avg",
     },
-    preprocessing=ClassificationPreprocessing(
-        input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-    ),
+    preprocessing=VIT_CIFAR10.preprocessing,
     augmentation=ClassificationAugmentation(crop="none", flip=0.0),
     epochs=10,
     batch_size=64,

@@ -7,32 +7,21 @@ Time: 95 minutes on one core of a shared two-core AVX2 machine.
 Result: 82.6 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships).
 """
 
-from vitrine.bundle.manifest import ClassificationPreprocessing
-from vitrine.models.training.augmentation.augment import ClassificationAugmentation
-from vitrine.models.training.recipe import ClassificationRecipe
+from vitrine.models.training.recipes.vit_cifar10 import RECIPE as VIT
 
-RECIPE = ClassificationRecipe(
-    name="mixer_cifar10",
-    architecture="mlp_mixer",
-    model={
-        "image_size": 32,
-        "patch_size": 4,
-        "embed_dim": 128,
-        "depth": 8,
-        "tokens_mlp_dim": 64,
-        "channels_mlp_dim": 384,
-    },
-    preprocessing=ClassificationPreprocessing(
-        input_size=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-    ),
-    augmentation=ClassificationAugmentation(crop="shift", flip=0.5, randaugment_ops=1),
-    epochs=28,
-    batch_size=128,
-    optimizer="muon",
-    lr=3e-3,
-    weight_decay=0.05,
-    warmup_epochs=1.0,
-    label_smoothing=0.1,
-    precision="bfloat16",
-    compile=True,
+RECIPE = VIT.model_copy(
+    update={
+        "name": "mixer_cifar10",
+        "architecture": "mlp_mixer",
+        "model": {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 128,
+            "depth": 8,
+            "tokens_mlp_dim": 64,
+            "channels_mlp_dim": 384,
+        },
+        "epochs": 28,
+        "compile": True,
+    }
 )

@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitrine.models.published.importing import import_weights
-from vitrine.models.training import checkpoint
-from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
 
 TOLERANCE = 1e-4
 SPREAD = 0.1  # outputs that vary less could agree although something is wrong
@@ -87,7 +86,7 @@ def import_file(folder: Path) -> Callable[..., Checkpoint]:
             options["labels"] = str(labels)
         run = folder / f"run{number}"
         import_weights(source, run, **options)
-        return checkpoint.load(run)
+        return load_checkpoint(run)
 
     return import_
 

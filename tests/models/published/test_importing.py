@@ -28,7 +28,7 @@ from vitrine.models.published.errors import (
 )
 from vitrine.models.published.importing import Imported, import_weights
 from vitrine.models.published.labels import read_labels
-from vitrine.models.training import checkpoint as checkpoints
+from vitrine.models.training.checkpoint import load_checkpoint
 
 TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
 LABELS = "blue\ngreen\nred\n"
@@ -260,7 +260,7 @@ def test_a_new_head_is_made_for_other_labels(file: Path, out: Path) -> None:
     (file.parent / "five.txt").write_text("a\nb\nc\nd\ne\n")
     torch.manual_seed(1)
     make(file, out, labels=str(file.parent / "five.txt"), reset_head=True)
-    loaded = checkpoints.load(out)
+    loaded = load_checkpoint(out)
     assert loaded.labels == list("abcde")
     assert loaded.origin is not None
     assert loaded.origin.untrained == ["head"]
@@ -312,7 +312,7 @@ def test_labels_of_another_count_leave_nothing(file: Path, out: Path) -> None:
 
 def test_the_origin_of_the_weights_is_written_down(file: Path, out: Path) -> None:
     make(file, out, "preprocessing.crop_pct=0.8")
-    origin = checkpoints.load(out).origin
+    origin = load_checkpoint(out).origin
     assert origin is not None
     assert (origin.file, origin.layout, origin.untrained) == ("vit.safetensors", "timm's ViT", [])
     assert re.fullmatch(r"[0-9a-f]{64}", origin.sha256)
@@ -487,7 +487,7 @@ def test_labels_that_were_assumed_are_said(tmp_path: Path, out: Path, command: C
     status, output = command("import", tmp_path / "m.safetensors", "num_heads=2", "--out", out)
     assert status == 0
     assert "labels are those of ImageNet-1k, for the head has 1,000 classes" in output
-    assert checkpoints.load(out).labels == read_labels("imagenet-1k")
+    assert load_checkpoint(out).labels == read_labels("imagenet-1k")
 
 
 def test_heads_that_were_assumed_are_said(tmp_path: Path, out: Path) -> None:

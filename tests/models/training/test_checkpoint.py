@@ -19,10 +19,10 @@ from vitrine.models.training.checkpoint import (
     Checkpoint,
     Origin,
     Progress,
-    Start,
-    load,
-    save,
-    sha256,
+    WarmStart,
+    checkpoint_sha256,
+    load_checkpoint,
+    save_checkpoint,
 )
 from vitrine.models.training.errors import CheckpointError
 from vitrine.models.training.registry import load_recipe
@@ -59,8 +59,8 @@ def later(checkpoint: Checkpoint, **changes: object) -> Checkpoint:
 
 
 def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save(checkpoint, tmp_path)
-    loaded = load(tmp_path)
+    save_checkpoint(checkpoint, tmp_path)
+    loaded = load_checkpoint(tmp_path)
     recipe = load_recipe("vit_cifar10", TINY)
     assert loaded.progress.read_recipe() == recipe
     assert loaded.read_preprocessing() == recipe.preprocessing
@@ -84,41 +84,41 @@ def test_what_no_checkpoint_holds_is_built(checkpoint: Checkpoint, positions: st
 
 
 def test_start_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    start = Start("vit-b", "0" * 64, ["head.weight", "head.bias"])
-    save(later(checkpoint, start=start), tmp_path)
-    assert load(tmp_path).progress.start == start
+    start = WarmStart("vit-b", "0" * 64, ["head.weight", "head.bias"])
+    save_checkpoint(later(checkpoint, start=start), tmp_path)
+    assert load_checkpoint(tmp_path).progress.start == start
 
 
 def test_leaves_nothing_beside_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save(checkpoint, tmp_path)
-    save(later(checkpoint, epoch=4), tmp_path)
+    save_checkpoint(checkpoint, tmp_path)
+    save_checkpoint(later(checkpoint, epoch=4), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [PREVIOUS_FILE, CHECKPOINT_FILE]
-    assert load(tmp_path).progress.epoch == 4
+    assert load_checkpoint(tmp_path).progress.epoch == 4
 
 
 def test_the_one_before_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for epoch in (4, 5, 6):
-        save(later(checkpoint, epoch=epoch), tmp_path)
+        save_checkpoint(later(checkpoint, epoch=epoch), tmp_path)
     (tmp_path / PREVIOUS_FILE).rename(tmp_path / CHECKPOINT_FILE)
-    assert load(tmp_path).progress.epoch == 5
+    assert load_checkpoint(tmp_path).progress.epoch == 5
 
 
 def test_a_missing_checkpoint_is_told_from_no_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for epoch in (3, 4):
-        save(later(checkpoint, epoch=epoch), tmp_path)
+        save_checkpoint(later(checkpoint, epoch=epoch), tmp_path)
     (tmp_path / CHECKPOINT_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"found none; the one before: mv .*checkpoint\.previous\.pt"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_full_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save(checkpoint, tmp_path)
+    save_checkpoint(checkpoint, tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="could not be written, the one before is untouched"):
-            save(later(checkpoint, epoch=4), tmp_path)
+            save_checkpoint(later(checkpoint, epoch=4), tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -128,7 +128,7 @@ def test_full_disk(checkpoint: Checkpoint, tmp_path: Path) -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_bit_is_found(checkpoint: Checkpoint, tmp_path: Path, place: float) -> None:
     for epoch in (3, 4):
-        save(later(checkpoint, epoch=epoch), tmp_path)
+        save_checkpoint(later(checkpoint, epoch=epoch), tmp_path)
     data = bytearray((tmp_path / CHECKPOINT_FILE).read_bytes())
     data[int(place * len(data))] ^= 1
     (tmp_path / CHECKPOINT_FILE).write_bytes(data)
@@ -136,36 +136,36 @@ def test_a_flipped_bit_is_found(checkpoint: Checkpoint, tmp_path: Path, place: f
         if archive.testzip() is None:
             return  # between the entries, where it means nothing
     with pytest.raises(CheckpointError, match=r"the one before: mv .*checkpoint\.previous\.pt .*checkpoint\.pt"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_failed_save_leaves_the_old_one(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save(checkpoint, tmp_path)
-    before = sha256(tmp_path)
+    save_checkpoint(checkpoint, tmp_path)
+    before = checkpoint_sha256(tmp_path)
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        save(later(checkpoint, optimizer={"lock": threading.Lock}, metrics={"f": lambda: 0}), tmp_path)
-    assert sha256(tmp_path) == before
-    assert load(tmp_path).progress.epoch == 3
+        save_checkpoint(later(checkpoint, optimizer={"lock": threading.Lock}, metrics={"f": lambda: 0}), tmp_path)
+    assert checkpoint_sha256(tmp_path) == before
+    assert load_checkpoint(tmp_path).progress.epoch == 3
 
 
 def test_half_written_file_is_not_read(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save(checkpoint, tmp_path)
+    save_checkpoint(checkpoint, tmp_path)
     (tmp_path / f"{CHECKPOINT_FILE}.partial").write_bytes(b"half")
-    assert load(tmp_path).progress.epoch == 3
+    assert load_checkpoint(tmp_path).progress.epoch == 3
 
 
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"expected a run with checkpoint\.pt, found none"):
-        load(tmp_path / "nowhere")
+        load_checkpoint(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
 def test_truncated(checkpoint: Checkpoint, tmp_path: Path, kept: float) -> None:
-    save(checkpoint, tmp_path)
+    save_checkpoint(checkpoint, tmp_path)
     data = (tmp_path / CHECKPOINT_FILE).read_bytes()
     (tmp_path / CHECKPOINT_FILE).write_bytes(data[: int(kept * len(data))])
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt: not a checkpoint of this version"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 @given(st.binary(max_size=60))
@@ -179,7 +179,7 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> Non
     run.mkdir(exist_ok=True)
     (run / CHECKPOINT_FILE).write_bytes(data)
     with pytest.raises(CheckpointError):
-        load(run)
+        load_checkpoint(run)
 
 
 class Malicious:
@@ -202,7 +202,7 @@ def test_code_in_the_file_is_not_run(checkpoint: Checkpoint, tmp_path: Path, arc
     else:
         (tmp_path / CHECKPOINT_FILE).write_bytes(pickle.dumps(content))
     with pytest.raises(CheckpointError):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
     assert not trace.exists()
 
 
@@ -217,18 +217,18 @@ def test_code_in_the_file_is_not_run(checkpoint: Checkpoint, tmp_path: Path, arc
 def test_other_format(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, object], message: str) -> None:
     torch.save({**asdict(checkpoint), **change}, tmp_path / CHECKPOINT_FILE)
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_imported_weights_name_their_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
     origin = Origin(file="vit.npz", sha256="0" * 64, layout="Google's ViT (.npz)", arguments=[], untrained=["head"])
-    save(replace(checkpoint, progress=None, origin=origin), tmp_path)
-    assert load(tmp_path).origin == origin
-    assert load(tmp_path).progress is None
+    save_checkpoint(replace(checkpoint, progress=None, origin=origin), tmp_path)
+    assert load_checkpoint(tmp_path).origin == origin
+    assert load_checkpoint(tmp_path).progress is None
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"weights": {}}, torch.zeros(3)])
 def test_something_else_saved_by_torch(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / CHECKPOINT_FILE)
     with pytest.raises(CheckpointError, match="not a checkpoint of this version"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitrine.models.training.checkpoint import METRICS_FILE, load
+from vitrine.models.training.checkpoint import METRICS_FILE, load_checkpoint
 from vitrine.models.training.distributed import ProcessGroup, job_id, process_group
 from vitrine.models.training.loop import train
 from vitrine.models.training.registry import load_recipe
@@ -86,7 +86,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 def gradients(run: Path) -> dict[int, torch.Tensor]:
     """The (clipped) gradient of a run's only step: AdamW keeps a tenth of it."""
-    return {i: 10 * state["exp_avg"] for i, state in load(run).progress.optimizer["state"].items()}
+    return {i: 10 * state["exp_avg"] for i, state in load_checkpoint(run).progress.optimizer["state"].items()}
 
 
 @pytest.mark.parametrize(
@@ -128,13 +128,13 @@ def test_a_killed_process_ends_the_job_and_the_run_resumes(
     os.kill(workers[1], signal.SIGKILL)
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0, output
-    done = load(run).progress.epoch
+    done = load_checkpoint(run).progress.epoch
     assert done >= 2
     again = torchrun([*arguments, "--resume"])
     read_until(again, f"epoch {done + 2}/")
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=120)
-    assert load(run).progress.epoch >= done + 2
+    assert load_checkpoint(run).progress.epoch >= done + 2
     epochs = [json.loads(line)["epoch"] for line in (run / METRICS_FILE).read_text().splitlines()]
     assert epochs == list(range(1, len(epochs) + 1))
 
@@ -148,7 +148,7 @@ def test_torchrun_restarts_a_failed_job_where_it_was(
     read_until(job, "epoch 2/")
     os.kill(next(pid for pid in children(job.pid) if "vitrine" in command(pid)), signal.SIGKILL)
     finished(job)
-    assert load(run).progress.epoch == 60
+    assert load_checkpoint(run).progress.epoch == 60
 
 
 def children(pid: int) -> list[int]:

@@ -16,8 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import METRICS_FILE, load
+from vitrine.models.training.checkpoint import (
+    CHECKPOINT_FILE,
+    METRICS_FILE,
+    PREVIOUS_FILE,
+    load_checkpoint,
+    save_checkpoint,
+)
 from vitrine.models.training.errors import DataError, DivergedError, RecipeError, TrainingError
 from vitrine.models.training.loop import DIVERGED_FILE, train
 from vitrine.models.training.recipe import Recipe
@@ -135,7 +140,7 @@ def test_learns(data: Path, tmp_path: Path) -> None:
     assert [line["epoch"] for line in metrics] == list(range(1, 9))
     assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
     assert checkpoint.progress.metrics["top1"] > 0.6
-    assert load(tmp_path / "run").labels == list(COLOURS)
+    assert load_checkpoint(tmp_path / "run").labels == list(COLOURS)
 
 
 def test_detector_learns(data: Path, tmp_path: Path) -> None:
@@ -169,11 +174,11 @@ def test_a_killed_run_resumes_to_the_same_bits(
     if number == signal.SIGTERM:
         assert job.returncode == 0, output
         assert "the same command with --resume goes on" in output
-    progress = load(broken).progress
+    progress = load_checkpoint(broken).progress
     assert 1 <= progress.epoch < recipe.epochs
     torch.manual_seed(123)  # another process starts from another state
     train(recipe, data, broken, resume=True)
-    expected, found = load(whole), load(broken)
+    expected, found = load_checkpoint(whole), load_checkpoint(broken)
     assert found.progress.epoch == recipe.epochs
     assert all(torch.equal(found.weights[name], value) for name, value in expected.weights.items())
     assert (found.progress.metrics, found.temperature) == (expected.progress.metrics, expected.temperature)
@@ -187,7 +192,7 @@ def test_sigterm_saves_within_an_epoch(data: Path, tmp_path: Path, read_until: R
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 0, output
-    progress = load(tmp_path / "run").progress
+    progress = load_checkpoint(tmp_path / "run").progress
     assert progress.epoch == 0
     assert 0 < progress.step < 60
     whole = train(vit(*changes), data, tmp_path / "whole")
@@ -199,13 +204,13 @@ def test_sigterm_saves_within_an_epoch(data: Path, tmp_path: Path, read_until: R
 def test_corrupt_checkpoint_names_the_one_before_which_resumes(data: Path, tmp_path: Path) -> None:
     whole = train(vit(), data, tmp_path)
     expected = lines(tmp_path)
-    (tmp_path / checkpoints.CHECKPOINT_FILE).write_bytes(b"half a file")
+    (tmp_path / CHECKPOINT_FILE).write_bytes(b"half a file")
     with pytest.raises(TrainingError, match=r"the one before: mv .*checkpoint\.previous\.pt "):
         train(vit(), data, tmp_path, resume=True)
-    (tmp_path / checkpoints.CHECKPOINT_FILE).unlink()
+    (tmp_path / CHECKPOINT_FILE).unlink()
     with pytest.raises(TrainingError, match="found none; the one before: mv "):
         train(vit(), data, tmp_path, resume=True)
-    (tmp_path / checkpoints.PREVIOUS_FILE).rename(tmp_path / checkpoints.CHECKPOINT_FILE)
+    (tmp_path / PREVIOUS_FILE).rename(tmp_path / CHECKPOINT_FILE)
     again = train(vit(), data, tmp_path, resume=True)
     assert all(torch.equal(again.weights[name], value) for name, value in whole.weights.items())
     assert without_times(lines(tmp_path)) == without_times(expected)
@@ -234,7 +239,7 @@ def test_loss_of_each_class_on_its_own_learns_too(data: Path, tmp_path: Path) ->
 def test_temperature_is_fitted_at_the_end(data: Path, tmp_path: Path) -> None:
     checkpoint = train(vit("epochs=1"), data, tmp_path)
     assert checkpoint.temperature != 1
-    assert load(tmp_path).temperature == checkpoint.temperature
+    assert load_checkpoint(tmp_path).temperature == checkpoint.temperature
 
 
 def test_batch_that_cannot_be_split(data: Path, tmp_path: Path) -> None:
@@ -300,10 +305,10 @@ def test_divergence_is_an_error_and_leaves_no_checkpoint(data: Path, tmp_path: P
 
 def test_divergence_names_the_images_and_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
     train(vit("epochs=1", "warmup_epochs=0"), data, tmp_path)
-    checkpoint = load(tmp_path)
+    checkpoint = load_checkpoint(tmp_path)
     progress = replace(checkpoint.progress, recipe={**checkpoint.progress.recipe, "epochs": 4})
     broken = {**checkpoint.weights, "norm.weight": checkpoint.weights["norm.weight"] * float("nan")}
-    checkpoints.save(replace(checkpoint, weights=broken, progress=progress), tmp_path)
+    save_checkpoint(replace(checkpoint, weights=broken, progress=progress), tmp_path)
     with pytest.raises(DivergedError, match=r"epoch 2, step 0: the loss is nan.* after epoch 1, step 0;.*npz\[\d+\]"):
         train(vit("epochs=4", "warmup_epochs=0"), data, tmp_path, resume=True)
     assert len((tmp_path / DIVERGED_FILE).read_text().splitlines()) == 8

@@ -7,8 +7,7 @@ import torch
 
 from vitrine.models.build import build_model
 from vitrine.models.position import interpolate_positions
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import Checkpoint
+from vitrine.models.training.checkpoint import Checkpoint, checkpoint_sha256, save_checkpoint
 from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.registry import load_recipe
 from vitrine.models.training.warm_start import load_initial_weights
@@ -23,7 +22,7 @@ def saved(run: Path, name: str, labels: list[str], *changes: str) -> Checkpoint:
     weights = build_model(recipe.architecture, recipe.model, len(labels)).state_dict()
     checkpoint = Checkpoint(recipe.architecture, document["model"], document["preprocessing"], labels, weights)
     run.mkdir()
-    checkpoints.save(checkpoint, run)
+    save_checkpoint(checkpoint, run)
     return checkpoint
 
 
@@ -33,7 +32,7 @@ def test_same_labels_take_everything(tmp_path: Path, name: str, changes: tuple[s
     recipe = load_recipe(name, changes)
     network = build_model(recipe.architecture, recipe.model, 2)
     start = load_initial_weights(network, recipe, ["a", "b"], tmp_path / "run")
-    assert (start.run, start.sha256, start.fresh) == ("run", checkpoints.sha256(tmp_path / "run"), [])
+    assert (start.run, start.sha256, start.fresh) == ("run", checkpoint_sha256(tmp_path / "run"), [])
     assert all(torch.equal(value, source.weights[key]) for key, value in network.state_dict().items())
 
 

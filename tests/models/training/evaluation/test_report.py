@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vitrine.models.training import checkpoint as checkpoints
-from vitrine.models.training.checkpoint import METRICS_FILE, Origin
+from vitrine.models.training.checkpoint import METRICS_FILE, Origin, load_checkpoint, save_checkpoint
 from vitrine.models.training.data.layouts import load_split
 from vitrine.models.training.errors import CheckpointError, DataError
 from vitrine.models.training.evaluation.metrics import evaluate
@@ -116,8 +115,8 @@ def imported(run: Path, out: Path, **changes: object) -> Path:
     """The weights of a run as if they had been imported."""
     out.mkdir()
     origin = Origin("published.safetensors", "0" * 64, "timm", [], [])
-    checkpoint = replace(checkpoints.load(run), progress=None, origin=origin)
-    checkpoints.save(replace(checkpoint, **changes), out)
+    checkpoint = replace(load_checkpoint(run), progress=None, origin=origin)
+    save_checkpoint(replace(checkpoint, **changes), out)
     return out
 
 
@@ -135,7 +134,7 @@ def test_labels_are_text_and_nothing_else(classifier_run: Path, colours: Path, t
     bad = "<script>alert(1)</script>&\"'"
     data = tmp_path / "colours"
     shutil.copytree(colours / "test", data / "test")
-    checkpoint = checkpoints.load(classifier_run)
+    checkpoint = load_checkpoint(classifier_run)
     labels = ["<b onload=x>", *checkpoint.labels[1:]]
     (data / "test" / checkpoint.labels[0]).rename(data / "test" / labels[0])
     origin = Origin(bad, "0" * 64, "timm", [], [])
@@ -149,7 +148,7 @@ def test_labels_are_text_and_nothing_else(classifier_run: Path, colours: Path, t
 
 def test_many_labels(classifier_run: Path, tmp_path: Path) -> None:
     """With more than 30 labels the pairs are told instead of the matrix."""
-    checkpoint = checkpoints.load(classifier_run)
+    checkpoint = load_checkpoint(classifier_run)
     labels = [f"label {i:02}" for i in range(40)]
     for label in labels:
         folder = tmp_path / "data" / "val" / label
