@@ -1,4 +1,4 @@
-"""What an operator can set: environment variables (`VITRINE_...`), or a YAML file that `VITRINE_SETTINGS` names."""
+"""Settings of the service: environment variables (`VITRINE_...`), or a YAML file named by `VITRINE_SETTINGS`."""
 
 import hashlib
 import ipaddress
@@ -29,30 +29,30 @@ LogFormat = Literal["auto", "json", "text"]
 
 MIN_KEY_LENGTH = 16  # characters
 KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
-_KEY = re.compile(r"[!-~]+")  # printable ASCII without spaces, which every header carries
+_KEY = re.compile(r"[!-~]+")  # printable ASCII without spaces, valid in any header
 
 _Texts = Annotated[tuple[str, ...], NoDecode]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 
-# Kubernetes gives a pod such variables for every Service; one that is named vitrine, or vitrine-grpc, must not stop it.
+# Kubernetes sets such variables in each pod for every Service; one named vitrine or vitrine-grpc must not break startup.
 _SERVICE_LINK = re.compile(
     r"VITRINE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.ASCII
 )
-_SERVICE_LINK_URL = re.compile(r"(tcp|udp|sctp)://\S+")  # of VITRINE_PORT and VITRINE_GRPC_PORT
+_SERVICE_LINK_URL = re.compile(r"(tcp|udp|sctp)://\S+")  # value of VITRINE_PORT and VITRINE_GRPC_PORT
 
 
 def hash_key(key: str) -> str:
-    """A key as it is kept."""
+    """Return the hash under which an API key is kept."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
 
 
 def as_hash(text: str) -> str:
-    """The hash that a setting names, or that of the key that it holds.
+    """Return `text` if it is a hash, else the hash of the key that it is.
 
     Raises:
-        ValueError: it is neither; the text is not shown.
+        ValueError: it is neither a hash nor a valid key; the message does not show it.
     """
-    if text.lower().startswith("sha256:"):  # a slip of the pen in a hash must not become a key
+    if text.lower().startswith("sha256:"):  # a mistyped hash must not become a key
         if not KEY_HASH.fullmatch(text.lower()):
             raise ValueError("expected sha256: and 64 hexadecimal digits, found something else after sha256:")
         return text.lower()
@@ -66,7 +66,7 @@ def as_hash(text: str) -> str:
 
 
 class SettingsError(VitrineError):
-    """A setting is unknown or has a value that cannot be used."""
+    """A setting is unknown or has an invalid value."""
 
     code = "invalid_setting"
 
@@ -74,7 +74,7 @@ class SettingsError(VitrineError):
 class Settings(BaseSettings):
     """The service's settings. Field `x` is set by the environment variable `VITRINE_X`, or by `x` in the file."""
 
-    # An error's text would hold the keys beside the one that it is about.
+    # Validation errors would otherwise show the API keys.
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
@@ -114,10 +114,10 @@ class Settings(BaseSettings):
 
     @property
     def loopback_only(self) -> bool:
-        """Whether only this machine reaches the server."""
+        """Whether the server is reachable from this machine only."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name
+        except ValueError:  # a host name
             return self.host == "localhost"
 
     @field_validator("grpc_port")
@@ -137,7 +137,7 @@ class Settings(BaseSettings):
     def _split_texts(cls, value: object, info: ValidationInfo) -> object:
         parts = _split(value, ",")
         if info.field_name == "api_keys" and isinstance(value, str) and not parts:
-            # Somebody wanted keys, and the secret that holds them is empty: not a reason to let everybody in.
+            # Keys were intended but the secret is empty: this must not open the server to everyone.
             raise ValueError("expected at least one key, found none; leave it out to let everybody in")
         return parts
 
@@ -169,7 +169,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment before the file."""
+        """Let the environment override the file."""
         file = os.environ.get(FILE_VARIABLE)
         if not file:
             return init_settings, env_settings
@@ -183,10 +183,10 @@ def _split(value: object, separator: str) -> object:
 
 
 def read_settings() -> Settings:
-    """The settings of this process.
+    """Read the settings of this process.
 
     Raises:
-        SettingsError: naming the variable or the file, its value, and what was expected.
+        SettingsError: a setting is unknown or invalid; names the variable or file, the expected and the found value.
     """
     _drop_service_links()
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | {FILE_VARIABLE}
@@ -207,7 +207,7 @@ def read_settings() -> Settings:
 
 
 def _drop_service_links() -> None:
-    """Take Kubernetes' variables of Services out of the environment of this process."""
+    """Remove Kubernetes' Service variables from the environment of this process."""
     for variable, value in list(os.environ.items()):
         is_url = variable in ("VITRINE_PORT", "VITRINE_GRPC_PORT") and _SERVICE_LINK_URL.fullmatch(value)
         if is_url or _SERVICE_LINK.fullmatch(variable):
@@ -215,10 +215,10 @@ def _drop_service_links() -> None:
 
 
 def _file_values() -> dict[str, Any]:
-    """What the file sets.
+    """Read the settings file; empty if none is set.
 
     Raises:
-        SettingsError: it cannot be read, is no mapping, or sets something unknown.
+        SettingsError: it cannot be read, is not a mapping, or has an unknown setting.
     """
     file = os.environ.get(FILE_VARIABLE)
     if not file:
@@ -237,10 +237,10 @@ def _file_values() -> dict[str, Any]:
 
 
 def as_yaml(settings: Settings, options: Mapping[str, str] | None = None) -> str:
-    """The settings as YAML, each with where it comes from; keys are left out.
+    """Format the settings as YAML, each with its origin as a comment; API keys are left out.
 
     Args:
-        options: by variable, the options of the command line that have set it.
+        options: the command-line options that have set a variable, by variable.
     """
     in_file = _file_values()
     lines = []
