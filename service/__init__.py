@@ -1,1 +1,1 @@
-"""HTTP: the BentoML service, its request and response schemas, its settings."""
+"""The inference service: HTTP and gRPC routes, settings, scheduling and observability."""

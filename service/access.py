@@ -1,4 +1,4 @@
-"""API keys: who may ask. Keys are kept as SHA-256 hashes only; they are random, so that no slow hash is needed."""
+"""API keys. Only their SHA-256 hashes are kept; keys are random, so no slow hash is needed."""
 
 import hmac
 import logging
@@ -17,23 +17,23 @@ from vitrine.service.settings import KEY_HASH, hash_key
 
 _log = logging.getLogger("bentoml.vitrine")
 
-_POLL_SECONDS = 1.0  # between looks whether the file has changed
+_POLL_SECONDS = 1.0  # polling interval of the key file
 
-# Probes, and the page that explains the routes.
+# Probes and the OpenAPI page.
 _PUBLIC_PATHS = PROBES | PROTOCOL_PROBES | {"/", "/openapi.json", "/docs.json"}
 
 
 class KeysError(VitrineError):
-    """A key or a file of keys cannot be used."""
+    """An API key or a key file is invalid."""
 
     code = "invalid_keys"
 
 
 def read_keys(file: Path) -> tuple[str, ...]:
-    """The hashes in a file: one a line, a name before it if wanted; `#` begins a comment.
+    """Read the hashes of a key file: one per line, optionally after a name; `#` starts a comment.
 
     Raises:
-        KeysError: the file cannot be read, or a line holds no hash.
+        KeysError: the file cannot be read, or a line has no hash.
     """
     try:
         lines = file.read_text().splitlines()
@@ -44,64 +44,61 @@ def read_keys(file: Path) -> tuple[str, ...]:
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) > 2 or not KEY_HASH.fullmatch(words[-1].lower()):  # the line is not shown: it may hold a key
-            how = "`vitrine key` makes a key and its line, `printf %s KEY | sha256sum` hashes a key that you have"
-            raise KeysError(f"{file}: line {number}: expected [NAME] sha256:HASH, found something else; {how}")
+        if len(words) > 2 or not KEY_HASH.fullmatch(words[-1].lower()):  # never show the line: it may hold a key
+            hint = "`vitrine key` makes a key and its line, `printf %s KEY | sha256sum` hashes a key that you have"
+            raise KeysError(f"{file}: line {number}: expected [NAME] sha256:HASH, found something else; {hint}")
         hashes.append(words[-1].lower())
     return tuple(hashes)
 
 
 class Keys:
-    """The keys that are accepted; those of the file are those that stand there now."""
+    """The accepted API keys; the key file is read again when it changes."""
 
     def __init__(self, hashes: Sequence[str], file: Path | None = None) -> None:
-        """Accept keys by their hashes, and those in `file`.
+        """Accept the keys with these hashes, and those in `file`.
 
         Raises:
-            KeysError: the file cannot be used.
+            KeysError: the file is invalid.
         """
         self._fixed, self._file = tuple(hashes), file
-        self._reading = threading.Lock()
-        self._state: object = None
-        self._looked = 0.0
-        self._hashes = self._fixed
-        if file is not None:
-            self._state = _state(file)
-            self._hashes = self._fixed + read_keys(file)
+        self._reload_lock = threading.Lock()
+        self._file_state = None if file is None else _file_state(file)
+        self._last_poll = 0.0
+        self._hashes = self._fixed if file is None else self._fixed + read_keys(file)
 
     @property
     def needed(self) -> bool:
-        """Whether a key is needed at all: keys are set, or a file is, even if it is empty."""
+        """Whether requests need a key: keys or a key file, even an empty one, are set."""
         return bool(self._fixed) or self._file is not None
 
     def check(self, authorization: str | None, x_api_key: str | None) -> None:
-        """Let a request pass that has a known key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+        """Check the key of a request, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
 
         Raises:
-            UnauthorizedError: it has none, or an unknown one.
+            UnauthorizedError: there is no key, or only unknown ones.
         """
         if not self.needed:
             return
         self._refresh()
         scheme, _, bearer = (authorization or "").partition(" ")
         sent = [bearer.strip() if scheme.lower() == "bearer" else "", (x_api_key or "").strip()]
-        given = [hash_key(key) for key in sent if key]  # the one may be meant for a proxy before this server
-        if not given:
+        hashes = [hash_key(key) for key in sent if key]  # one of the two may be meant for a proxy in front
+        if not hashes:
             raise UnauthorizedError(found="none")
-        # Every key is compared, each in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(one.encode(), known.encode()) for one in given for known in self._hashes]
+        # Compare with every key, each in constant time, so that the timing reveals nothing.
+        matches = [hmac.compare_digest(one.encode(), known.encode()) for one in hashes for known in self._hashes]
         if not any(matches):
             raise UnauthorizedError(found="an unknown one")
 
     def _refresh(self) -> None:
-        if self._file is None or time.monotonic() - self._looked < _POLL_SECONDS:
+        if self._file is None or time.monotonic() - self._last_poll < _POLL_SECONDS:
             return
-        with self._reading:
-            self._looked = time.monotonic()
-            state = _state(self._file)
-            if state == self._state:
+        with self._reload_lock:
+            self._last_poll = time.monotonic()
+            state = _file_state(self._file)
+            if state == self._file_state:
                 return
-            self._state = state
+            self._file_state = state
             try:
                 self._hashes = self._fixed + read_keys(self._file)
                 _log.info("API keys: %d in %s", len(self._hashes) - len(self._fixed), self._file)
@@ -109,22 +106,23 @@ class Keys:
                 _log.error("API keys stay as they were: %s", error)
 
 
-def _state(file: Path) -> object:
+def _file_state(file: Path) -> tuple[int, int, int] | None:
+    """What changes with the file's content; None if it cannot be read."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 class AccessMiddleware:
-    """Lets an HTTP request pass that has a key, or asks for what needs none; the body of others is not read."""
+    """Reject HTTP requests without a valid key, before their body is read; public paths need none."""
 
     def __init__(self, app: ASGIApp, keys: Keys, metrics_need_key: bool) -> None:
         self.app, self.keys, self.metrics_need_key = app, keys, metrics_need_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and self.keys.needed and not self._is_open(scope["path"]):
+        if scope["type"] in ("http", "websocket") and self.keys.needed and not self._is_public(scope["path"]):
             headers = Headers(scope=scope)
             try:
                 self.keys.check(headers.get("authorization"), headers.get("x-api-key"))
@@ -133,7 +131,7 @@ class AccessMiddleware:
                 return
         await self.app(scope, receive, send)
 
-    def _is_open(self, path: str) -> bool:
+    def _is_public(self, path: str) -> bool:
         if path == METRICS:
             return not self.metrics_need_key
         return path in _PUBLIC_PATHS or (path.startswith(STATIC_FILES) and ".." not in path)

@@ -1,4 +1,4 @@
-"""The HTTP application: which route is answered by whom, and what is there while it serves."""
+"""The ASGI application: its routes, and what lives while it serves."""
 
 import asyncio
 import gc
@@ -25,8 +25,8 @@ from vitrine.service.http.images import classify, detect
 from vitrine.service.http.models import describe_model, list_models
 from vitrine.service.http.openapi import DOCS_PAGE, openapi_document
 from vitrine.service.observability import metrics
-from vitrine.service.observability.logs import write_lines
-from vitrine.service.observability.tracing import send_spans
+from vitrine.service.observability.logs import flush_requests
+from vitrine.service.observability.tracing import shutdown_tracing
 from vitrine.service.open_inference.grpc import grpc_server
 from vitrine.service.open_inference.http import protocol_routes
 from vitrine.service.runtime.model_control import ModelControl
@@ -59,17 +59,17 @@ async def prometheus(request: Request) -> Response:
 
 
 async def _update_queue_gauges(scheduler: Scheduler) -> None:
-    """Keep the gauges of the queue: a few times a second costs less than with each image."""
+    """Update the queue's gauges a few times per second; updating them for each image would cost more."""
     while True:
         metrics.set_queue(scheduler.waiting, scheduler.running)
         await asyncio.sleep(_QUEUE_GAUGE_SECONDS)
 
 
 def _tune_garbage_collector() -> None:
-    """Let Python's garbage collector look at requests only, and seldom.
+    """Restrict the garbage collector to objects of requests, and run it rarely.
 
-    All that is there by now stays to the end: walking it again and again takes tens of milliseconds each time, which
-    are the slowest answers. Requests leave next to no cycles behind.
+    All objects that exist by now live until the process ends. Traversing them takes tens of milliseconds each time and
+    causes the highest latencies. Requests create hardly any reference cycles.
     """
     gc.collect()
     gc.freeze()
@@ -77,7 +77,7 @@ def _tune_garbage_collector() -> None:
 
 
 class _Route(Route):
-    """A route that the request's observation knows."""
+    """A route that notes its path template in the request's record."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["vitrine.record"].route = self.path
@@ -85,9 +85,10 @@ class _Route(Route):
 
 
 def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> Starlette:
-    """The routes as an ASGI application that loads its bundles when it starts.
+    """Create the ASGI application, which loads its bundles at startup and must run inside `RequestRecordMiddleware`.
 
-    It needs `RequestRecordMiddleware` around it. `shared` is a folder of all workers of this server.
+    Args:
+        shared: folder shared by all workers of this server.
     """
 
     @asynccontextmanager
@@ -98,7 +99,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
         scheduler = Scheduler(sizing.threads, settings.max_queue, settings.max_wait_seconds)
         control = await asyncio.to_thread(ModelControl, repository, shared, poll_seconds=settings.poll_seconds)
         app.state.serving = Serving(settings, repository, scheduler, control, keys)
-        watching = [asyncio.create_task(control.watch()), asyncio.create_task(_update_queue_gauges(scheduler))]
+        tasks = [asyncio.create_task(control.watch()), asyncio.create_task(_update_queue_gauges(scheduler))]
         try:
             async with grpc_server(app.state.serving):
                 metrics.worker_ready()
@@ -107,12 +108,12 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
                 _log.info("ready: %s", ", ".join(repository.bundles))
                 yield
         finally:
-            for task in watching:
+            for task in tasks:
                 task.cancel()
             control.close()
             scheduler.close()
-            await asyncio.to_thread(send_spans, settings)
-            write_lines()
+            await asyncio.to_thread(shutdown_tracing, settings)
+            flush_requests()
 
     app = Starlette(
         routes=[
@@ -120,7 +121,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
             _Route("/models", list_models, methods=["GET"]),
             _Route("/models/{name}", describe_model, methods=["GET"]),
             _Route("/openapi.json", openapi, methods=["GET"]),
-            _Route("/docs.json", openapi, methods=["GET"]),  # where BentoML would answer a document of its own
+            _Route("/docs.json", openapi, methods=["GET"]),  # instead of BentoML's own document
             _Route("/schema.json", schema, methods=["GET"]),
             _Route("/metrics", prometheus, methods=["GET"]),
             _Route("/", docs, methods=["GET"]),
@@ -134,7 +135,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
 
 
 def start_loading(app: Starlette) -> None:
-    """Have a thread load the bundles, unless one does already; the application's start waits for it."""
+    """Start to load the bundles in a thread, unless it has started; the lifespan waits for it."""
     if not hasattr(app.state, "loading"):
         pool = ThreadPoolExecutor(1, "loading")
         app.state.loading = pool.submit(app.state.load)

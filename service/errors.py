@@ -1,4 +1,4 @@
-"""Every error in one shape, whoever raised it: one JSON object, and under /v2 that of the Open Inference Protocol."""
+"""Errors of the service and their HTTP responses: one JSON shape, and under /v2 that of the Open Inference Protocol."""
 
 import math
 import reprlib
@@ -25,39 +25,38 @@ from vitrine.bundle.errors import (
     VitrineError,
 )
 
-_STRICT = ConfigDict(extra="forbid")
+
+class StrictSchema:
+    """Base of response bodies: their JSON schema forbids additional properties."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)
-class Error:
-    """What went wrong."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class Error(StrictSchema):
+    """An error: a stable code and a message."""
 
     code: str  # stable and machine-readable
-    message: str  # for people: what, where, expected, found
+    message: str  # for people: what and where, what was expected, what was found
 
 
 @dataclass(frozen=True, slots=True)
-class ErrorAnswer:
-    """The body of every answer with a status of 400 or above, outside /v2."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class ErrorAnswer(StrictSchema):
+    """The body of every response with status 400 or above, outside /v2."""
 
     error: Error
 
 
 @dataclass(frozen=True, slots=True)
-class ProtocolErrorAnswer:
-    """The body of every answer with a status of 400 or above under /v2."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class ProtocolErrorAnswer(StrictSchema):
+    """The body of every response with status 400 or above under /v2."""
 
     error: str
 
 
 class UnauthorizedError(VitrineError):
-    """The request carries no API key, or none that is known."""
+    """The request has no API key, or an unknown one."""
 
     code = "unauthorized"
 
@@ -66,7 +65,7 @@ class UnauthorizedError(VitrineError):
 
 
 class ForbiddenError(VitrineError):
-    """The operator has not allowed this."""
+    """The operator has disabled this."""
 
     code = "forbidden"
 
@@ -75,7 +74,7 @@ class ForbiddenError(VitrineError):
 
 
 class NotAcceptableError(VitrineError):
-    """The answer exists in no form that the client accepts."""
+    """The response is available in no media type that the client accepts."""
 
     code = "not_acceptable"
 
@@ -84,28 +83,28 @@ class NotAcceptableError(VitrineError):
 
 
 class OverloadedError(VitrineError):
-    """More work waits than may wait."""
+    """The queue is full, or takes too long."""
 
     code = "overloaded"
 
     def __init__(self, waiting: int, seconds: float) -> None:
-        """Args: images that wait, and how long they take."""
+        """Args: the number of waiting images, and the time to process them."""
         self.retry_after = max(1, math.ceil(seconds))
         super().__init__(f"{waiting} images wait already, about {seconds:.1f} s of work; try again later")
 
 
 class ClientDisconnectedError(Exception):
-    """The client has closed its connection before its answer was there."""
+    """The client closed the connection before the response was ready."""
 
 
 class UnavailableError(VitrineError):
-    """The server cannot answer for now."""
+    """The server is temporarily unavailable."""
 
     code = "unavailable"
 
 
 class WorkerError(VitrineError):
-    """A worker has not followed a change that another one has made."""
+    """A worker has not repeated a change that another worker made."""
 
     code = "worker_behind"
 
@@ -132,28 +131,31 @@ _STATUSES = set(HTTPStatus)
 TIMEOUT = "timeout"
 CLIENT_CLOSED_REQUEST = 499
 
-_brief = reprlib.Repr()
-_brief.maxstring = _brief.maxother = 100
+_short_repr = reprlib.Repr()
+_short_repr.maxstring = _short_repr.maxother = 100
 
 
 def preview(value: object) -> str:
-    """What a client sent, for a sentence: short, and however deep it is nested. (`repr` would run out of stack.)"""
-    return _brief.repr(value)
+    """Return a short repr of client input for an error message.
+
+    Any depth of nesting is safe; `repr` would exceed the recursion limit.
+    """
+    return _short_repr.repr(value)
 
 
 def error_response(scope: Scope, status: int, code: str, message: str) -> Response:
-    """An error in the shape of the route that was asked."""
+    """Return an error response in the shape that belongs to the request's route."""
     record = scope.get("vitrine.record")
     if record is not None:
         record.error = code
-    message = message.encode(errors="backslashreplace").decode()  # JSON can name half a character: "\\ud800"
+    message = message.encode(errors="backslashreplace").decode()  # JSON input may hold a lone surrogate: "\\ud800"
     protocol = scope["path"] == "/v2" or scope["path"].startswith("/v2/")
-    answer = ProtocolErrorAnswer(error=message) if protocol else ErrorAnswer(error=Error(code=code, message=message))
-    return Response(orjson.dumps(answer), status_code=status, media_type="application/json")
+    body = ProtocolErrorAnswer(error=message) if protocol else ErrorAnswer(error=Error(code=code, message=message))
+    return Response(orjson.dumps(body), status_code=status, media_type="application/json")
 
 
 def vitrine_error_response(scope: Scope, error: VitrineError) -> Response:
-    """The answer to an error that the client, or the operator, can act on."""
+    """Return the response to an error that the client or the operator can act on."""
     response = error_response(scope, STATUS[type(error)], error.code, str(error))
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
@@ -163,13 +165,13 @@ def vitrine_error_response(scope: Scope, error: VitrineError) -> Response:
 
 
 async def on_vitrine_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of `VitrineError`."""
+    """Handle a `VitrineError`."""
     assert isinstance(error, VitrineError)
     return vitrine_error_response(request.scope, error)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """An error of the HTTP layer, such as a method that a route does not have."""
+    """Handle an error of the HTTP layer, such as an unknown path or a method that the route does not have."""
     assert isinstance(error, HTTPException)
     response = _http_error(request.scope, error.status_code)
     response.headers.update(error.headers or {})
@@ -177,24 +179,24 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_timeout(request: Request, error: Exception) -> Response:
-    """The answer took longer than `timeout_seconds`."""
+    """Handle a request that took longer than `timeout_seconds`."""
     return error_response(request.scope, HTTPStatus.GATEWAY_TIMEOUT, TIMEOUT, "the request was not answered in time")
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
-    """The client went away before it had sent everything: nobody reads this, and it is no fault of ours."""
+    """Handle a client that disconnected while sending its body; nobody reads the response."""
     message = "the request's body ended too early"
     return error_response(request.scope, HTTPStatus.BAD_REQUEST, "incomplete", message)
 
 
 async def on_client_disconnected(request: Request, error: Exception) -> Response:
-    """Nobody reads this: it is for the log, in nginx' terms."""
+    """Handle a client that disconnected while it was waiting: nginx's status 499, for the log; nobody reads it."""
     request.scope["vitrine.record"].error = "client_left"
     return Response(status_code=CLIENT_CLOSED_REQUEST, media_type="application/json")
 
 
 async def on_internal_error(request: Request, error: Exception) -> Response:
-    """Anything else: the client learns nothing of the inside; Starlette raises it on, so that the log gets it all."""
+    """Handle a bug without showing internals. Starlette re-raises the error, so that the traceback is logged."""
     message = "an unexpected error; see the server's log"
     return error_response(request.scope, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
 
@@ -211,13 +213,13 @@ ERROR_HANDLERS: dict[type[Exception], Handler] = {
 }
 
 
-def error_answer(error: Exception) -> Handler:
-    """Who answers an error, as Starlette would find it."""
+def find_error_handler(error: Exception) -> Handler:
+    """Return the handler of an error, as Starlette would look it up."""
     return next(ERROR_HANDLERS[kind] for kind in type(error).__mro__ if kind in ERROR_HANDLERS)
 
 
 class ErrorShapeMiddleware:
-    """Gives the errors of BentoML's own routes, which are plain text, the shape of ours."""
+    """Replace the plain-text errors of BentoML's own routes by errors in our JSON shape."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -228,21 +230,21 @@ class ErrorShapeMiddleware:
             return
         replaced = False
 
-        async def send_shaped(message: Message) -> None:
+        async def send_json_error(message: Message) -> None:
             nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
                 headers = dict(message["headers"])
                 replaced = headers.get(b"content-type") != b"application/json"
                 if replaced:
                     response = _http_error(scope, message["status"])
-                    kept = [(k, v) for k, v in message["headers"] if not k.startswith(b"content-")]  # "allow" and such
-                    response.raw_headers.extend(kept)
+                    other = [(k, v) for k, v in message["headers"] if not k.startswith(b"content-")]  # such as "allow"
+                    response.raw_headers.extend(other)
                     await response(scope, receive, send)
                     return
             if not replaced:
                 await send(message)
 
-        await self.app(scope, receive, send_shaped)
+        await self.app(scope, receive, send_json_error)
 
 
 def _http_error(scope: Scope, status: int) -> Response:

@@ -1,6 +1,6 @@
-"""The paths that middleware treats differently from the rest."""
+"""Paths that the middleware treats specially."""
 
 PROBES = frozenset({"/livez", "/readyz", "/healthz"})  # answered by BentoML
 PROTOCOL_PROBES = frozenset({"/v2/health/live", "/v2/health/ready"})
 METRICS = "/metrics"
-STATIC_FILES = "/static_content/"  # prefix of the OpenAPI page's files, answered by BentoML
+STATIC_FILES = "/static_content/"  # prefix of the OpenAPI page's files, served by BentoML

@@ -1,4 +1,4 @@
-"""The BentoML service: BentoML runs the processes and the health checks; `service.app` has the routes."""
+"""The BentoML service. BentoML runs the processes and the health checks; `service.app` has the routes."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ from vitrine.service.runtime.serving import Serving
 from vitrine.service.runtime.sizing import size
 from vitrine.service.settings import read_settings
 
-_STARTED = "_VITRINE_STARTED"  # set by the first process, and inherited by the workers; not a setting
+_STARTED = "_VITRINE_STARTED"  # set by the first process, inherited by the workers; not a setting
 _is_first = _STARTED not in os.environ
 os.environ[_STARTED] = "1"
 
@@ -42,7 +42,7 @@ class Vitrine:
     """Image classification and object detection with vision transformers."""
 
     async def __is_alive__(self) -> bool:
-        """`GET /livez`. (A worker answers nothing at all before everything is loaded, verified and warm.)"""
+        """`GET /livez`. A worker accepts no requests before all models are loaded, verified and warmed up."""
         serving = _app.state.serving
         assert isinstance(serving, Serving)
         return serving.live()
@@ -51,10 +51,10 @@ class Vitrine:
 
 
 def _front(bentoml_app: ASGIApp) -> ASGIApp:
-    """Our routes beside BentoML's, and what every request passes first; the last line is the outermost."""
+    """Return both applications behind the middleware of all requests; the last line is the outermost."""
     app: ASGIApp = Front(_app, bentoml_app, HOT_ROUTES)
     app = AccessMiddleware(app, keys=_keys, metrics_need_key=_settings.metrics_need_key)
-    if _settings.cors_origins:  # outside of access: a browser asks for permission without a key
+    if _settings.cors_origins:  # outside of `AccessMiddleware`: preflight requests have no key
         app = CORSMiddleware(
             app,
             allow_origins=_settings.cors_origins,
@@ -66,16 +66,16 @@ def _front(bentoml_app: ASGIApp) -> ASGIApp:
 
 
 class _Service(bentoml.Service[Any]):  # type: ignore[misc]  # BentoML is not typed
-    """BentoML's service, whose ASGI application is `_front`."""
+    """BentoML's service with `_front` as its ASGI application."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        start_loading(_app)  # while BentoML imports what its application needs
+        start_loading(_app)  # while BentoML imports its application's dependencies
         return _front(super().to_asgi(is_main))
 
 
-# BentoML's access log decodes a request's content type as UTF-8: any other would break the answer. Its metrics have a
-# label for every path that anybody asks for, without end. Its tracing makes a span for each part of each body, for
-# every request, even if none is ever sent. Ours are in `service.observability.middleware`.
+# BentoML's access log decodes the content type as UTF-8; any other encoding would break the response. Its metrics have
+# a label value for every requested path, without bound. Its tracing makes a span for each body chunk of every request,
+# even if no span is exported. Our own are in `service.observability.middleware`.
 vitrine = bentoml.service(
     name="vitrine",
     workers=_sizing.workers,
@@ -84,4 +84,4 @@ vitrine = bentoml.service(
     tracing={"excluded_urls": ".*"},
     service_class=_Service,
 )(Vitrine)
-vitrine.mount_asgi_app(_app, path="/")  # BentoML starts and ends it; requests do not come this way
+vitrine.mount_asgi_app(_app, path="/")  # for its lifespan only; requests do not come this way

@@ -1,31 +1,26 @@
-"""The JSON bodies of HTTP answers.
+"""The JSON bodies of HTTP responses.
 
-What each request is answered with are plain dataclasses, which `orjson` writes as they are; pydantic describes them in
+The bodies of the hot routes are plain dataclasses, which `orjson` serializes directly; pydantic only describes them in
 the OpenAPI document.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import Identity, Manifest, Metrics, Precision, Task
 from vitrine.bundle.predictors import Detection, Prediction
-from vitrine.service.errors import ErrorAnswer
-
-_STRICT = ConfigDict(extra="forbid")
+from vitrine.service.errors import ErrorAnswer, StrictSchema
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """Which bundle answered, and with which of its graphs."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class Model(StrictSchema):
+    """The bundle that made the predictions, and which of its graphs."""
 
     name: str
     version: str
-    variant: Precision | None  # None: one ONNX file alone, which does not say
+    variant: Precision | None  # None: a single ONNX file is served, which does not name its variant
 
     @classmethod
     def of(cls, bundle: Bundle) -> "Model":
@@ -33,30 +28,24 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
-    """The upright image as it was understood, in pixels."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class Image(StrictSchema):
+    """Size of the upright image as decoded, in pixels."""
 
     width: int
     height: int
 
 
 @dataclass(frozen=True, slots=True)
-class ImageClassification:
-    """Of one of several images: its classes by falling probability."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class ImageClassification(StrictSchema):
+    """Classes of one of several images, by descending probability."""
 
     image: Image
     predictions: list[Prediction]
 
 
 @dataclass(frozen=True, slots=True)
-class Classification:
-    """Answer of `POST /classify` for one image: classes by falling probability."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class Classification(StrictSchema):
+    """Response of `POST /classify` for one image: classes by descending probability."""
 
     model: Model
     image: Image
@@ -64,30 +53,24 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True)
-class Classifications:
-    """Answer of `POST /classify` for several images, in their order; an image that is no good has an error."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class Classifications(StrictSchema):
+    """Response of `POST /classify` for several images, in their order; an invalid image has an error."""
 
     model: Model
     results: list[ImageClassification | ErrorAnswer]
 
 
 @dataclass(frozen=True, slots=True)
-class ImageDetections:
-    """Of one of several images: its objects by falling score, boxes in pixels of the upright image."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class ImageDetections(StrictSchema):
+    """Objects in one of several images, by descending score; boxes in pixels of the upright image."""
 
     image: Image
     detections: list[Detection]
 
 
 @dataclass(frozen=True, slots=True)
-class Detections:
-    """Answer of `POST /detect` for one image: objects by falling score, boxes in pixels of the upright image."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class Detections(StrictSchema):
+    """Response of `POST /detect` for one image: objects by descending score; boxes in pixels of the upright image."""
 
     model: Model
     image: Image
@@ -95,10 +78,8 @@ class Detections:
 
 
 @dataclass(frozen=True, slots=True)
-class DetectionsOfSeveral:
-    """Answer of `POST /detect` for several images, in their order; an image that is no good has an error."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+class DetectionsOfSeveral(StrictSchema):
+    """Response of `POST /detect` for several images, in their order; an invalid image has an error."""
 
     model: Model
     results: list[ImageDetections | ErrorAnswer]
@@ -113,18 +94,18 @@ class ModelDescription(_Schema):
 
     name: str
     version: str
-    versions: list[str]  # all that are served, ascending
+    versions: list[str]  # all served versions, ascending
     variants: list[Precision]
     default_variant: Precision | None
     task: Task
     architecture: str
     description: str
     labels: list[str]
-    metrics: Metrics | None  # None if its exporter had no labelled data
+    metrics: Metrics | None  # None: exported without labelled data
 
     @classmethod
     def of(cls, versions: list[Bundle]) -> "ModelDescription":
-        """Of all served versions of a model, the highest last."""
+        """Describe a model, given all its served versions, ascending."""
         manifest = versions[-1].manifest
         return cls(
             **{name: getattr(manifest, name) for name in ("name", "version", "task", "architecture", "description")},
@@ -137,13 +118,13 @@ class ModelDescription(_Schema):
 
 
 class ModelList(_Schema):
-    """Answer of `GET /models`."""
+    """Response of `GET /models`."""
 
     models: list[ModelDescription]
 
 
 class ModelDetail(_Schema):
-    """Answer of `GET /models/{name}`: everything known of one version."""
+    """Response of `GET /models/{name}`: the manifest of one version."""
 
-    versions: list[str]  # all that are served, ascending
-    manifest: Manifest | Identity  # an Identity where one ONNX file alone is served
+    versions: list[str]  # all served versions, ascending
+    manifest: Manifest | Identity  # Identity: a single ONNX file is served

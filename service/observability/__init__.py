@@ -1,1 +1,1 @@
-"""The record of each request, and what is made of it: metrics, log lines, traces, headers."""
+"""The record of each request, and the metrics, log lines, traces and headers made from it."""

@@ -1,7 +1,7 @@
-"""Prometheus metrics: what is counted and measured, and their text at `/metrics`.
+"""Prometheus metrics and their exposition at `/metrics`.
 
-Each worker keeps its numbers in a file of the server's shared folder (`shared_counters`); any of them answers the sum.
-A worker that has ended leaves its counts, not its gauges. No label holds what a client wrote.
+Each worker keeps its numbers in a file of the server's shared folder (`shared_counters`); any worker returns the sum.
+The counters of a worker that has ended are kept, its gauges are not. No label value is client input.
 """
 
 import os
@@ -25,52 +25,52 @@ from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.observability.shared_counters import Key, SharedCounters, read_shared_counters
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-OTHER = "other"  # the route of all paths that nobody answers
+OTHER = "other"  # `route` of unknown paths
 
-# The shipped networks take 2 to 60 ms on one core, large ones seconds; a request may take 30 s by default.
+# The shipped networks take 2 to 60 ms on one core, large ones seconds; the default timeout of a request is 30 s.
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _PROCESSES = Path("/proc")
 
 _COUNTERS = {
     "vitrine_requests": (
-        "Requests answered, by route (gRPC: method), model (empty: none answered) and status (gRPC: its name).",
+        "Requests by route (gRPC: method), model (empty: none) and status (gRPC: its name).",
         ("route", "model", "version", "status"),
     ),
     "vitrine_images": ("Images that were decoded, or sent as pixels.", ("model",)),
-    "vitrine_pixels": ("Pixels of these images, as they were sent.", ("model",)),
-    "vitrine_rejected": ("Requests that were answered with an error, by its code.", ("reason",)),
-    "vitrine_worker_starts": ("Worker processes that have become ready, those that have ended included.", ()),
+    "vitrine_pixels": ("Pixels of these images, as sent.", ("model",)),
+    "vitrine_rejected": ("Requests that failed, by error code.", ("reason",)),
+    "vitrine_worker_starts": ("Worker processes that became ready, including those that have ended.", ()),
 }
 _HISTOGRAMS = {
     "vitrine_request_seconds": (
-        "From a request's headers to its answer's end.",
+        "Duration of a request, from its headers to the end of the response.",
         ("route", "model"),
         _SECONDS,
     ),
     "vitrine_stage_seconds": (
-        "Parts of the work on an image: decode, queue (waiting for a thread), inference (of its batch).",
+        "Duration of the stages of an image: decode, queue (waiting for a thread), inference (of its batch).",
         ("stage", "model"),
         _SECONDS,
     ),
     "vitrine_batch_images": (
-        "For each image, how many were in the same call of the network.",
+        "Batch size of each image's network call.",
         ("model",),
         (1, 2, 4, 8, 16, 32, 64),
     ),
 }
 _GAUGES = {
-    "vitrine_requests_in_flight": "Requests in work, without probes and scrapes.",
-    "vitrine_queue_images": "Images that wait for a thread.",
-    "vitrine_running_images": "Images (or batches) on a thread.",
+    "vitrine_requests_in_flight": "Requests in progress, without probes and scrapes.",
+    "vitrine_queue_images": "Images waiting for a thread.",
+    "vitrine_running_images": "Images (or batches) running on a thread.",
 }
 _START_SECONDS = "vitrine_start_time_seconds"
-_START_TEXT = "When the oldest living worker became ready, in seconds since the epoch."
+_START_TEXT = "Time when the oldest living worker became ready, in seconds since the epoch."
 
 _counters = SharedCounters()
 
 
 def use_folder(folder: Path) -> None:
-    """Begin to count, in a file of this process in the folder that the server's workers share."""
+    """Start counting, in a file of this process in the folder shared by the server's workers."""
     global _counters
     _counters = SharedCounters(folder)
     for name in _GAUGES:
@@ -78,19 +78,19 @@ def use_folder(folder: Path) -> None:
 
 
 def worker_ready() -> None:
-    """This process has loaded everything and begins to answer."""
+    """Count this worker as started."""
     _counters.add(("vitrine_worker_starts",), 1)
     _counters.set((_START_SECONDS,), time.time())
 
 
 def request_started(record: RequestRecord) -> None:
-    """A request has come."""
+    """Count a request as in flight."""
     if not record.quiet:
         _counters.add(("vitrine_requests_in_flight",), 1)
 
 
 def request_finished(record: RequestRecord, status: str, seconds: float) -> None:
-    """Count a request that is finished."""
+    """Count a finished request."""
     add, observe = _counters.add, _counters.observe
     if not record.quiet:
         add(("vitrine_requests_in_flight",), -1)
@@ -109,13 +109,13 @@ def request_finished(record: RequestRecord, status: str, seconds: float) -> None
 
 
 def set_queue(waiting: int, running: int) -> None:
-    """How much work waits, and how much is on threads, in this process."""
+    """Set the number of waiting and of running images of this process."""
     _counters.set(("vitrine_queue_images",), waiting)
     _counters.set(("vitrine_running_images",), running)
 
 
-class _Counted(Collector):
-    """The numbers of all workers together, gauges of the living alone."""
+class _CountersCollector(Collector):
+    """The counters of all workers, and the gauges of the living ones."""
 
     def __init__(self, counts: dict[Key, list[float]], gauges: list[dict[Key, list[float]]]) -> None:
         self._counts, self._gauges = counts, gauges
@@ -123,14 +123,14 @@ class _Counted(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, (text, labels) in _COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=labels)
-            for (_, *values), (count,) in self._of(name):
+            for (_, *values), (count,) in self._series(name):
                 counter.add_metric(values, count)
             if counter.samples:
                 yield counter
         for name, (text, labels, buckets) in _HISTOGRAMS.items():
             histogram = HistogramMetricFamily(name, text, labels=labels)
             bounds = [*map(str, map(float, buckets)), "+Inf"]
-            for (_, *values), (*counts, total) in self._of(name):
+            for (_, *values), (*counts, total) in self._series(name):
                 histogram.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), total)
             if histogram.samples:
                 yield histogram
@@ -140,12 +140,12 @@ class _Counted(Collector):
         if starts:
             yield GaugeMetricFamily(_START_SECONDS, _START_TEXT, min(starts))
 
-    def _of(self, name: str) -> list[tuple[Key, list[float]]]:
+    def _series(self, name: str) -> list[tuple[Key, list[float]]]:
         return sorted((key, values) for key, values in self._counts.items() if key[0] == name)
 
 
-class _Models(Collector):
-    """What is served, asked when it is shown: what is unloaded is gone at once. (All workers serve the same.)"""
+class _ModelsCollector(Collector):
+    """The served models at the time of the scrape. (All workers serve the same.)"""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
@@ -153,19 +153,19 @@ class _Models(Collector):
     def collect(self) -> Iterator[Metric]:
         info = InfoMetricFamily("vitrine_model", "A served version of a model.")
         seconds = GaugeMetricFamily(
-            "vitrine_model_load_seconds", "Time that loading and verifying it took.", labels=("model", "version")
+            "vitrine_model_load_seconds", "Time taken to load and verify it.", labels=("model", "version")
         )
-        for bundle, took in self._repository.load_seconds():
+        for bundle, load_seconds in self._repository.load_seconds():
             manifest = bundle.manifest
-            known = {"model": manifest.name, "version": manifest.version, "task": manifest.task.value}
+            labels = {"model": manifest.name, "version": manifest.version, "task": manifest.task.value}
             variant = bundle.variant.value if bundle.variant else ""
-            info.add_metric([], {**known, "variant": variant, "architecture": manifest.architecture})
-            seconds.add_metric([manifest.name, manifest.version], took)
+            info.add_metric([], {**labels, "variant": variant, "architecture": manifest.architecture})
+            seconds.add_metric([manifest.name, manifest.version], load_seconds)
         yield info
         yield seconds
 
 
-class _Workers(Collector):
+class _WorkersCollector(Collector):
     """The living worker processes of this server."""
 
     def __init__(self, pids: set[int]) -> None:
@@ -175,11 +175,11 @@ class _Workers(Collector):
         yield GaugeMetricFamily("vitrine_workers", "Living worker processes.", len(self._pids))
         if _PROCESSES.is_dir():
             memory = sum(map(_resident_bytes, self._pids))
-            yield GaugeMetricFamily("vitrine_resident_memory_bytes", "Memory that the workers hold together.", memory)
+            yield GaugeMetricFamily("vitrine_resident_memory_bytes", "Total resident memory of the workers.", memory)
 
 
 def exposition(repository: Repository) -> bytes:
-    """All metrics of all workers, in Prometheus' text format."""
+    """Return all metrics of all workers, in Prometheus' text format."""
     counters = read_shared_counters(_counters.folder) if _counters.folder else {os.getpid(): _counters.read()}
     counts: dict[Key, list[float]] = {}
     for worker in counters.values():
@@ -188,14 +188,14 @@ def exposition(repository: Repository) -> bytes:
             counts[key] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
     living = {pid: worker for pid, worker in counters.items() if pid == os.getpid() or _is_worker(pid)}
     registry = CollectorRegistry()
-    registry.register(_Counted(counts, list(living.values())))
-    registry.register(_Workers(set(living)))
-    registry.register(_Models(repository))
+    registry.register(_CountersCollector(counts, list(living.values())))
+    registry.register(_WorkersCollector(set(living)))
+    registry.register(_ModelsCollector(repository))
     return generate_latest(registry)
 
 
 def _is_worker(pid: int) -> bool:
-    """Whether a process lives and has our parent: an ended worker's number may be another process' by now."""
+    """Whether a process is alive and has our parent; the pid of an ended worker may have been reused."""
     if not _PROCESSES.is_dir():  # not Linux
         try:
             os.kill(pid, 0)
@@ -206,12 +206,12 @@ def _is_worker(pid: int) -> bool:
         state, parent = (_PROCESSES / str(pid) / "stat").read_text().rpartition(")")[2].split()[:2]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX" and int(parent) == os.getppid()  # Z: it has ended, and nobody has noticed yet
+    return state not in "ZX" and int(parent) == os.getppid()  # Z: a zombie
 
 
 def _resident_bytes(pid: int) -> int:
     try:
         pages = int((_PROCESSES / str(pid) / "statm").read_text().split()[1])
-    except (FileNotFoundError, ProcessLookupError):  # it ends right now
+    except (FileNotFoundError, ProcessLookupError):  # the process has just ended
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")

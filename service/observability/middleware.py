@@ -1,4 +1,4 @@
-"""From each request's first byte to its last: what is observed becomes headers, a log line, metrics and spans."""
+"""Record each request and turn the record into headers, a log line, metrics and spans."""
 
 import random
 import re
@@ -11,41 +11,41 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import log_request
-from vitrine.service.observability.request_record import STAGES, RequestRecord, current
+from vitrine.service.observability.request_record import STAGES, RequestRecord, current_record
 from vitrine.service.observability.tracing import http_span, record_spans, trace_id
 from vitrine.service.paths import PROBES
 from vitrine.service.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_INCOMPLETE = "499"  # the client was gone before the answer began
+_CLIENT_CLOSED_REQUEST = "499"  # status if the client disconnected before the response started
 
 
 def request_id(sent: str | None) -> str:
-    """The client's id of a request, if it is one that can be passed on, else a new one."""
+    """Return the request id sent by the client if it is safe to pass on, else a new one."""
     return sent if sent is not None and _REQUEST_ID.fullmatch(sent) else f"{random.getrandbits(128):032x}"
 
 
 @contextmanager
-def recorded(record: RequestRecord) -> Iterator[None]:
-    """A request, over HTTP or gRPC; when the block ends, it is logged and counted with `record.status`.
+def track_request(record: RequestRecord) -> Iterator[None]:
+    """Log and count the request, over HTTP or gRPC, at the end of the block, with `record.status`.
 
-    Spans are no part of this: `tracing.record_spans` has to be called while the request's span is open.
+    This does not record spans: call `tracing.record_spans` while the request's span is open.
     """
     start = time.monotonic()
     record.trace_id = trace_id()
-    current.set(record)  # until the task ends: its traceback is logged by uvicorn, outside of this block
+    current_record.set(record)  # until the task ends: uvicorn logs its traceback outside of this block
     metrics.request_started(record)
     try:
         yield
     finally:
         seconds = time.monotonic() - start
-        status = record.status or _INCOMPLETE
+        status = record.status or _CLIENT_CLOSED_REQUEST
         metrics.request_finished(record, status, seconds)
         log_request(record, status, seconds)
 
 
 class RequestRecordMiddleware:
-    """Observes each HTTP request; its answer has `X-Request-ID` (the client's, or a new one) and `Server-Timing`."""
+    """Record each HTTP request; add `X-Request-ID` (the client's, or a new one) and `Server-Timing` to its response."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self._settings = app, settings
@@ -55,35 +55,35 @@ class RequestRecordMiddleware:
             await self.app(scope, receive, send)
             return
         host, port = scope.get("client") or ("", 0)
-        path, headers = scope["path"], Headers(scope=scope)
+        path, request_headers = scope["path"], Headers(scope=scope)
         record = RequestRecord(
             method=scope["method"],
             path=path,
             route=path if path in PROBES else "",
             client=f"{host}:{port}",
-            request_id=request_id(headers.get("x-request-id")),
+            request_id=request_id(request_headers.get("x-request-id")),
         )
         scope["vitrine.record"] = record
 
-        async def receive_observed() -> Message:
+        async def receive_recorded() -> Message:
             message = await receive()
             record.bytes_in += len(message.get("body", b""))
             return message
 
-        async def send_observed(message: Message) -> None:
+        async def send_recorded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = str(message["status"])
-                own = [(b"x-request-id", record.request_id.encode())]
+                headers = [*message["headers"], (b"x-request-id", record.request_id.encode())]
                 if record.stages:
                     timing = ", ".join(f"{name};dur={1000 * record.seconds(name):.2f}" for name in STAGES)
-                    own.append((b"server-timing", timing.encode()))
-                message = {**message, "headers": [*message["headers"], *own]}
+                    headers.append((b"server-timing", timing.encode()))
+                message = {**message, "headers": headers}
             else:
                 record.bytes_out += len(message.get("body", b""))
             await send(message)
 
-        with http_span(self._settings, record, headers), recorded(record):
+        with http_span(self._settings, record, request_headers), track_request(record):
             try:
-                await self.app(scope, receive_observed, send_observed)
+                await self.app(scope, receive_recorded, send_recorded)
             finally:
                 record_spans(self._settings, record)

@@ -1,4 +1,4 @@
-"""What is known of one request while it is answered: the one source of its log line, metrics, spans and headers."""
+"""The record of a request in progress: the single source of its log line, metrics, spans and headers."""
 
 import time
 import uuid
@@ -12,13 +12,13 @@ from vitrine.bundle.loading import Bundle
 from vitrine.service.paths import METRICS, PROBES, PROTOCOL_PROBES
 
 STAGES = ("decode", "queue", "inference")
-GRPC = "gRPC"  # the method of its calls
-# Asked every few seconds by machines: counted, but neither logged (except at level DEBUG), traced nor in flight.
-QUIET = PROBES | PROTOCOL_PROBES | {METRICS}
+GRPC = "gRPC"  # `method` of gRPC calls
+# Requested by machines every few seconds: counted, but not logged (except at level DEBUG), traced or shown in flight.
+QUIET_PATHS = PROBES | PROTOCOL_PROBES | {METRICS}
 
 
 class Stage(NamedTuple):
-    """A part of the work: `decode` (bytes to the network's pixels), `queue` (waiting for a thread), `inference`."""
+    """A stage of the work: `decode` (bytes to the network's pixels), `queue` (waiting for a thread), `inference`."""
 
     name: str
     start: int  # nanoseconds since the epoch
@@ -27,56 +27,56 @@ class Stage(NamedTuple):
 
 @dataclass
 class RequestRecord:
-    """One request, over HTTP or gRPC. Threads may add stages at the same time."""
+    """A request over HTTP or gRPC. Adding images and stages is thread-safe."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     method: str = ""
-    path: str = ""  # as the client wrote it
-    client: str = ""  # its address
-    route: str = ""  # its template, such as /v2/models/{name}/infer or a gRPC method; never what the client wrote
+    path: str = ""  # as sent by the client
+    client: str = ""  # address
+    route: str = ""  # path template, such as /v2/models/{name}/infer, or gRPC method; never client input
     model: str = ""
     version: str = ""
     variant: str = ""
-    sizes: list[int] = field(default_factory=list)  # in pixels, of each image as it was sent
-    batches: list[int] = field(default_factory=list)  # images in each call of the network
+    sizes: list[int] = field(default_factory=list)  # of each image as sent, in pixels
+    batches: list[int] = field(default_factory=list)  # batch size of each image's network call
     stages: list[Stage] = field(default_factory=list)
-    status: str = ""  # of HTTP, or the name of gRPC's; empty before the answer begins
-    error: str = ""  # the code of the error that was answered
+    status: str = ""  # HTTP status, or name of the gRPC status; empty before the response starts
+    error: str = ""  # code of the error sent to the client
     bytes_in: int = 0
     bytes_out: int = 0
-    trace_id: str = ""  # empty where it is not traced
+    trace_id: str = ""  # empty: not traced
 
     @property
     def quiet(self) -> bool:
-        """Whether it is a probe or a scrape."""
-        return self.path in QUIET
+        """Whether the request is a probe or a scrape."""
+        return self.path in QUIET_PATHS
 
     @property
     def images(self) -> int:
-        """How many images were decoded, or sent as pixels."""
+        """Number of images that were decoded, or sent as pixels."""
         return len(self.sizes)
 
     @property
     def pixels(self) -> int:
-        """Their pixels together."""
+        """Total number of pixels of the images."""
         return sum(self.sizes)
 
     def add_image(self, pixels: int) -> None:
-        """Note an image. (Threads do at the same time: a list loses none, where a counter would.)"""
+        """Add an image. (Appending to a list is thread-safe, incrementing a counter is not.)"""
         self.sizes.append(pixels)
 
     def set_bundle(self, bundle: Bundle) -> None:
-        """Note which bundle answers."""
+        """Set the model, version and variant."""
         self.model, self.version = bundle.manifest.name, bundle.manifest.version
         self.variant = bundle.variant.value if bundle.variant else ""
 
     def add_stage(self, name: str, start: int, end: int) -> None:
-        """Note a stage that took place from `start` to `end` (nanoseconds since the epoch)."""
+        """Add a stage from `start` to `end` (nanoseconds since the epoch)."""
         self.stages.append(Stage(name, start, end))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Note the stage that the block is."""
+        """Add the block as a stage."""
         start = time.time_ns()
         try:
             yield
@@ -84,9 +84,9 @@ class RequestRecord:
             self.add_stage(name, start, time.time_ns())
 
     def seconds(self, name: str) -> float:
-        """The sum of the stages of that name; more than the request took where images were worked on side by side."""
+        """Total duration of the stages `name`; may exceed the request's, as images are processed in parallel."""
         return sum(stage.end - stage.start for stage in self.stages if stage.name == name) / 1e9
 
 
-# The request that the running task answers: its id stands in every line that is logged meanwhile.
-current: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
+# The request of the running task; its id is in all lines that the task logs.
+current_record: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)

@@ -1,8 +1,8 @@
-"""Numbers that the workers of a server share: each keeps its own in a file that the others read at any time.
+"""Counters shared by the workers of a server: each worker writes its own file, which the others can read at any time.
 
-A worker writes numbers straight into mapped memory, which outlives it: nothing is lost when it is killed, and a number
-costs well under a microsecond. (prometheus-client's files do the same at two microseconds and more, and a request
-counts a dozen numbers.)
+A worker writes numbers into mapped memory, which outlives it: nothing is lost if it is killed, and an update takes well
+under a microsecond. (The files of prometheus-client do the same at two microseconds and more, and a request updates a
+dozen numbers.)
 """
 
 import mmap
@@ -14,90 +14,86 @@ from pathlib import Path
 import orjson
 
 Key = tuple[str, ...]
-"""A metric's name, and the values of its labels."""
+"""A metric's name and its label values."""
 
-_NUMBERS = ".numbers"  # float64, one after the other
-_KEYS = ".keys"  # a line for each key: [first number, how many, the key]
-_ROOM = 4096  # numbers that are made room for at a time
+_NUMBERS = ".numbers"  # float64 values
+_KEYS = ".keys"  # one line per key: [offset of its first number, number count, key]
+_BLOCK = 4096  # numbers; the files grow by this
 
 
 class SharedCounters:
-    """Counters, gauges and histograms by key. Not for several threads."""
+    """Counters, gauges and histograms by key. Not thread-safe."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Begin at nothing. In `folder` the numbers stand in a file of this process; without one in memory alone."""
+        """Start empty. The numbers are kept in this process's file in `folder`; without a folder, in memory only."""
         self.folder = folder
-        self._places: dict[Key, int] = {}
+        self._offsets: dict[Key, int] = {}
         self._lengths: dict[Key, int] = {}
         self._used = 0
-        self._numbers: memoryview[float] = memoryview(bytearray(8 * _ROOM)).cast("d")
+        self._numbers: memoryview[float] = memoryview(bytearray(8 * _BLOCK)).cast("d")
         if folder is not None:
             name = str(os.getpid())
             self._keys_file = (folder / f"{name}{_KEYS}").open("wb", buffering=0)
             self._numbers_file = (folder / f"{name}{_NUMBERS}").open("w+b")
-            self._map(_ROOM)
+            self._resize(_BLOCK)
 
     def add(self, key: Key, amount: float) -> None:
         """Add to a counter or a gauge."""
-        place = self._places.get(key)
-        if place is None:
-            place = self._new(key, 1)
-        self._numbers[place] += amount
+        offset = self._offsets.get(key)
+        if offset is None:
+            offset = self._allocate(key, 1)
+        self._numbers[offset] += amount
 
     def set(self, key: Key, value: float) -> None:
         """Set a gauge."""
-        place = self._places.get(key)
-        if place is None:
-            place = self._new(key, 1)
-        self._numbers[place] = value
+        offset = self._offsets.get(key)
+        if offset is None:
+            offset = self._allocate(key, 1)
+        self._numbers[offset] = value
 
     def observe(self, key: Key, value: float, buckets: Sequence[float]) -> None:
-        """Count a value in a histogram: a number for each bucket, one for those above, and the sum of all values.
+        """Add a value to a histogram: a count per bucket, a count of larger values, and the sum of all values.
 
         Args:
-            buckets: their upper bounds, ascending; always the same for a key.
+            buckets: upper bounds, ascending; always the same for a key.
         """
-        place = self._places.get(key)
-        if place is None:
-            place = self._new(key, len(buckets) + 2)
+        offset = self._offsets.get(key)
+        if offset is None:
+            offset = self._allocate(key, len(buckets) + 2)
         numbers = self._numbers
-        numbers[place + bisect_left(buckets, value)] += 1
-        numbers[place + len(buckets) + 1] += value
+        numbers[offset + bisect_left(buckets, value)] += 1
+        numbers[offset + len(buckets) + 1] += value
 
     def read(self) -> dict[Key, list[float]]:
-        """All numbers by key."""
-        return {key: _floats(self._numbers[at : at + self._lengths[key]]) for key, at in self._places.items()}
+        """Return the numbers of all keys."""
+        return {key: self._numbers[at : at + self._lengths[key]].tolist() for key, at in self._offsets.items()}
 
-    def _new(self, key: Key, length: int) -> int:
-        place = self._used
+    def _allocate(self, key: Key, length: int) -> int:
+        offset = self._used
         self._used += length
         while self._used > len(self._numbers):
-            self._map(len(self._numbers) + _ROOM)
-        self._places[key], self._lengths[key] = place, length
+            self._resize(len(self._numbers) + _BLOCK)
+        self._offsets[key], self._lengths[key] = offset, length
         if self.folder is not None:
-            self._keys_file.write(orjson.dumps([place, length, key]) + b"\n")
-        return place
+            self._keys_file.write(orjson.dumps([offset, length, key]) + b"\n")
+        return offset
 
-    def _map(self, room: int) -> None:
+    def _resize(self, count: int) -> None:
         if self.folder is None:
-            larger = bytearray(8 * room)
+            larger = bytearray(8 * count)
             larger[: self._numbers.nbytes] = self._numbers.cast("B")
             self._numbers = memoryview(larger).cast("d")
         else:
-            self._numbers_file.truncate(8 * room)
-            self._numbers = memoryview(mmap.mmap(self._numbers_file.fileno(), 8 * room)).cast("d")
+            self._numbers_file.truncate(8 * count)
+            self._numbers = memoryview(mmap.mmap(self._numbers_file.fileno(), 8 * count)).cast("d")
 
 
 def read_shared_counters(folder: Path) -> dict[int, dict[Key, list[float]]]:
-    """The numbers of every process that has ever written into `folder`, by its id."""
-    found = {}
+    """Read the numbers of every process that has ever written into `folder`, by process id."""
+    counters = {}
     for file in folder.glob(f"*{_KEYS}"):
-        lines = file.read_bytes().splitlines()  # first the keys: their numbers are there already
+        lines = file.read_bytes().splitlines()  # keys first: their numbers exist by then
         numbers = memoryview(file.with_suffix(_NUMBERS).read_bytes()).cast("d")
         entries = (orjson.loads(line) for line in lines)
-        found[int(file.stem)] = {tuple(key): _floats(numbers[at : at + length]) for at, length, key in entries}
-    return found
-
-
-def _floats(numbers: "memoryview[float]") -> list[float]:
-    return [float(number) for number in numbers]
+        counters[int(file.stem)] = {tuple(key): numbers[at : at + length].tolist() for at, length, key in entries}
+    return counters

@@ -1,4 +1,4 @@
-"""Spans: one of each request, over HTTP or gRPC, and below it those of its stages (OpenTelemetry)."""
+"""OpenTelemetry spans: one per request, over HTTP or gRPC, with its stages as children."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -10,20 +10,21 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
+from vitrine import __version__
 from vitrine.service.observability.request_record import GRPC, RequestRecord
 from vitrine.service.settings import Settings
-from vitrine.service.version import server_version
 
-if TYPE_CHECKING:  # as slow to import as all our own code, and needed with a collector only
+if TYPE_CHECKING:  # as slow to import as all our own code, and only needed with a collector
     from opentelemetry.sdk.trace import TracerProvider
 
-_GRPC_FAULTS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}  # the server's
-_LAST_SECONDS = 5.0  # that sending gets when the server stops; a collector that does not answer takes longer
+# gRPC statuses that are the server's fault
+_GRPC_SERVER_ERRORS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+_SHUTDOWN_SECONDS = 5.0  # for the last export; an unreachable collector would take longer
 
 
 @contextmanager
 def http_span(settings: Settings, record: RequestRecord, headers: Mapping[str, str]) -> Iterator[None]:
-    """The span of an HTTP request (OpenTelemetry's semantic conventions for HTTP); none of a probe."""
+    """Make the block the span of an HTTP request (semantic conventions for HTTP); probes have none."""
     if not settings.traces_endpoint or record.quiet:
         yield
         return
@@ -42,7 +43,7 @@ def http_span(settings: Settings, record: RequestRecord, headers: Mapping[str, s
 
 @contextmanager
 def grpc_span(settings: Settings, method: str, metadata: Mapping[str, str]) -> Iterator[None]:
-    """The span of a gRPC call (OpenTelemetry's semantic conventions for RPC)."""
+    """Make the block the span of a gRPC call (semantic conventions for RPC)."""
     if not settings.traces_endpoint:
         yield
         return
@@ -61,31 +62,31 @@ def _server_span(
         propagate.extract(carrier),
         SpanKind.SERVER,
         attributes,
-        record_exception=False,  # an error is answered by raising, too
+        record_exception=False,  # client errors are exceptions, too
         set_status_on_exception=False,
     ):
         yield
 
 
 def trace_id() -> str:
-    """Of the trace that is recorded now, in hexadecimal; empty where none is."""
+    """Return the id of the current trace in hexadecimal; empty if none is sampled."""
     span = trace.get_current_span()
     return f"{span.get_span_context().trace_id:032x}" if _is_sampled(span) else ""
 
 
 def record_spans(settings: Settings, record: RequestRecord) -> None:
-    """Write what is known of a request into its span, which must not have ended yet, and its stages below it."""
+    """Set the attributes of the request's span, which must still be open, and add its stages as child spans."""
     parent = trace.get_current_span()
     if not _is_sampled(parent):
         return
-    model = _named(model=record.model, version=record.version, variant=record.variant)
-    parent.set_attributes({**model, **_named(request_id=record.request_id, error=record.error)})
+    model = _attributes(model=record.model, version=record.version, variant=record.variant)
+    parent.set_attributes({**model, **_attributes(request_id=record.request_id, error=record.error)})
     if record.images:
         parent.set_attribute("vitrine.images", record.images)
         parent.set_attribute("vitrine.batch_sizes", tuple(record.batches))
     if record.method == GRPC:
         parent.set_attribute("rpc.response.status_code", record.status)
-        if record.status in _GRPC_FAULTS:
+        if record.status in _GRPC_SERVER_ERRORS:
             parent.set_status(Status(StatusCode.ERROR, record.error))
     else:
         parent.update_name(f"{record.method} {record.route}".rstrip())
@@ -102,20 +103,20 @@ def record_spans(settings: Settings, record: RequestRecord) -> None:
         span.end(stage.end)
 
 
-def send_spans(settings: Settings) -> None:
-    """Send the spans that still wait, for a few seconds at most; later ones are dropped.
+def shutdown_tracing(settings: Settings) -> None:
+    """Export the remaining spans, for a few seconds at most; later spans are dropped.
 
-    An exit handler would come too late: uvicorn ends its process by the signal that it has got, without any.
+    This cannot be an exit handler: uvicorn ends its process by re-raising the signal, which runs none.
     """
     if not settings.traces_endpoint:
         return
     provider = _provider(settings.traces_endpoint, settings.traces_share)
-    sending = threading.Thread(target=provider.shutdown, daemon=True)
-    sending.start()
-    sending.join(_LAST_SECONDS)
+    exporting = threading.Thread(target=provider.shutdown, daemon=True)
+    exporting.start()
+    exporting.join(_SHUTDOWN_SECONDS)
 
 
-def _named(**values: str) -> dict[str, str]:
+def _attributes(**values: str) -> dict[str, str]:
     return {f"vitrine.{name}": value for name, value in values.items() if value}
 
 
@@ -130,15 +131,15 @@ def _tracer(endpoint: str, share: float) -> trace.Tracer:
 
 @cache
 def _provider(endpoint: str, share: float) -> "TracerProvider":
-    """Of this process; made when the first request comes, as it has a thread of its own."""
+    """Return the provider of this process; made on the first request, as it starts a thread."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
-    resource = Resource.create({"service.name": "vitrine", "service.version": server_version()})
-    resource = resource.merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME and the like
+    resource = Resource.create({"service.name": "vitrine", "service.version": __version__})
+    resource = resource.merge(OTELResourceDetector().detect())  # such as OTEL_SERVICE_NAME
     provider = TracerProvider(sampler=ParentBasedTraceIdRatio(share), resource=resource)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
     return provider

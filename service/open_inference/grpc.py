@@ -14,9 +14,10 @@ from grpc.aio import ServicerContext as Context
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from vitrine import __version__
 from vitrine.bundle.errors import ParameterError, UnknownModelError, VitrineError
 from vitrine.service.errors import STATUS, TIMEOUT, preview
-from vitrine.service.observability.middleware import recorded, request_id
+from vitrine.service.observability.middleware import request_id, track_request
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.observability.tracing import grpc_span, record_spans
 from vitrine.service.open_inference import open_inference_pb2 as pb
@@ -37,7 +38,6 @@ from vitrine.service.open_inference.inference import (
     tensor_to_bytes,
 )
 from vitrine.service.runtime.serving import Serving
-from vitrine.service.version import server_version
 
 _log = logging.getLogger("bentoml.vitrine")
 
@@ -90,7 +90,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Name, version and extensions."""
 
         async def answer(record: RequestRecord) -> pb.ServerMetadataResponse:
-            return pb.ServerMetadataResponse(name=SERVER, version=server_version(), extensions=EXTENSIONS)
+            return pb.ServerMetadataResponse(name=SERVER, version=__version__, extensions=EXTENSIONS)
 
         return await self._answered("ServerMetadata", context, answer)
 
@@ -192,7 +192,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             request_id=request_id(metadata.get("x-request-id")),
         )
         code, sentence = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
-        with grpc_span(self._serving.settings, route, metadata), recorded(record):
+        with grpc_span(self._serving.settings, route, metadata), track_request(record):
             try:
                 self._serving.keys.check(metadata.get("authorization"), metadata.get("x-api-key"))
                 answered = await answer(record)

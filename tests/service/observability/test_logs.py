@@ -108,10 +108,10 @@ import logging, threading, warnings
 from bentoml._internal.log import configure_server_logging
 configure_server_logging()
 from vitrine.service.observability.logs import configure
-from vitrine.service.observability.request_record import RequestRecord, current
+from vitrine.service.observability.request_record import RequestRecord, current_record
 configure("json")
 logging.getLogger("bentoml.vitrine").info("two\\nlines")
-current.set(RequestRecord(request_id="mine"))
+current_record.set(RequestRecord(request_id="mine"))
 for name in ("circus", "uvicorn.error", "asyncio", "elsewhere"):
     logging.getLogger(name).error("from %s", name)
 try:
