@@ -1,7 +1,7 @@
-"""From a bundle's folder to a predictor that is known to answer right.
+"""Load a bundle and verify it.
 
-Order: schema, hashes, the graph's inputs and outputs against the manifest, golden outputs (which also warms the session
-up). Any failure is a `BundleError`; there is no fallback.
+The checks, in order: schema, file hashes, the graph's inputs and outputs against the manifest, golden outputs (which
+also warms up the session). Any failure raises `BundleError`; there is no fallback.
 """
 
 import hashlib
@@ -34,30 +34,39 @@ from vitrine.bundle.tolerances import CONFIDENT_SCORE, GOLDEN
 
 @dataclass(frozen=True)
 class Bundle:
-    """A network that has passed all checks."""
+    """A loaded network that has passed all checks."""
 
-    manifest: Identity  # a `Manifest`, unless an ONNX file was loaded alone
+    manifest: Identity  # a `Manifest`, unless loaded from a single ONNX file
     predictor: Predictor
     path: Path
-    variant: Precision | None = None  # which of its graphs; None for an ONNX file alone
-    profile: ExecutionProfile | None = None  # how it is best run here, if that has been measured
+    variant: Precision | None = None  # None if loaded from a single ONNX file
+    profile: ExecutionProfile | None = None  # None if not measured
 
     @property
     def file(self) -> Path:
-        """The graph that is run."""
+        """The ONNX file of the graph."""
         return self.path if self.variant is None else self.path / self.variant.file
 
 
+def default_root() -> Path:
+    """Return the folder of bundles to use when none is named: `bundles` here, else the one that ships with Vitrine.
+
+    The latter lies beside this package: in a checkout, and where the distribution `vitrine-bundles` is installed.
+    """
+    here, shipped = Path("bundles"), Path(__file__).resolve().parent.parent / "bundles"
+    return shipped if shipped.is_dir() and not here.is_dir() else here
+
+
 def find_bundles(root: Path) -> list[Path]:
-    """The folders `<root>/<name>/<version>` that hold a manifest, by name and ascending version.
+    """Return the folders `<root>/<name>/<version>` with a manifest, by name and ascending version.
 
     Raises:
-        BundleError: `root` is no folder.
+        BundleError: `root` is not a folder.
     """
     if not root.is_dir():
         raise BundleError(root, "bundles", expected="a folder of <name>/<version>", found="no such folder")
-    found = (manifest.parent for manifest in root.glob(f"*/*/{MANIFEST_FILE}"))
-    paths = [path for path in found if not path.name.startswith(".")]  # an unfinished export is hidden
+    folders = (manifest.parent for manifest in root.glob(f"*/*/{MANIFEST_FILE}"))
+    paths = [path for path in folders if not path.name.startswith(".")]  # an unfinished export is hidden
     return sorted(paths, key=lambda path: (path.parent.name, len(path.name), path.name))
 
 
@@ -65,7 +74,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and validate `manifest.json` of the bundle at `path`, which must lie in `<name>/<version>`.
 
     Raises:
-        BundleError: it is missing, does not follow the schema, or names another bundle than its folder.
+        BundleError: the manifest is missing, violates the schema, or does not match the folder's name and version.
     """
     file = path / MANIFEST_FILE
     try:
@@ -76,9 +85,9 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "document"
         raise BundleError(file, field, expected=first["msg"], found=repr(first["input"])[:200]) from error
-    place = path.resolve()
-    if (manifest.name, manifest.version) != (place.parent.name, place.name):
-        found = f"folder {place.parent.name}/{place.name}"
+    folder = path.resolve()
+    if (manifest.name, manifest.version) != (folder.parent.name, folder.name):
+        found = f"folder {folder.parent.name}/{folder.name}"
         raise BundleError(file, "name, version", expected=f"folder {manifest.name}/{manifest.version}", found=found)
     return manifest
 
@@ -91,17 +100,17 @@ def load_bundle(
     providers: Sequence[str] = CPU,
     cache: Path | None = None,
 ) -> Bundle:
-    """Load a bundle and prove it against its own golden sample.
+    """Load a bundle and verify it against its golden sample.
 
     Args:
         path: folder `<name>/<version>`.
-        variant: which of its graphs; by default the one that the manifest names.
-        threads: cores that one prediction uses.
-        providers, cache: where to compute, and how to share weights, see `OnnxNetwork`.
+        variant: graph to load; the manifest's default variant if None.
+        threads: cores per call.
+        providers, cache: see `OnnxNetwork`.
 
     Raises:
         BundleError: anything differs from the manifest.
-        ProviderError: a provider is not there or did not start.
+        ProviderError: a provider is missing or did not start.
     """
     manifest = read_manifest(path)
     precision = manifest.default_variant if variant is None else variant
@@ -117,11 +126,11 @@ def load_bundle(
 
 
 def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[str] = CPU) -> OnnxNetwork | None:
-    """The graph that shows where a bundle's network looks, proved by its scores; None where the bundle has none.
+    """Load a bundle's explain graph and verify its scores; return None if the bundle has none.
 
     Raises:
         BundleError: anything differs from the manifest.
-        ProviderError: a provider is not there or did not start.
+        ProviderError: a provider is missing or did not start.
     """
     manifest = read_manifest(path)
     if EXPLAIN_FILE not in manifest.files or manifest.explanation is None:
@@ -134,11 +143,11 @@ def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[st
 
 
 def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU, cache: Path | None = None) -> Bundle:
-    """Load one ONNX file of a bundle alone, by what it says about itself. Nothing proves its answers.
+    """Load a single ONNX file of a bundle by its embedded metadata. Its answers are not verified.
 
     Raises:
-        BundleError: it is no file of a bundle, or its graph is not as it says.
-        ProviderError: a provider is not there or did not start.
+        BundleError: the file is not part of a bundle, or its graph differs from its metadata.
+        ProviderError: a provider is missing or did not start.
     """
     network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache)
     try:
@@ -156,12 +165,12 @@ def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU, c
 
 
 def golden_name(output: str, precision: Precision) -> str:
-    """The name of an output's array in the golden sample."""
+    """Return the name of an output's array in the golden sample."""
     return output if precision is Precision.FP32 else f"{precision.value}.{output}"
 
 
 def hash_file(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -189,8 +198,8 @@ def _check_golden(
 ) -> None:
     file = path / (name or precision.file)
     golden = read_golden(path, manifest)
-    found = network(**{spec.name: golden[spec.name] for spec in manifest.inputs})
-    for spec, output in zip(manifest.outputs, found, strict=False):  # an explain graph answers more behind them
+    outputs = network(**{spec.name: golden[spec.name] for spec in manifest.inputs})
+    for spec, output in zip(manifest.outputs, outputs, strict=False):  # an explain graph has further outputs
         expected = golden[golden_name(spec.name, precision)]
         if spec.name == "class_ids" and output.shape == expected.shape:
             confident = np.greater_equal(golden[golden_name("scores", precision)], CONFIDENT_SCORE)
@@ -199,16 +208,16 @@ def _check_golden(
             raise BundleError(path / GOLDEN_FILE, spec.name, expected=expected.shape, found=output.shape)
         difference = float(np.abs(output.astype(np.float64) - expected.astype(np.float64)).max(initial=0))
         if not difference <= GOLDEN[precision]:
-            wanted = f"the golden answer to within {GOLDEN[precision]}"
-            raise BundleError(file, spec.name, expected=wanted, found=f"a difference of {difference:.3g}")
-    # The graph does not say how many classes it knows if it is a detector; the golden answers come close.
-    classes = found[0].shape[-1] if manifest.task is Task.CLASSIFICATION else int(golden["class_ids"].max()) + 1
+            expected_answer = f"the golden answer to within {GOLDEN[precision]}"
+            raise BundleError(file, spec.name, expected=expected_answer, found=f"a difference of {difference:.3g}")
+    # A detector's graph does not tell its number of classes; the golden answers give a lower bound.
+    classes = outputs[0].shape[-1] if manifest.task is Task.CLASSIFICATION else int(golden["class_ids"].max()) + 1
     if classes > len(manifest.labels) or (manifest.task is Task.CLASSIFICATION and classes < len(manifest.labels)):
         raise BundleError(path / MANIFEST_FILE, "labels", expected=f"{classes} labels", found=len(manifest.labels))
 
 
 def read_golden(path: Path, manifest: Manifest) -> dict[str, NDArray[np.generic]]:
-    """The golden sample: an array for each input of the graph, and for each output of every variant.
+    """Read the golden sample: an array for each input of the graph and for each output of every variant.
 
     Raises:
         BundleError: the archive cannot be read or an array is missing.

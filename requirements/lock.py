@@ -1,6 +1,9 @@
-"""Pin the dependencies of pyproject.toml: install each layer into a fresh environment and write down what came.
+"""Pin the dependencies of pyproject.toml, once for all platforms and Pythons, and check that every pin has a wheel.
 
-What is pinned already stays at its version; with --upgrade everything is chosen anew.
+    python requirements/lock.py [--upgrade]
+
+Pins stay at their versions where they can; with --upgrade everything is resolved anew. One universal resolution (uv)
+serves every supported Python: where CPython on Linux or macOS differs, a line carries a marker, which pip understands.
 
 serve.txt   what serving needs
 train.txt   serve.txt and the extra `train`
@@ -8,47 +11,74 @@ dev.txt     train.txt and the extra `dev`
 parity.txt  dev.txt and the extra `parity`
 """
 
-import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 from pathlib import Path
 
+from packaging.markers import Marker
+
 HERE = Path(__file__).parent
+LAYERS = ("serve", "train", "dev", "parity")
+PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+PLATFORM = "x86_64-manylinux_2_28"
+ENVIRONMENTS = [
+    {"sys_platform": system, "platform_machine": machine, "python_full_version": f"{python}.0", "python_version": python}
+    | {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
+    for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
+    for python in PYTHONS
+]
 
 
 def main() -> None:
-    """Write the four files."""
-    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    layers = {
-        "serve": project["dependencies"],
-        "train": extras["train"],
-        "dev": extras["dev"],
-        "parity": extras["parity"],
-    }
+    """Write the four files, then check the wheels."""
+    upgrade = ["--upgrade"] if "--upgrade" in sys.argv else []
     with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder) / "constraints.txt"
-        kept = [] if "--upgrade" in sys.argv else [HERE / f"{layer}.txt" for layer in layers]
-        lines_kept = [line for file in kept for line in file.read_text().splitlines() if "==" in line]
-        constraints.write_text("\n".join(lines_kept))
-        python = Path(folder) / "bin" / "python"
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
-        pinned: set[str] = set()
-        below = ""
-        for layer, requirements in layers.items():
-            install = [python, "-m", "pip", "install", "--quiet", "-c", constraints]
-            subprocess.run([*install, *requirements], check=True)
-            freeze = [python, "-m", "pip", "freeze", "--all", "--exclude", "pip"]
-            frozen = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
-            lines = {re.sub(r"\+cpu$", "", line) for line in frozen.splitlines()}
-            new = sorted(lines - pinned)
-            header = f"# Made by `make lock` from pyproject.toml, for CPython 3.11 on Linux x86-64.\n{below}"
-            (HERE / f"{layer}.txt").write_text(header + "".join(f"{line}\n" for line in new))
-            pinned |= lines
-            below = f"-r {layer}.txt\n"
+        everything = Path(folder) / "everything.txt"
+        pins = [line for layer in LAYERS for line in _pins(HERE / f"{layer}.txt")]
+        everything.write_text("\n".join(pins))  # uv keeps what the output file already pins
+        _compile(everything, LAYERS[1:], *upgrade)
+        below: set[str] = set()
+        for number, layer in enumerate(LAYERS):
+            file = Path(folder) / f"{layer}.txt"
+            _compile(file, LAYERS[1 : number + 1], "--constraints", str(everything))
+            lines = [line for line in map(_relevant, _pins(file)) if line]
+            header = "# Made by `make lock` from pyproject.toml, for Python 3.11 and newer.\n"
+            above = f"-r {LAYERS[number - 1]}.txt\n" if number else ""
+            (HERE / f"{layer}.txt").write_text(
+                header + above + "".join(f"{line}\n" for line in lines if line not in below)
+            )
+            below |= set(lines)
+        for python in PYTHONS:
+            wheels = ["--no-deps", "--only-binary", ":all:", "--python-version", python, "--python-platform", PLATFORM]
+            _uv(str(everything), *wheels, "--output-file", str(Path(folder) / "wheels.txt"))
+            print(f"CPython {python}, {PLATFORM}: every pin has a wheel")
+
+
+def _compile(output: Path, extras: tuple[str, ...], *options: str) -> None:
+    chosen = [option for extra in extras for option in ("--extra", extra)]
+    _uv(
+        str(HERE.parent / "pyproject.toml"),
+        *("--universal", "--python-version", PYTHONS[0], "--output-file", str(output)),
+        *chosen,
+        *options,
+    )
+
+
+def _uv(*arguments: str) -> None:
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", *arguments]
+    subprocess.run(command, check=True)
+
+
+def _relevant(pin: str) -> str:
+    """Return the pin without a marker that always holds, or "" if its marker never does."""
+    requirement, _, marker = pin.partition(" ; ")
+    holds = {not marker or Marker(marker).evaluate(environment) for environment in ENVIRONMENTS}
+    return "" if holds == {False} else requirement if holds == {True} else pin
+
+
+def _pins(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if "==" in line]
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from vitrine.bundle.loading import find_bundles
 from vitrine.bundle.machine import release_memory
 from vitrine.bundle.manifest import Identity
 from vitrine.bundle.repository import Repository
 from vitrine.bundle.runtime import parse_providers
-from vitrine.service.settings import Settings, SettingsError
+from vitrine.service.settings import FILE_VARIABLE, Settings, SettingsError
 
 _SHARED = "_VITRINE_SHARED"  # inherited by the workers; not a setting
+_GET_BUNDLES = "`pip install vitrine-bundles` installs some, `vitrine export` writes one"
 
 
 def shared_folder() -> Path:
@@ -37,14 +39,17 @@ def shared_folder() -> Path:
 
 
 def check_bundles(settings: Settings) -> list[Identity]:
-    """Load and verify all bundles, and return their manifests: a broken one is refused in one sentence.
+    """Load and verify all bundles and return their manifests, so that a broken one is refused in one sentence.
 
-    (BentoML would restart its workers for ever.) The workers find the graphs made ready, see `bundle.runtime`.
+    (BentoML would restart its workers endlessly.) The workers reuse the graphs prepared here, see `bundle.runtime`.
 
     Raises:
         BundleError, ProviderError: as `Repository`.
-        SettingsError: see `shared_folder`.
+        SettingsError: there is no bundle, or no folder for temporary files can be written to.
     """
+    if not any(root.is_file() or (root.is_dir() and find_bundles(root)) for root in settings.bundles):
+        roots = ", ".join(map(str, settings.bundles))
+        raise SettingsError(f"VITRINE_BUNDLES: expected bundles, found none in {roots}; {_GET_BUNDLES}")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds; BentoML sets its own later
     os.environ["BENTOML_DO_NOT_TRACK"] = "True"
     # Servers that share BentoML's home share the files of its metrics, and each deletes them when it starts.
@@ -60,9 +65,19 @@ def check_bundles(settings: Settings) -> list[Identity]:
 
 
 def run(settings: Settings, address: str) -> None:
-    """Serve until a signal comes. `address` is the host's in digits."""
-    os.environ["VITRINE_HOST"] = address
+    """Serve until a signal arrives. `address` is the numeric address of the host.
+
+    BentoML puts its working directory first on Python's path. It gets an empty one, so that no module of the user's
+    project takes the place of one that the server imports; relative paths are resolved before.
+    """
+    os.environ |= {"VITRINE_HOST": address, "PYTHONSAFEPATH": "1"}
+    os.environ["VITRINE_BUNDLES"] = os.pathsep.join(map(os.path.abspath, settings.bundles))
+    files = {FILE_VARIABLE: os.environ.get(FILE_VARIABLE), "VITRINE_API_KEYS_FILE": settings.api_keys_file}
+    os.environ |= {variable: os.path.abspath(file) for variable, file in files.items() if file}
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy's pool: nothing here uses it
         os.environ.setdefault(variable, "1")
-    sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--host", address, "--port", str(settings.port)]
+    folder = shared_folder() / "empty"
+    folder.mkdir()
+    sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--working-dir", str(folder)]
+    sys.argv += ["--host", address, "--port", str(settings.port)]
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)

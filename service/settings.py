@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from vitrine.bundle.errors import VitrineError, unknown
 from vitrine.bundle.images import MAX_PIXELS
+from vitrine.bundle.loading import default_root
 
 PREFIX = "VITRINE_"
 FILE_VARIABLE = "VITRINE_SETTINGS"
@@ -34,7 +35,7 @@ _KEY = re.compile(r"[!-~]+")  # printable ASCII without spaces, valid in any hea
 _Texts = Annotated[tuple[str, ...], NoDecode]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
 
-# Kubernetes sets such variables in each pod for every Service; one named vitrine or vitrine-grpc must not break startup.
+# Kubernetes sets such variables in each pod for every Service; a Service named vitrine(-grpc) must not break startup.
 _SERVICE_LINK = re.compile(
     r"VITRINE_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)", re.ASCII
 )
@@ -78,39 +79,39 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(3000, ge=1, le=65535, description="of HTTP")
-    grpc_port: int = Field(8081, ge=0, le=65535, description="of gRPC; 0: no gRPC")
+    port: int = Field(3000, ge=1, le=65535, description="port of HTTP")
+    grpc_port: int = Field(8081, ge=0, le=65535, description="port of gRPC; 0: no gRPC")
 
     bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
-        (Path("bundles"),),
+        default_factory=lambda: (default_root(),),
         description="folders of `<name>/<version>`, or ONNX files of a bundle, separated by `:`",
     )
-    providers: str = Field("cpu", description="where ONNX Runtime computes, in order of preference: `cuda,cpu`")
+    providers: str = Field("cpu", description="execution providers of ONNX Runtime, in order of preference: `cuda,cpu`")
     model_control: bool = Field(False, description="clients may load and unload models")
-    poll_seconds: float = Field(0.0, ge=0, description="between looks for changed bundles; 0: never")
+    poll_seconds: float = Field(0.0, ge=0, description="polling interval for changed bundles; 0: never")
 
-    workers: int | None = Field(None, ge=1, description="processes; by default as cores and memory allow")
-    threads: int | None = Field(None, ge=1, description="images in work at once, in each process, one core each")
+    workers: int | None = Field(None, ge=1, description="processes; by default chosen by cores and memory")
+    threads: int | None = Field(None, ge=1, description="computing threads of each process, one image and core each")
     max_queue: int = Field(256, ge=1, description="images that may wait for a thread; the next ones get 503")
-    max_wait_seconds: float = Field(10.0, gt=0, description="that an image may wait, as far as can be told; else 503")
-    timeout_seconds: float = Field(30.0, gt=0, le=60, description="of one request, from its headers to its answer")
-    stuck_seconds: float = Field(120.0, gt=0, description="after which a computing thread counts as stuck: `/livez`")
+    max_wait_seconds: float = Field(10.0, gt=0, description="longest expected wait of an image; else 503")
+    timeout_seconds: float = Field(30.0, gt=0, le=60, description="from a request's headers to its response; else 504")
+    stuck_seconds: float = Field(120.0, gt=0, description="after which `/livez` reports a thread as stuck")
 
-    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="of one request")
-    max_pixels: int = Field(MAX_PIXELS, ge=1, le=178_000_000, description="of one image")
-    max_images: int = Field(32, ge=1, description="of one request")
+    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="largest body of a request")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=178_000_000, description="most pixels of an image")
+    max_images: int = Field(32, ge=1, description="most images in a request")
 
     api_keys: _Texts = Field(
-        (), repr=False, description="keys, or their hashes `sha256:...`, separated by commas; none: everybody may ask"
+        (), repr=False, description="keys, or their hashes `sha256:...`, separated by commas; none: no authentication"
     )
-    api_keys_file: Path | None = Field(None, description="file of hashes, read again whenever it changes")
-    metrics_need_key: bool = Field(False, description="`/metrics` needs a key, too")
-    cors_origins: _Texts = Field((), description="origins whose pages may ask, separated by commas; `*`: all")
+    api_keys_file: Path | None = Field(None, description="file of hashes, reloaded when it changes")
+    metrics_need_key: bool = Field(False, description="`/metrics` requires a key, too")
+    cors_origins: _Texts = Field((), description="origins allowed by CORS, separated by commas; `*`: all")
 
     log_format: LogFormat = Field("auto", description="`json`, `text`, or `auto`: text on a terminal only")
-    log_probes: bool = Field(False, description="requests of probes and of `/metrics` are logged, too")
-    traces_endpoint: str = Field("", description="of an OTLP/HTTP collector: `http://localhost:4318/v1/traces`")
-    traces_share: float = Field(1.0, ge=0, le=1, description="of the requests whose client has not decided itself")
+    log_probes: bool = Field(False, description="also log requests of probes and `/metrics`")
+    traces_endpoint: str = Field("", description="URL of an OTLP/HTTP collector: `http://localhost:4318/v1/traces`")
+    traces_share: float = Field(1.0, ge=0, le=1, description="share of requests to trace, unless the client decides")
 
     @property
     def loopback_only(self) -> bool:

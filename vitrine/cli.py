@@ -11,9 +11,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from vitrine import __version__
 from vitrine.bundle.errors import VitrineError, unknown
 from vitrine.bundle.images import decode
-from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_explain_network, load_file, read_manifest
+from vitrine.bundle.loading import (
+    Bundle,
+    default_root,
+    find_bundles,
+    load_bundle,
+    load_explain_network,
+    load_file,
+    read_manifest,
+)
 from vitrine.bundle.machine import available_cores
 from vitrine.bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
 from vitrine.bundle.runtime import parse_providers
@@ -26,6 +35,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Providers = Annotated[str, typer.Option("--providers", help="Where ONNX Runtime computes: cuda,cpu in that order.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitrine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Vision transformers from training to an HTTP answer."""
+
 
 data_app = typer.Typer(help="Get data sets and look them over.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
@@ -301,7 +326,7 @@ def explain(
     out: Annotated[Path, typer.Option(help="Picture to write: the image beside its heat map.")],
 ) -> None:
     """Draw where a bundle's network looks in an image."""
-    from vitrine.bundle.explaining import make_explainer, picture
+    from vitrine.bundle.explaining import draw_explanation, make_explainer
 
     loaded = load_bundle(bundle, variant=Precision.FP32, threads=available_cores())
     explanation = read_manifest(bundle).explanation
@@ -309,7 +334,9 @@ def explain(
         raise VitrineError(f"{bundle}: expected a network that shows where it looks, found none of that kind")
     network = load_explain_network(bundle, threads=available_cores())
     try:
-        drawn, words = picture(make_explainer(loaded.predictor, explanation, network), decode(image.read_bytes()))
+        drawn, words = draw_explanation(
+            make_explainer(loaded.predictor, explanation, network), decode(image.read_bytes())
+        )
         drawn.save(out)
     except (OSError, ValueError) as error:  # the image is not there, or the picture has no known ending
         raise VitrineError(f"{error}") from error
@@ -384,10 +411,14 @@ def predict(
 
 
 @app.command()
-def bundles(root: Annotated[Path, typer.Argument(help="Folder of NAME/VERSION.")] = Path("bundles")) -> None:
-    """List the bundles in a folder."""
-    for path in find_bundles(root):
-        typer.echo(_summary(read_manifest(path)))
+def bundles(
+    root: Annotated[
+        Path | None, typer.Argument(help="Folder of NAME/VERSION (default: that of serve).", show_default=False)
+    ] = None,
+) -> None:
+    """List the bundles in a folder and where they are."""
+    for path in find_bundles(root or default_root()):
+        typer.echo(f"{_summary(read_manifest(path))}  {path}")
 
 
 @app.command()
@@ -400,7 +431,7 @@ def serve(
     ] = None,
     print_settings: Annotated[bool, typer.Option(help="Print the settings that hold, and end.")] = False,
 ) -> None:
-    """Serve the bundles in VITRINE_BUNDLES (default: bundles/) over HTTP and gRPC."""
+    """Serve the bundles in VITRINE_BUNDLES (default: bundles/, or else those of vitrine-bundles) over HTTP and gRPC."""
     from vitrine.service.access import Keys
     from vitrine.service.launch import check_bundles, run
     from vitrine.service.observability.logs import wants_json
@@ -524,7 +555,8 @@ def main() -> None:
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         needs = f"this command needs {error.name}, which serving does not"
-        typer.echo(f"vitrine: {needs}: pip install -r requirements/train.txt", err=True)
+        how = "pip install 'vitrine-serving[train]', in a checkout pip install -r requirements/train.txt"
+        typer.echo(f"vitrine: {needs}: {how}", err=True)
         raise SystemExit(1) from None
 
 

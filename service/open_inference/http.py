@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from vitrine import __version__
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
 from vitrine.service.errors import UnavailableError, preview
 from vitrine.service.http.requests import read_body
@@ -33,7 +34,6 @@ from vitrine.service.open_inference.inference import (
     tensor_to_bytes,
 )
 from vitrine.service.runtime.serving import Deadline, get_record, get_serving
-from vitrine.service.version import server_version
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 Json = dict[str, Any]
@@ -41,7 +41,7 @@ Json = dict[str, Any]
 
 async def server_metadata(request: Request) -> Response:
     """`GET /v2`."""
-    return _json({"name": SERVER, "version": server_version(), "extensions": list(EXTENSIONS)})
+    return _json({"name": SERVER, "version": __version__, "extensions": list(EXTENSIONS)})
 
 
 async def server_health(request: Request) -> Response:
