@@ -98,10 +98,10 @@ def check_data(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
 ) -> None:
     """Count a data set and find what is broken, empty, double or out of place; exit status 1 where there are errors."""
-    from vitrine.models.training.data.check import check_data, text
+    from vitrine.models.training.data.check import check_data, format_summary
 
     summary = check_data(path, split or (), sheets=sheets, show=True)
-    typer.echo(json.dumps(summary.as_json(), indent=2) if as_json else text(summary))
+    typer.echo(json.dumps(summary.as_json(), indent=2) if as_json else format_summary(summary))
     raise typer.Exit(1 if summary.errors else 0)
 
 

@@ -1,4 +1,4 @@
-"""A served torch module behind the calls of `bundle.predictors`, so that a run is evaluated as a bundle is."""
+"""Serving predictors on torch, so that a run is evaluated in the same way as a bundle."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
 
 
 class TorchNetwork:
-    """A served network run by torch: the same call as an ONNX Runtime session's (`bundle.predictors.Network`)."""
+    """Run a served network with torch, with the interface of `bundle.predictors.Network`."""
 
     def __init__(self, module: ServedClassifier | ServedDetector, device: torch.device) -> None:
         self.module = module.to(device)
@@ -37,13 +37,13 @@ def torch_predictor(
     device: torch.device,
     temperature: float = 1.0,
 ) -> Predictor:
-    """The serving predictor around a torch network."""
+    """Return the serving predictor of a torch network."""
     module = served(network, preprocessing.mean, preprocessing.std, temperature)
     return make_predictor(TorchNetwork(module, device), preprocessing, labels)
 
 
 def load_run_predictor(run: Path, device: torch.device | None = None) -> tuple[Predictor, Task]:
-    """The predictor and task of a run; on the GPU if there is one, unless `device` says otherwise.
+    """Return the predictor and task of a run, on the GPU if there is one, unless `device` is given.
 
     Raises:
         CheckpointError: the run cannot be read.
@@ -52,7 +52,7 @@ def load_run_predictor(run: Path, device: torch.device | None = None) -> tuple[P
 
 
 def checkpoint_predictor(checkpoint: Checkpoint, device: torch.device | None = None) -> tuple[Predictor, Task]:
-    """The predictor and task of a checkpoint that was read."""
+    """Return the predictor and task of a checkpoint."""
     preprocessing = checkpoint.read_preprocessing()
     predictor = torch_predictor(
         checkpoint.build(), preprocessing, checkpoint.labels, device or default_device(), checkpoint.temperature
@@ -61,10 +61,10 @@ def checkpoint_predictor(checkpoint: Checkpoint, device: torch.device | None = N
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader knows it by: "NVIDIA H200", "CPU"."""
+    """Return the display name of a device: "NVIDIA H200", "CPU"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()

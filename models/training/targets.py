@@ -1,4 +1,4 @@
-"""The objects of training images, as augmentation moves them and a detector learns them."""
+"""Detection targets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Target:
 
 
 def pad_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets of equal length, for as many objects as the fullest image has, at least one.
+    """Pad targets to the largest number of objects per image, at least one.
 
     Returns:
         class_ids int64 [B, n] and boxes_cxcywh float [B, n, 4], zero where there is no object; valid bool [B, n].
@@ -25,7 +25,7 @@ def pad_targets(targets: Sequence[Target]) -> tuple[Tensor, Tensor, Tensor]:
     class_ids = F.pad(torch.cat([target.class_ids for target in targets]), (0, 1))
     boxes = F.pad(torch.cat([target.boxes_cxcywh for target in targets]), (0, 0, 0, 1))
     counts = torch.tensor([len(target.class_ids) for target in targets])[:, None]
-    numbers = torch.arange(max(1, int(counts.max())))
-    valid = numbers < counts
-    rows = (counts.cumsum(dim=0) - counts + numbers).where(valid, len(boxes) - 1).to(boxes.device)
+    positions = torch.arange(max(1, int(counts.max())))
+    valid = positions < counts
+    rows = (counts.cumsum(dim=0) - counts + positions).where(valid, len(boxes) - 1).to(boxes.device)
     return class_ids[rows], boxes[rows], valid.to(boxes.device)

@@ -1,1 +1,1 @@
-"""Random changes to training images and their labels."""
+"""Data augmentation."""

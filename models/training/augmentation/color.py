@@ -1,4 +1,4 @@
-"""Changes of colour: one linear map per image for brightness, contrast, saturation and hue; and PIL's other operations.
+"""Color operations: one linear map per image for brightness, contrast, saturation and hue; PIL's other operations.
 
 All take and return uint8 [B, H, W, 3].
 """
@@ -15,36 +15,36 @@ _LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey (ITU-R 6
 
 
 def color_jitter(pixels: Tensor, factors: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Change brightness, contrast and saturation as PIL's `ImageEnhance` does, in this order, then turn the hue.
+    """Change brightness, contrast and saturation as PIL's `ImageEnhance` does, in this order, then rotate the hue.
 
-    Each is linear, so that together they are one 3 x 3 matrix and one offset per image; only the result is clipped.
+    All are linear, so they are composed into one 3 x 3 matrix and one offset per image; only the result is clipped.
 
     Args:
-        factors: float [B, 4], factors of brightness, contrast and saturation (1: as it is) and the part of a full
-            circle by which hues turn around the grey axis (0: as it is).
-        valid: bool [B, H, W], the pixels whose mean the contrast is changed about; None: all.
+        factors: float [B, 4], brightness, contrast and saturation factors (1: unchanged) and the hue rotation around
+            the grey axis as a fraction of a full turn (0: unchanged).
+        valid: bool [B, H, W], the pixels whose mean contrast is relative to; None: all.
     """
     brightness, contrast, saturation, hue = factors[..., None, None].unbind(dim=1)  # [B, 1, 1] each
     one, luma = torch.eye(3, device=pixels.device), torch.tensor(_LUMA, device=pixels.device)
     saturated = saturation * one + (1 - saturation) * luma
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=pixels.device) / math.sqrt(3)
     cosine, sine = torch.cos(2 * math.pi * hue), torch.sin(2 * math.pi * hue)
-    turned = cosine * one + (1 - cosine) / 3 + sine * cross  # Rodrigues' formula
-    counted = pixels if valid is None else pixels * valid[..., None]
-    number = pixels[0, ..., 0].numel() if valid is None else valid.sum(dim=(1, 2))[:, None, None]
-    mean = (counted.sum(dim=(1, 2), dtype=torch.int32).float() @ luma)[:, None, None] / number
-    # Greys, and with them the mean, are left alone by both matrices.
-    matrix = (brightness * contrast * turned @ saturated).mT.contiguous()
+    rotation = cosine * one + (1 - cosine) / 3 + sine * cross  # Rodrigues' formula
+    masked = pixels if valid is None else pixels * valid[..., None]
+    count = pixels[0, ..., 0].numel() if valid is None else valid.sum(dim=(1, 2))[:, None, None]
+    mean = (masked.sum(dim=(1, 2), dtype=torch.int32).float() @ luma)[:, None, None] / count
+    # Both matrices map greys, and thus the mean, to themselves.
+    matrix = (brightness * contrast * rotation @ saturated).mT.contiguous()
     offset = brightness * (1 - contrast) * mean + 0.5
-    changed = torch.empty_like(pixels)
+    output = torch.empty_like(pixels)
     for part in chunks(pixels):
-        colours = torch.baddbmm(offset[part], pixels[part].flatten(1, 2).float(), matrix[part])
-        changed[part] = colours.clamp_(0, 255).to(torch.uint8).view_as(pixels[part])
-    return changed
+        colors = torch.baddbmm(offset[part], pixels[part].flatten(1, 2).float(), matrix[part])
+        output[part] = colors.clamp_(0, 255).to(torch.uint8).view_as(pixels[part])
+    return output
 
 
 def sharpen(pixels: Tensor, factors: Tensor) -> Tensor:
-    """As PIL's `ImageEnhance.Sharpness`: away from (factor above 1) or towards (below) a smoothed image; edges stay.
+    """Sharpen (factor above 1) or smooth (below 1) like PIL's `ImageEnhance.Sharpness`; border pixels are unchanged.
 
     Args:
         factors: float [B].
@@ -58,12 +58,12 @@ def sharpen(pixels: Tensor, factors: Tensor) -> Tensor:
 
 
 def posterize(pixels: Tensor, bits: int) -> Tensor:
-    """Keep the highest `bits` of each value, 0 to 8."""
+    """Keep the highest `bits` bits of each value, 0 to 8."""
     return pixels & (256 - 2 ** (8 - bits))
 
 
 def solarize(pixels: Tensor, threshold: float) -> Tensor:
-    """Invert the values from `threshold` on."""
+    """Invert the values at or above `threshold`."""
     return torch.where(pixels < float(threshold), pixels, 255 - pixels)
 
 
@@ -76,7 +76,7 @@ def autocontrast(pixels: Tensor) -> Tensor:
 
 
 def equalize(pixels: Tensor) -> Tensor:
-    """Make each channel's values about equally frequent, by PIL's table."""
+    """Equalise the histogram of each channel with PIL's lookup table."""
     values = pixels.permute(0, 3, 1, 2).flatten(2).flatten(0, 1).long()  # [B * 3, H * W]
     channels = torch.arange(len(values), device=pixels.device)[:, None]
     counts = torch.bincount((channels * 256 + values).flatten(), minlength=256 * len(values)).view(-1, 256)

@@ -1,4 +1,4 @@
-"""Mixing neighbouring images of a batch and their labels, and erasing parts of images.
+"""Mixup, CutMix and random erasing.
 
 Shapes: B images of H x W pixels, K classes. Samples 2j and 2j + 1 are partners. Random numbers `noise` are uniform in
 [0, 1), float [B, ...], on the CPU.
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from vitrine.models.training.augmentation.resampling import chunks
 
-_ERASED = (0.02, 1 / 3)  # smallest and largest part of an image
-_ERASED_ASPECT = 3.3  # largest ratio of its edges
+_ERASED = (0.02, 1 / 3)  # smallest and largest fraction of an image
+_ERASED_ASPECT = 3.3  # largest aspect ratio
 
 
 def random_erasing(pixels: Tensor, noise: Tensor, probability: float) -> Tensor:
-    """Random erasing (Zhong et al. 2020): a rectangle of random pixels in some of the images, in place.
+    """Random erasing (Zhong et al. 2020): fill a rectangle with random pixels in some images, in place.
 
-    It covers 2 to 33 % of an image, with edges up to 3.3 times as long as each other.
+    It covers 2 to 33 % of an image, with an aspect ratio of up to 3.3.
 
     Args:
         pixels: uint8 [B, H, W, 3].
@@ -34,28 +34,28 @@ def random_erasing(pixels: Tensor, noise: Tensor, probability: float) -> Tensor:
     image, row, column = inside.nonzero(as_tuple=True)
     number = row * pixels.shape[2] + column
     seeds = (seed * 2**24).long()[image] * pixels[0, ..., 0].numel()
-    pixels[chosen.to(pixels.device)[image], row, column] = _random_colours(number + seeds)
+    pixels[chosen.to(pixels.device)[image], row, column] = _random_colors(number + seeds)
     return pixels
 
 
 def mixup_cutmix(pixels: Tensor, targets: Tensor, noise: Tensor, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mix each image, and its label, with its partner.
+    """Mix each image and its label with its partner.
 
-    mixup (Zhang et al. 2018) takes the weighted mean of all pixels. CutMix (Yun et al. 2019) pastes a rectangle of the
-    partner, of the image's shape and wholly inside it; the labels' weights are the exact areas.
+    Mixup (Zhang et al. 2018) takes the weighted mean of all pixels. CutMix (Yun et al. 2019) pastes a rectangle of the
+    partner, of the image's aspect ratio and fully inside it; label weights are the exact areas.
 
     Args:
         pixels: uint8 [B, H, W, 3].
         targets: float [B, K].
         noise: [B, 4].
-        mixup, cutmix: alpha, the images' weights being drawn from Beta(alpha, alpha); 0: never. If both are above 0,
-            half of the images are mixed in either way.
+        mixup, cutmix: alpha of the weights' distribution Beta(alpha, alpha); 0: off. If both are above 0, each is
+            applied to half of the images.
 
     Returns:
         The new pixels and targets.
     """
     pasted = noise[:, 0] < (0.5 if mixup and cutmix else float(cutmix > 0))
-    partners = (torch.arange(len(pixels)) ^ 1).clamp(max=len(pixels) - 1)  # a last one alone is its own
+    partners = (torch.arange(len(pixels)) ^ 1).clamp(max=len(pixels) - 1)  # an odd last image is its own partner
     mixed, weights = torch.empty_like(pixels), torch.empty(len(pixels), 1, device=pixels.device)
     for chosen, alpha, method in ((~pasted, mixup, _mixup), (pasted, cutmix, _cutmix)):
         rows = chosen.nonzero()[:, 0]
@@ -80,16 +80,16 @@ def _cutmix(images: Tensor, others: Tensor, own: Tensor, place: Tensor) -> tuple
 
 
 def _rectangle(area: Tensor, log_aspect: Tensor, place: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """A rectangle of whole pixels inside each image.
+    """Place a rectangle of whole pixels inside each image.
 
     Args:
-        area: float [B], the part of the image to cover; less is covered where an edge would be longer than the image's.
+        area: float [B], fraction of the image to cover; less where an edge would be longer than the image's.
         log_aspect: float [B], logarithm of height over width, relative to the image's own.
-        place: float [B, 2] in 0..1, from the top (left) to the bottom (right).
+        place: float [B, 2] in 0..1, position from top (left) to bottom (right).
         pixels: the images, [B, H, W, 3].
 
     Returns:
-        Its pixels, bool [B, H, W], and the part of the image that it covers, float [B].
+        Mask of the rectangle, bool [B, H, W], and the fraction of the image that it covers, float [B].
     """
     inside, covered = [], []
     for start, edge, direction in zip(place.unbind(1), pixels.shape[1:3], (0.5, -0.5), strict=True):
@@ -101,8 +101,8 @@ def _rectangle(area: Tensor, log_aspect: Tensor, place: Tensor, pixels: Tensor) 
     return inside[0][:, :, None] & inside[1][:, None], covered[0] * covered[1]
 
 
-def _random_colours(numbers: Tensor) -> Tensor:
-    """A hash of each number, the same on every device: int64 [n] -> uint8 [n, 3]."""
+def _random_colors(numbers: Tensor) -> Tensor:
+    """Hash each number to a color, identically on every device: int64 [n] -> uint8 [n, 3]."""
     state = numbers & 0xFFFFFFFF
     for factor in (0x21F0AAAD, 0x735A2D97):
         state = ((state ^ (state >> 16)) * factor) & 0xFFFFFFFF

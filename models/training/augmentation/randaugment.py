@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2020): some of 14 operations for each image, all at one magnitude.
+"""RandAugment (Cubuk et al. 2020): random operations out of 14 for each image, all at one magnitude.
 
-The strengths at magnitude 10 are torchvision's, signs are drawn. The geometry of all operations is one affine map,
-applied before the changes of colour; in the paper each operation works on the last one's result.
+Strengths at magnitude 10 are torchvision's; signs are random. All geometric operations are composed into one affine
+map, applied before the color operations; in the paper each operation is applied to the result of the previous one.
 """
 
 import math
@@ -19,11 +19,11 @@ from vitrine.models.training.augmentation.color import (
     solarize,
 )
 
-MAX_MAGNITUDE = 10.0  # magnitude
+MAX_MAGNITUDE = 10.0
 
 
 class Operation(IntEnum):
-    """What RandAugment draws from; the numbers of the first three are `color_jitter`'s columns."""
+    """The operations of RandAugment; the values of the first three are the columns of `color_jitter`."""
 
     BRIGHTNESS = 0
     CONTRAST = auto()
@@ -41,16 +41,16 @@ class Operation(IntEnum):
     IDENTITY = auto()
 
 
-def draw(noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Operations, int64, and their signs, -1 or 1, for uniform numbers [B, 2 * count]: [B, count] each."""
-    which, sign = noise.chunk(2, dim=1)
-    return (which * len(Operation)).long(), torch.where(sign < 0.5, -1.0, 1.0)
+def sample_operations(noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Map uniform numbers [B, 2 * count] to operations, int64, and their signs, -1 or 1: [B, count] each."""
+    choice, sign = noise.chunk(2, dim=1)
+    return (choice * len(Operation)).long(), torch.where(sign < 0.5, -1.0, 1.0)
 
 
-def geometry(operations: Tensor, signs: Tensor, magnitude: float, size: tuple[int, int]) -> Tensor:
-    """The operations' joint map from a place in their output to one in their input, in pixels from the centre.
+def affine_matrix(operations: Tensor, signs: Tensor, magnitude: float, size: tuple[int, int]) -> Tensor:
+    """Compose the geometric operations into one map from output to input positions, in pixels from the centre.
 
-    Shears are by up to 0.3, rotations by up to 30 degrees, translations by up to 150/331 of an edge.
+    Shears are up to 0.3, rotations up to 30 degrees, translations up to 150/331 of an edge.
 
     Args:
         operations, signs: [B, count].
@@ -60,25 +60,25 @@ def geometry(operations: Tensor, signs: Tensor, magnitude: float, size: tuple[in
         float [B, 3, 3] for columns x, y, 1.
     """
     amounts = signs * magnitude / MAX_MAGNITUDE
-    joint = torch.eye(3, device=signs.device).expand(len(signs), 3, 3)
+    matrix = torch.eye(3, device=signs.device).expand(len(signs), 3, 3)
     for operation, amount in zip(operations.unbind(1), amounts.unbind(1), strict=True):
         chosen = {member: torch.where(operation == member, amount, 0.0) for member in Operation}
         angle = math.radians(30) * chosen[Operation.ROTATE]
-        own = torch.eye(3, device=signs.device).repeat(len(signs), 1, 1)
-        own[:, 0, 0] = own[:, 1, 1] = torch.cos(angle)
-        own[:, 0, 1] = 0.3 * chosen[Operation.SHEAR_X] - torch.sin(angle)
-        own[:, 1, 0] = 0.3 * chosen[Operation.SHEAR_Y] + torch.sin(angle)
-        own[:, 0, 2] = 150 / 331 * size[1] * chosen[Operation.TRANSLATE_X]
-        own[:, 1, 2] = 150 / 331 * size[0] * chosen[Operation.TRANSLATE_Y]
-        joint = joint @ own
-    return joint
+        step = torch.eye(3, device=signs.device).repeat(len(signs), 1, 1)
+        step[:, 0, 0] = step[:, 1, 1] = torch.cos(angle)
+        step[:, 0, 1] = 0.3 * chosen[Operation.SHEAR_X] - torch.sin(angle)
+        step[:, 1, 0] = 0.3 * chosen[Operation.SHEAR_Y] + torch.sin(angle)
+        step[:, 0, 2] = 150 / 331 * size[1] * chosen[Operation.TRANSLATE_X]
+        step[:, 1, 2] = 150 / 331 * size[0] * chosen[Operation.TRANSLATE_Y]
+        matrix = matrix @ step
+    return matrix
 
 
 def apply_color_operations(pixels: Tensor, operations: Tensor, signs: Tensor, magnitude: float) -> Tensor:
-    """Apply the operations on colours, in place, to each group of images that drew the same.
+    """Apply the color operations in place, to all images with the same operation at a time.
 
-    Brightness, contrast, colour and sharpness change by up to 90 %, 4 to 8 bits stay when posterizing, solarizing
-    inverts from 255 down to 0 on.
+    Brightness, contrast, color and sharpness change by up to 90 %, posterize keeps 4 to 8 bits, the threshold of
+    solarize goes from 256 down to 0.
 
     Args:
         pixels: uint8 [B, H, W, 3].
@@ -95,11 +95,11 @@ def apply_color_operations(pixels: Tensor, operations: Tensor, signs: Tensor, ma
         for member in range(Operation.SHARPNESS, Operation.ROTATE):
             rows = (operation == member).nonzero()[:, 0]
             if len(rows):
-                pixels[rows] = _changed(pixels[rows], Operation(member), factor[rows], strength)
+                pixels[rows] = _apply_operation(pixels[rows], Operation(member), factor[rows], strength)
     return pixels
 
 
-def _changed(pixels: Tensor, operation: Operation, factor: Tensor, strength: float) -> Tensor:
+def _apply_operation(pixels: Tensor, operation: Operation, factor: Tensor, strength: float) -> Tensor:
     match operation:
         case Operation.SHARPNESS:
             return sharpen(pixels, factor.to(pixels.device))

@@ -1,1 +1,1 @@
-"""Data sets: reading, checking, fetching and loading labelled images."""
+"""Data sets: downloading, reading, checking and loading labelled images."""

@@ -1,7 +1,7 @@
-"""Looking over a data set before a network is trained on it.
+"""Validate a data set before training.
 
-Every image is decoded once, as training will. What cannot be right is an error: broken images, boxes without area or
-outside their image, unknown labels, the same picture in two splits. What is only suspicious is a warning.
+Every image is decoded once, as in training. Broken images, boxes without area or outside their image, unknown labels
+and the same picture in two splits are errors. Anything else that looks suspicious is a warning.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ from vitrine.models.training.data.classification_layouts import LabelledImages, 
 from vitrine.models.training.data.contact_sheet import DrawnBox, box_sheet, class_sheet
 from vitrine.models.training.data.dataset import Files
 from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotation, Annotations, Box
-from vitrine.models.training.data.layouts import SPLITS, find_task, no_split, read_split
+from vitrine.models.training.data.layouts import SPLITS, find_task, missing_split, read_split
 from vitrine.models.training.errors import DataError
 
-IMBALANCE = 10.0  # of the largest to the smallest class, from which on it is a warning
-_TOLERANCE = 1.0  # pixels that a box may reach beyond its image: tools round
-_AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # less than so many square pixels, as COCO counts
-_SHOWN = 5  # findings of a kind, in text
-_CHUNK = 64  # images that a thread takes at a time
-_ROWS, _PER_ROW = 30, 10  # classes and images of each on a contact sheet
-_PICTURES = 24  # with boxes
+IMBALANCE = 10.0  # ratio of the largest to the smallest class that is a warning
+_TOLERANCE = 1.0  # pixels; annotation tools round boxes
+_AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # upper bounds in square pixels, as in COCO
+_MAX_SHOWN = 5  # findings of a kind in the summary
+_CHUNK = 64  # images per task of the thread pool
+_MAX_ROWS, _MAX_COLUMNS = 30, 10  # classes, and images per class, on a contact sheet
+_MAX_PICTURES = 24  # with boxes, on a contact sheet
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to be looked at."""
+    """A problem in a data set."""
 
     level: Literal["error", "warning"]
     kind: str
@@ -52,7 +52,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pixels: smallest, median and largest of the upright images."""
+    """Smallest, median and largest size of the upright images, in pixels."""
 
     width: tuple[int, int, int]
     height: tuple[int, int, int]
@@ -60,11 +60,11 @@ class Sizes:
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What a split holds."""
+    """The contents of a split."""
 
     images: int
-    per_class: dict[str, int]  # images or, for detection, boxes
-    sizes: Sizes | None  # None without any sound image
+    per_class: dict[str, int]  # images; boxes for detection
+    sizes: Sizes | None  # None without a valid image
     boxes: int | None = None  # None for classification
     boxes_by_area: dict[str, int] = field(default_factory=dict)
     left_out: int = 0  # crowds and difficult objects
@@ -73,7 +73,7 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a data set holds, and what is wrong with it."""
+    """The contents of a data set, and its problems."""
 
     path: str
     task: Task
@@ -89,17 +89,17 @@ class DataSummary:
         return asdict(self)
 
 
-class _Seen(NamedTuple):
-    """An image that was decoded, or why it was not."""
+class _InspectedImage(NamedTuple):
+    """The outcome of decoding an image."""
 
     size: tuple[int, int] | None  # width and height
-    digest: bytes  # of its pixels, or of its bytes where it is broken
+    digest: bytes  # SHA-256 of its pixels, or of its bytes if it is broken
     error: str | None
 
 
 @dataclass(frozen=True)
 class _Split:
-    """The images of a split by name, and how to read them."""
+    """A split of either task, with its images still encoded."""
 
     labels: tuple[str, ...]
     names: Sequence[str]
@@ -113,55 +113,55 @@ class _Split:
 def check_data(
     path: Path, splits: Sequence[str] = (), *, sheets: Path | None = None, show: bool = False
 ) -> DataSummary:
-    """Look over a data set, without stopping at the first fault.
+    """Validate a data set without stopping at the first problem.
 
     Args:
         path: in any layout of `models.training.data.layouts`.
-        splits: those to look at; none for train, val and test, as far as there are any.
+        splits: splits to check; by default those of train, val and test that exist.
         sheets: folder for a contact sheet of each split, SPLIT.png.
         show: whether to show progress.
 
     Raises:
-        DataError: there is no data set, or not the split asked for.
+        DataError: there is no data set, or a requested split is missing.
     """
     tasks = {split: find_task(path, split) for split in splits or SPLITS}
     task = next(filter(None, tasks.values()), None)
     if task is None or (splits and None in tasks.values()):
-        raise no_split(path, next(split for split in tasks if tasks[split] is None))
+        raise missing_split(path, next(split for split in tasks if tasks[split] is None))
     chosen = [split for split in tasks if splits or tasks[split] is task]
     labels: tuple[str, ...] = ()
-    found: list[Finding] = []
+    findings: list[Finding] = []
     summaries: dict[str, SplitSummary] = {}
-    places: dict[bytes, list[tuple[str, str]]] = {}
+    locations: dict[bytes, list[tuple[str, str]]] = {}
     for split in chosen:
         try:
-            read = _split(read_split(path, task, split))
+            read = _as_split(read_split(path, task, split))
         except DataError as error:
-            found.append(Finding("error", "unreadable split", split, str(error)))
+            findings.append(Finding("error", "unreadable split", split, str(error)))
             continue
         labels = labels or read.labels
-        found += [Finding("error", "unreadable annotation", split, problem) for problem in read.problems]
-        seen = _look_at(read, split, show)
-        for name, image in zip(read.names, seen, strict=True):
-            places.setdefault(image.digest, []).append((split, name))
+        findings += [Finding("error", "unreadable annotation", split, problem) for problem in read.problems]
+        inspected = _inspect_images(read, split, show)
+        for name, image in zip(read.names, inspected, strict=True):
+            locations.setdefault(image.digest, []).append((split, name))
             if image.error is not None:
-                found.append(Finding("error", "broken image", name, image.error))
+                findings.append(Finding("error", "broken image", name, image.error))
         if task is Task.DETECTION:
-            summaries[split] = _summarise_detection(read, seen, found)
+            summaries[split] = _summarise_detection(read, inspected, findings)
         else:
             per_class = np.bincount(read.class_ids, minlength=len(read.labels)).tolist()
             counts = dict(zip(read.labels, per_class, strict=True))
-            summaries[split] = SplitSummary(len(read.names), counts, _sizes(seen))
-        found += _check_classes(split, summaries[split].per_class)
+            summaries[split] = SplitSummary(len(read.names), counts, _sizes(inspected))
+        findings += _check_classes(split, summaries[split].per_class)
         if sheets is not None:
             sheets.mkdir(parents=True, exist_ok=True)
-            _sheet(read, seen).save(sheets / f"{split}.png")
-    found += _duplicates(places)
-    return DataSummary(str(path), task, labels, summaries, found)
+            _contact_sheet(read, inspected).save(sheets / f"{split}.png")
+    findings += _check_duplicates(locations)
+    return DataSummary(str(path), task, labels, summaries, findings)
 
 
-def text(summary: DataSummary) -> str:
-    """A summary for reading."""
+def format_summary(summary: DataSummary) -> str:
+    """Format a summary as text."""
     unit = "boxes" if summary.task is Task.DETECTION else "images"
     lines = [f"{summary.path}: {summary.task}, {len(summary.labels)} labels"]
     for name, split in summary.splits.items():
@@ -186,13 +186,13 @@ def text(summary: DataSummary) -> str:
         for kind, count in kinds.items():
             lines.append(f"\n{level}: {kind} ({count:,})")
             same = [finding for finding in summary.findings if (finding.level, finding.kind) == (level, kind)]
-            lines += [f"  {finding}" for finding in same[:_SHOWN]]
-            lines += [f"  ... and {count - _SHOWN:,} more"] * (count > _SHOWN)
+            lines += [f"  {finding}" for finding in same[:_MAX_SHOWN]]
+            lines += [f"  ... and {count - _MAX_SHOWN:,} more"] * (count > _MAX_SHOWN)
     lines.append(f"\nerrors: {summary.errors:,}, warnings: {len(summary.findings) - summary.errors:,}")
     return "\n".join(lines)
 
 
-def _split(found: LabelledImages | Annotations) -> _Split:
+def _as_split(found: LabelledImages | Annotations) -> _Split:
     if isinstance(found, LabelledImages):
         data = found.data
         return _Split(data.labels, data.names, data.encoded, found.problems, data.class_ids.tolist())
@@ -200,92 +200,96 @@ def _split(found: LabelledImages | Annotations) -> _Split:
     return _Split(found.labels, paths, Files(paths), found.problems, annotated=found.images, fractions=found.fractions)
 
 
-def _look_at(split: _Split, name: str, show: bool) -> list[_Seen]:
+def _inspect_images(split: _Split, name: str, show: bool) -> list[_InspectedImage]:
     chunks = [range(i, min(i + _CHUNK, len(split.names))) for i in range(0, len(split.names), _CHUNK)]
     bar = tqdm(total=len(split.names), desc=name, unit=" images", leave=False, disable=None if show else True)
-    seen = []
+    inspected = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
-        for chunk in pool.map(lambda indices: [_see(split.encoded, i) for i in indices], chunks):
-            seen += chunk
+        for chunk in pool.map(lambda indices: [_inspect_image(split.encoded, i) for i in indices], chunks):
+            inspected += chunk
             bar.update(len(chunk))
-    return seen
+    return inspected
 
 
-def _see(encoded: Sequence[bytes], index: int) -> _Seen:
+def _inspect_image(encoded: Sequence[bytes], index: int) -> _InspectedImage:
     data = b""
     try:
         data = encoded[index]
         image = decode(data)
     except (ImageError, DataError) as error:
         reason = str(error).rpartition(": ")[2] if isinstance(error, DataError) else str(error)
-        return _Seen(None, hashlib.sha256(data).digest() if data else b"", reason)
-    return _Seen(image.size, hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest(), None)
+        return _InspectedImage(None, hashlib.sha256(data).digest() if data else b"", reason)
+    return _InspectedImage(image.size, hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest(), None)
 
 
-def _sizes(seen: Sequence[_Seen]) -> Sizes | None:
-    sizes = np.array([image.size for image in seen if image.size is not None], int).reshape(-1, 2)
+def _sizes(inspected: Sequence[_InspectedImage]) -> Sizes | None:
+    sizes = np.array([image.size for image in inspected if image.size is not None], int).reshape(-1, 2)
     if len(sizes) == 0:
         return None
     (low, lower), (middle, centre), (high, higher) = np.quantile(sizes, (0, 0.5, 1), axis=0).astype(int).tolist()
     return Sizes((low, middle, high), (lower, centre, higher))
 
 
-def _summarise_detection(split: _Split, seen: Sequence[_Seen], found: list[Finding]) -> SplitSummary:
+def _summarise_detection(split: _Split, inspected: Sequence[_InspectedImage], findings: list[Finding]) -> SplitSummary:
     per_class = dict.fromkeys(split.labels, 0)
     areas = dict.fromkeys(_AREAS, 0)
-    boxes = left_out = without = 0
-    for image, looked in zip(split.annotated, seen, strict=True):
-        sound = 0
+    boxes = left_out = without_boxes = 0
+    for image, (size, *_) in zip(split.annotated, inspected, strict=True):
+        valid = 0
         for item in image.objects:
-            box = _in_pixels(item.box, looked.size if split.fractions else (1, 1))
-            fault = _fault(item, box, looked.size, split.labels)
-            if fault is not None:
-                found.append(Finding("error", fault[0], f"{image.path.name}: {item.where} of {image.file}", fault[1]))
+            box = _pixel_box(split, item, size)
+            problem = _box_problem(item, box, size, split.labels)
+            if problem is not None:
+                where = f"{image.path.name}: {item.where} of {image.file}"
+                findings.append(Finding("error", problem[0], where, problem[1]))
             elif item.left_out:
                 left_out += 1
             else:
-                sound += 1
+                valid += 1
                 per_class[item.label] += 1
                 if box is not None:
                     area = (box[2] - box[0]) * (box[3] - box[1])
                     areas[next(name for name, most in _AREAS.items() if area < most)] += 1
-        boxes += sound
-        without += not sound
-    return SplitSummary(len(seen), per_class, _sizes(seen), boxes, areas, left_out, without)
+        boxes += valid
+        without_boxes += not valid
+    return SplitSummary(len(inspected), per_class, _sizes(inspected), boxes, areas, left_out, without_boxes)
 
 
-def _in_pixels(box: Box, size: tuple[int, int] | None) -> Box | None:
+def _pixel_box(split: _Split, item: Annotation, size: tuple[int, int] | None) -> Box | None:
+    """Return a box in pixels; None if it is in fractions of an image of unknown size."""
+    if not split.fractions:
+        return item.box
     if size is None:
         return None
-    width, height = size
-    return box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    (left, top, right, bottom), (width, height) = item.box, size
+    return left * width, top * height, right * width, bottom * height
 
 
-def _fault(
+def _box_problem(
     item: Annotation, box: Box | None, size: tuple[int, int] | None, labels: Sequence[str]
 ) -> tuple[str, str] | None:
-    """The kind of fault of an object, and what it is in words."""
+    """Return the kind of problem of an object and its description, or None."""
     if item.class_id is None:
         return "unknown label", unknown_label(item.label, labels)
-    written = ", ".join(f"{value:g}" for value in item.box)
+    numbers = ", ".join(f"{value:g}" for value in item.box)
     if not np.isfinite(item.box).all():
-        return "box without numbers", f"expected a box of finite numbers, found {written}"
+        return "box without numbers", f"expected a box of finite numbers, found {numbers}"
     if item.left_out:
         return None
     if item.box[0] >= item.box[2] or item.box[1] >= item.box[3]:
-        return "empty box", f"{item.label}: expected left, top < right, bottom, found {written}"
+        return "empty box", f"{item.label}: expected left, top < right, bottom, found {numbers}"
     if box is None or size is None:
         return None
-    beyond = max(-box[0], -box[1], box[2] - size[0], box[3] - size[1])
-    if beyond > _TOLERANCE:
-        reach = f"reaches {beyond:.1f} pixels out of the image of {size[0]} x {size[1]}"
-        return "box outside its image", f"{item.label}: {written} {reach}"
+    overshoot = max(-box[0], -box[1], box[2] - size[0], box[3] - size[1])
+    if overshoot > _TOLERANCE:
+        reach = f"reaches {overshoot:.1f} pixels out of the image of {size[0]} x {size[1]}"
+        return "box outside its image", f"{item.label}: {numbers} {reach}"
     return None
 
 
 def _check_classes(split: str, per_class: dict[str, int]) -> Iterator[Finding]:
     if empty := [label for label, count in per_class.items() if count == 0]:
-        names = ", ".join(empty[:_SHOWN]) + ", ..." * (len(empty) > _SHOWN)
+        names = ", ".join(empty[:_MAX_SHOWN]) + ", ..." * (len(empty) > _MAX_SHOWN)
         yield Finding("warning", "class without examples", split, f"{len(empty)} of {len(per_class)} classes: {names}")
     counts = {label: count for label, count in per_class.items() if count}
     if counts:
@@ -296,38 +300,39 @@ def _check_classes(split: str, per_class: dict[str, int]) -> Iterator[Finding]:
             yield Finding("warning", "unbalanced classes", split, sizes)
 
 
-def _sheet(split: _Split, seen: Sequence[_Seen]) -> Image.Image:
-    """Some images of each class, or some images with their boxes."""
-    sound = np.array([i for i, image in enumerate(seen) if image.error is None], np.int64)
+def _contact_sheet(split: _Split, inspected: Sequence[_InspectedImage]) -> Image.Image:
+    """Draw some images of each class, or some images with their boxes."""
+    valid = np.array([i for i, image in enumerate(inspected) if image.error is None], np.int64)
     if split.annotated:
-        return box_sheet([_drawn(split, i, seen[i].size) for i in _spread(sound, _PICTURES)])
-    class_ids = np.array(split.class_ids)[sound]
+        return box_sheet([_with_boxes(split, i, inspected[i].size) for i in _evenly_spaced(valid, _MAX_PICTURES)])
+    class_ids = np.array(split.class_ids)[valid]
     rows = []
-    for class_id in _spread(np.unique(class_ids), _ROWS):
-        indices = _spread(sound[class_ids == class_id], _PER_ROW)
+    for class_id in _evenly_spaced(np.unique(class_ids), _MAX_ROWS):
+        indices = _evenly_spaced(valid[class_ids == class_id], _MAX_COLUMNS)
         rows.append((split.labels[class_id], [decode(split.encoded[i]) for i in indices]))
     return class_sheet(rows)
 
 
-def _drawn(split: _Split, index: int, size: tuple[int, int] | None) -> tuple[Image.Image, list[DrawnBox]]:
+def _with_boxes(split: _Split, index: int, size: tuple[int, int] | None) -> tuple[Image.Image, list[DrawnBox]]:
     boxes = []
     for item in split.annotated[index].objects:
-        box = _in_pixels(item.box, size if split.fractions else (1, 1))
+        box = _pixel_box(split, item, size)
         if box is not None and np.isfinite(box).all():
             boxes.append(DrawnBox(item.label, None if item.left_out else item.class_id, box))
     return decode(split.encoded[index]), boxes
 
 
-def _spread(values: NDArray[np.int64], count: int) -> list[int]:
-    """At most `count` values, evenly far apart."""
+def _evenly_spaced(values: NDArray[np.int64], count: int) -> list[int]:
+    """Return at most `count` values at even distances."""
     return values[np.unique(np.linspace(0, len(values) - 1, count).round().astype(int))].tolist() if len(values) else []
 
 
-def _duplicates(places: dict[bytes, list[tuple[str, str]]]) -> Iterator[Finding]:
-    for digest, same in places.items():
+def _check_duplicates(locations: dict[bytes, list[tuple[str, str]]]) -> Iterator[Finding]:
+    for digest, same in locations.items():
         if digest and len(same) > 1:
             (split, name), *others = same
             across = any(other != split for other, _ in others)
-            rest = ", ".join(f"{other} ({part})" for part, other in others[:_SHOWN]) + ", ..." * (len(others) > _SHOWN)
+            names = [f"{other} ({part})" for part, other in others[:_MAX_SHOWN]]
+            rest = ", ".join(names + ["..."] * (len(others) > _MAX_SHOWN))
             kind = "same picture in two splits" if across else "same picture twice"
             yield Finding("error" if across else "warning", kind, f"{name} ({split})", f"equals {rest}")

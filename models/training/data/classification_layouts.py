@@ -2,14 +2,14 @@
 
 <split>.npz                 arrays `jpeg` (uint8, image files end to end), `offsets` (int64 [n + 1]), `labels`
                             (integers [n]) and `classes` (str)
-<split>/<label>/**/<image>  folders; those named by WordNet's ids get ImageNet's labels
-<split>.csv                 a header, then one image on each line; the columns are named as in `COLUMNS`, other columns
-                            do not matter, and are parted by commas, semicolons or tabs
-<split>.jsonl               the same as one object on each line: {"image": "images/1.jpg", "label": "cat"}
+<split>/<label>/**/<image>  folders; names that are WordNet ids are replaced by ImageNet labels
+<split>.csv                 a header, then one image per line; column names as in `COLUMNS`, other columns are ignored,
+                            separated by commas, semicolons or tabs
+<split>.jsonl               the same as one JSON object per line: {"image": "images/1.jpg", "label": "cat"}
 
-The images of lists are named by their paths from the data folder. The labels of all splits are, in this order, the
-lines of `labels.txt` or `classes.txt`, or those of the split train, or those of the only split. Where they are
-not listed they are sorted, as numbers if all of them are. Where they are, numbers in lists are class ids.
+Lists give image paths relative to the data folder. The labels of all splits are the lines of `labels.txt` or
+`classes.txt` if there is such a file, else those of the split train, else those of the only split. Labels that do not
+come from a file are sorted, numerically if all are numbers. If they do, numbers in lists are class ids.
 """
 
 import csv
@@ -35,20 +35,20 @@ COLUMNS = {
 }
 LABEL_FILES = ("labels.txt", "classes.txt")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_SUFFIXES = (".npz", ".csv", ".jsonl", "")  # behind the name of the split
+_SUFFIXES = (".npz", ".csv", ".jsonl", "")  # of the file or folder of a split
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """A split as it is on disk: the images that can be used, and why others cannot."""
+    """A split as it is on disk: the usable images, and the problems of the others."""
 
     data: ClassificationData
     problems: list[str]
-    listed: bool  # whether images are named by a list, and may not be there
+    listed: bool  # whether the images come from a list and may be missing
 
 
 def find(path: Path, split: str) -> Path | None:
-    """The file or folder that holds a split, if there is one."""
+    """Return the file or folder of a split, if there is one."""
     for suffix in _SUFFIXES:
         file = path / f"{split}{suffix}"
         if file.is_dir() if suffix == "" else file.is_file():
@@ -60,10 +60,10 @@ def read(path: Path, source: Path, split: str, train: Path | None) -> LabelledIm
     """Read the split at `source`, with the labels of the split at `train` unless a file lists them.
 
     Raises:
-        DataError: it contradicts itself or holds no image.
+        DataError: it is inconsistent or has no images.
     """
-    synsets = dict(named_labels("imagenet-1k"))  # by WordNet's id
-    listed = listed_labels(path)
+    synsets = dict(named_labels("imagenet-1k"))  # by WordNet id
+    listed = read_label_file(path)
     labels = listed or _labels(source if train is None else train)
     if all(label in synsets for label in labels):
         labels = tuple(synsets[label] for label in labels)
@@ -76,25 +76,25 @@ def read(path: Path, source: Path, split: str, train: Path | None) -> LabelledIm
     names, ids, problems = _read_folders(source, class_ids) if source.is_dir() else _read_list(source, class_ids)
     prefix = f"{source if source.is_dir() else path}{os.sep}"
     if not names and not problems:
-        wanted = "<label>/<image>" if source.is_dir() else "an image on each line"
-        raise DataError(f"{source}: expected {wanted}, found no {', '.join(SUPPORTED_FORMATS)} file")
+        expected = "<label>/<image>" if source.is_dir() else "an image on each line"
+        raise DataError(f"{source}: expected {expected}, found no {', '.join(SUPPORTED_FORMATS)} file")
     paths = Names(prefix, names)
     data = ClassificationData(path.name, split, labels, paths, Files(paths), np.array(ids, dtype=np.int64))
     return LabelledImages(data, problems, listed=not source.is_dir())
 
 
 def write_packed(file: Path, encoded: Sequence[bytes], class_ids: NDArray[np.integer], labels: Sequence[str]) -> None:
-    """Write a packed split: image files, the class id of each, and the labels."""
+    """Write a packed split: encoded images, their class ids, and the labels."""
     offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
     files = np.frombuffer(b"".join(encoded), np.uint8)
     np.savez(file, jpeg=files, offsets=offsets, labels=class_ids, classes=np.array(labels))
 
 
-def listed_labels(path: Path) -> tuple[str, ...] | None:
-    """The lines of `labels.txt` or `classes.txt`, if there is one.
+def read_label_file(path: Path) -> tuple[str, ...] | None:
+    """Return the lines of `labels.txt` or `classes.txt`, if there is such a file.
 
     Raises:
-        DataError: it is no text, is empty, or names a label twice.
+        DataError: the file is not text, is empty, or has duplicate labels.
     """
     file = next((path / name for name in LABEL_FILES if (path / name).is_file()), None)
     if file is None:
@@ -103,32 +103,32 @@ def listed_labels(path: Path) -> tuple[str, ...] | None:
         labels = tuple(line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip())
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: expected a label on each line: {error}") from error
-    return distinct_labels(file, labels)
+    return validate_labels(file, labels)
 
 
-def distinct_labels(file: Path, labels: Sequence[str]) -> tuple[str, ...]:
-    """Refuse labels of which there are none, or two of the same name."""
+def validate_labels(file: Path, labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the labels as a tuple; raise `DataError` if there are none or some are duplicates."""
     if len(labels) == 0 or len(set(labels)) < len(labels):
-        twice = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
-        found = "none" if twice is None else f"{twice!r} twice"
+        duplicate = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
+        found = "none" if duplicate is None else f"{duplicate!r} twice"
         raise DataError(f"{file}: expected labels with different names, found {found}")
     return tuple(labels)
 
 
 def _labels(source: Path) -> tuple[str, ...]:
-    """The labels that a split alone names."""
+    """Return the labels that occur in a split."""
     if source.suffix == ".npz":
         classes = _arrays(source, "classes")["classes"]
-        return distinct_labels(source, [str(label) for label in np.atleast_1d(classes)])
+        return validate_labels(source, [str(label) for label in np.atleast_1d(classes)])
     if source.is_dir():
         return tuple(folder.name for folder in _label_folders(source))
     return sort_labels({label for _, _, label in _rows(source) if label})
 
 
 def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Labels in their order: that of numbers if all are numbers, else that of texts."""
-    texts = sorted(labels)
-    return tuple(sorted(texts, key=int) if all(text.isdecimal() for text in texts) else texts)
+    """Sort labels numerically if all are numbers, else alphabetically."""
+    names = sorted(labels)
+    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
 
 
 def _arrays(file: Path, *names: str) -> dict[str, NDArray[Any]]:
@@ -140,89 +140,88 @@ def _arrays(file: Path, *names: str) -> dict[str, NDArray[Any]]:
 
 
 def _read_packed(
-    path: Path, file: Path, split: str, labels: tuple[str, ...], known: Mapping[str, int]
+    path: Path, file: Path, split: str, labels: tuple[str, ...], label_to_id: Mapping[str, int]
 ) -> ClassificationData:
     arrays = _arrays(file, "jpeg", "offsets", "labels", "classes")
-    own, offsets = [str(label) for label in np.atleast_1d(arrays["classes"])], arrays["offsets"]
+    names, offsets = [str(label) for label in np.atleast_1d(arrays["classes"])], arrays["offsets"]
     class_ids = arrays["labels"].astype(np.int64)
     if len(class_ids) != len(offsets) - 1:
         raise DataError(f"{file}: expected {len(class_ids) + 1} offsets, found {len(offsets)}")
-    if len(class_ids) == 0 or class_ids.min() < 0 or class_ids.max() >= len(own):
-        raise DataError(f"{file}: expected images with labels from 0 to {len(own) - 1}, found {class_ids}")
+    if len(class_ids) == 0 or class_ids.min() < 0 or class_ids.max() >= len(names):
+        raise DataError(f"{file}: expected images with labels from 0 to {len(names) - 1}, found {class_ids}")
     if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > len(arrays["jpeg"]):
         raise DataError(f"{file}: expected offsets that rise from 0 to at most {len(arrays['jpeg'])}, found {offsets}")
-    places = np.array([known.get(label, -1) for label in own])
-    if strange := [own[i] for i in np.unique(class_ids).tolist() if places[i] < 0]:
-        raise DataError(f"{file}: {_unknown(strange[0], known)}")
-    names = Names(str(file), (f"[{i}]" for i in range(len(class_ids))))
-    return ClassificationData(
-        path.name, split, labels, names, Packed(Ragged(arrays["jpeg"], offsets)), places[class_ids].astype(np.int64)
-    )
+    mapping = np.array([label_to_id.get(label, -1) for label in names])
+    if unknown := [names[i] for i in np.unique(class_ids).tolist() if mapping[i] < 0]:
+        raise DataError(f"{file}: {_unknown(unknown[0], label_to_id)}")
+    image_names = Names(str(file), (f"[{i}]" for i in range(len(class_ids))))
+    files = Packed(Ragged(arrays["jpeg"], offsets))
+    return ClassificationData(path.name, split, labels, image_names, files, mapping[class_ids].astype(np.int64))
 
 
 def _label_folders(folder: Path) -> list[Path]:
-    """The folders of labels, in order; ".ipynb_checkpoints", "__MACOSX" and the like are none."""
+    """Return the label folders in order, without ".ipynb_checkpoints", "__MACOSX" and the like."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] not in "._")
 
 
 def image_files(folder: Path) -> list[str]:
-    """The paths from `folder` of all images in it and its folders, in order."""
+    """Return the sorted paths, relative to `folder`, of all images in it and its subfolders."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
-        inner = os.path.relpath(parent, folder)
+        subfolder = os.path.relpath(parent, folder)
         images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("._"))
-        found += [name if inner == "." else os.path.join(inner, name) for name in images]
+        found += [name if subfolder == "." else os.path.join(subfolder, name) for name in images]
     return sorted(found)
 
 
-Found = tuple[list[str], list[int], list[str]]  # paths of images, their class ids, problems
+ImageList = tuple[list[str], list[int], list[str]]  # image paths, class ids, problems
 
 
-def _read_folders(source: Path, known: Mapping[str, int]) -> Found:
+def _read_folders(source: Path, label_to_id: Mapping[str, int]) -> ImageList:
     names: list[str] = []
     ids: list[int] = []
     problems = []
     for folder in _label_folders(source):
         images = image_files(folder)
-        if folder.name in known:
+        if folder.name in label_to_id:
             names += [os.path.join(folder.name, image) for image in images]
-            ids += [known[folder.name]] * len(images)
+            ids += [label_to_id[folder.name]] * len(images)
         elif images:
-            problems.append(f"{folder}: {_unknown(folder.name, known)}")
+            problems.append(f"{folder}: {_unknown(folder.name, label_to_id)}")
     return names, ids, problems
 
 
-def _read_list(file: Path, known: Mapping[str, int]) -> Found:
+def _read_list(file: Path, label_to_id: Mapping[str, int]) -> ImageList:
     names: list[str] = []
     ids: list[int] = []
     problems = []
     for line, image, label in _rows(file):
-        class_id = known.get(label)
+        class_id = label_to_id.get(label)
         if not image:
             problems.append(f"{file}: line {line}: expected the path of an image, found nothing")
         elif class_id is None:
-            problems.append(f"{file}: line {line}: {_unknown(label, known)}")
+            problems.append(f"{file}: line {line}: {_unknown(label, label_to_id)}")
         else:
             names.append(image)
             ids.append(class_id)
     return names, ids, problems
 
 
-def _unknown(label: str, known: Mapping[str, int]) -> str:
-    return unknown_label(label, list({class_id: name for name, class_id in known.items()}.values()))
+def _unknown(label: str, label_to_id: Mapping[str, int]) -> str:
+    return unknown_label(label, list({class_id: name for name, class_id in label_to_id.items()}.values()))
 
 
 def unknown_label(label: str, labels: Sequence[str]) -> str:
-    """What is wrong with a label that is none of `labels`."""
+    """Return the error message for a label that is not in `labels`."""
     return f"expected one of the labels {', '.join(labels[:8])}{', ...' * (len(labels) > 8)}, found {label!r}"
 
 
 def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Number of the line, image and label of each row of a list.
+    """Yield the line number, image and label of each row of a list.
 
     Raises:
-        DataError: it is no list.
+        DataError: it is not a list.
     """
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:

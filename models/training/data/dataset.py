@@ -1,8 +1,8 @@
-"""Labelled images: what every layout on disk is read into.
+"""Labelled images in memory, read from any layout on disk.
 
-Images stay encoded, and those that are files of their own are read when asked for; `bundle.images` is the only
-decoder. All that is kept per image lies end to end in a few arrays, so that a million images are quickly handed to
-other processes. Nothing in this module needs torch.
+Images stay encoded, and image files are read on access; `bundle.images` is the only decoder. Per-image data is stored
+end to end in a few arrays, so that a million images are passed to other processes quickly. This module does not need
+torch.
 """
 
 from abc import abstractmethod
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _Items(Sequence[T]):
-    """A sequence that makes its items when asked for them."""
+    """A sequence that creates its items on access."""
 
     @abstractmethod
     def _item(self, index: int) -> T: ...
@@ -43,7 +43,7 @@ class _Items(Sequence[T]):
 
 
 class Ragged(_Items[NDArray[Any]]):
-    """Arrays of different lengths, laid end to end in one: the i-th is `values[offsets[i] : offsets[i + 1]]`."""
+    """Arrays of different lengths, stored end to end: the i-th is `values[offsets[i] : offsets[i + 1]]`."""
 
     def __init__(self, values: NDArray[Any], offsets: NDArray[np.int64]) -> None:
         self.values, self.offsets = values, offsets
@@ -60,7 +60,7 @@ class Ragged(_Items[NDArray[Any]]):
 
 
 class Packed(_Items[bytes]):
-    """Files in one array."""
+    """The contents of files in one array."""
 
     def __init__(self, files: Ragged) -> None:
         self.files = files
@@ -73,22 +73,22 @@ class Packed(_Items[bytes]):
 
 
 class Names(_Items[str]):
-    """Texts that begin alike, in one array."""
+    """Strings with a common prefix, in one array."""
 
-    def __init__(self, prefix: str, rest: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in rest]
+    def __init__(self, prefix: str, suffixes: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in suffixes]
         self.prefix = prefix
-        self._rest = Packed(Ragged.of(np.frombuffer(b"".join(encoded), np.uint8), list(map(len, encoded))))
+        self._suffixes = Packed(Ragged.of(np.frombuffer(b"".join(encoded), np.uint8), list(map(len, encoded))))
 
     def __len__(self) -> int:
-        return len(self._rest)
+        return len(self._suffixes)
 
     def _item(self, index: int) -> str:
-        return self.prefix + self._rest[index].decode("utf-8", "surrogateescape")
+        return self.prefix + self._suffixes[index].decode("utf-8", "surrogateescape")
 
 
 class Files(_Items[bytes]):
-    """Files by their paths, read when asked for."""
+    """The contents of files, read on access."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -104,7 +104,7 @@ class Files(_Items[bytes]):
 
 
 class Chosen(_Items[T]):
-    """Some items of a sequence, in another order."""
+    """A selection of the items of a sequence, in any order."""
 
     def __init__(self, items: Sequence[T], indices: NDArray[np.int64]) -> None:
         self.items, self.indices = items, indices
@@ -128,49 +128,49 @@ class _Images:
         return len(self.encoded)
 
     def image(self, index: int) -> Image.Image:
-        """One whole image.
+        """Decode one image at full size.
 
         Raises:
-            DataError: naming the image that is broken.
+            DataError: the image is broken; the message names it.
         """
         return self._decoded(index, decode)
 
     def image_for(self, index: int, preprocessing: Preprocessing) -> ReducedImage:
-        """One image, decoded as the service decodes it for a network.
+        """Decode one image as the service does for a network.
 
         Raises:
-            DataError: naming the image that is broken.
+            DataError: the image is broken; the message names it.
         """
         return self._decoded(index, lambda data: decode_for(data, preprocessing))
 
-    def _decoded(self, index: int, how: Callable[[bytes], T]) -> T:
+    def _decoded(self, index: int, decoder: Callable[[bytes], T]) -> T:
         try:
-            return how(self.encoded[index])
+            return decoder(self.encoded[index])
         except ImageError as error:
             raise DataError(f"{self.names[index]}: {error}") from error
 
 
 @dataclass(frozen=True)
 class ClassificationData(_Images):
-    """One split: encoded images, each with one class."""
+    """One split of encoded images, each with one class."""
 
     class_ids: NDArray[np.int64]  # [n], indices into labels
 
     def subset(self, indices: NDArray[np.int64]) -> "ClassificationData":
-        """The images at `indices`; none is read."""
+        """Select the images at `indices` without reading them."""
         names, encoded = Chosen(self.names, indices), Chosen(self.encoded, indices)
         return replace(self, names=names, encoded=encoded, class_ids=self.class_ids[indices])
 
 
 @dataclass(frozen=True)
 class DetectionData(_Images):
-    """One split: encoded images, each with any number of boxes."""
+    """One split of encoded images, each with any number of boxes."""
 
     class_ids: Sequence[NDArray[np.int64]]  # [n_i] each, indices into labels
     boxes: Sequence[NDArray[np.float32]]  # [n_i, 4] each, xyxy in pixels of the upright image
 
     def subset(self, indices: NDArray[np.int64]) -> "DetectionData":
-        """The images at `indices`; none is read."""
+        """Select the images at `indices` without reading them."""
         return replace(
             self,
             names=Chosen(self.names, indices),
@@ -184,10 +184,10 @@ Data = ClassificationData | DetectionData
 
 
 def check_labels(data: Data, labels: Sequence[str]) -> None:
-    """Refuse data whose labels are not a network's, in its order.
+    """Check that the labels of the data are those of a network, in the same order.
 
     Raises:
-        DataError: naming the first label that differs.
+        DataError: they differ; the message names the first difference.
     """
     for i, (expected, found) in enumerate(zip_longest(labels, data.labels)):
         if expected != found:

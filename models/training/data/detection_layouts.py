@@ -1,17 +1,17 @@
-"""Layouts of images with boxes, read as they are, before anybody has asked whether their boxes make sense.
+"""Layouts of images with boxes, read without validating the boxes.
 
 COCO    <split>.json beside images/; annotations/instances_<split>2017.json beside <split>2017/; or
-        <split>/_annotations.coco.json among the images (Roboflow). Category ids may have holes; labels are in their
-        order. Crowds are left out.
-YOLO    images/<split>/**/<image> with labels/<split>/**/<image>.txt, or <split>/images and <split>/labels; the labels'
+        <split>/_annotations.coco.json among the images (Roboflow). Category ids may have gaps; labels are in
+        their order. Crowds are ignored.
+YOLO    images/<split>/**/<image> with labels/<split>/**/<image>.txt, or <split>/images and <split>/labels; label
         names in data.yaml or classes.txt. Each line is a class id and the centre, width and height of a box, or the
-        corners of a polygon, as fractions of the image. An image without a file has no boxes. The paths in data.yaml
-        are not followed.
-VOC     ImageSets/Main/<split>.txt, Annotations/<name>.xml and JPEGImages/<name>.jpg, in the data folder or in folders
-        VOC<year> of it or of its VOCdevkit: then all years together. Labels are in the order of the alphabet. Pixels
-        count from 1 and both ends of a box lie in it. As in the protocol of VOC, difficult objects are left out.
+        corners of a polygon, as fractions of the image. An image without a file has no boxes. Paths in data.yaml are
+        ignored.
+VOC     ImageSets/Main/<split>.txt, Annotations/<name>.xml and JPEGImages/<name>.jpg, in the data folder or in
+        VOC<year> folders in it or in its VOCdevkit, whose years are merged. Labels are sorted. Pixel coordinates start
+        at 1 and boxes include both ends. As in VOC's protocol, difficult objects are ignored.
 
-A file `labels.txt` or `classes.txt` in the data folder gives other orders of labels. Otherwise they are those of the
+A file `labels.txt` or `classes.txt` in the data folder overrides the order of labels. Otherwise they are those of the
 split train, or of the only split.
 """
 
@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from vitrine.models.training.data.classification_layouts import distinct_labels, image_files, listed_labels
+from vitrine.models.training.data.classification_layouts import image_files, read_label_file, validate_labels
 from vitrine.models.training.errors import DataError
 
 _YAML_FILES = ("data.yaml", "data.yml", "dataset.yaml")
@@ -34,35 +34,35 @@ Box = tuple[float, float, float, float]
 
 
 class Annotation(NamedTuple):
-    """An object as its file tells it."""
+    """An annotated object as it is in its file."""
 
-    where: str  # in the file
+    where: str  # position in the file
     label: str
     class_id: int | None  # None where the label is unknown
-    box: Box  # xyxy in the unit of the layout, any four numbers
+    box: Box  # xyxy in the unit of the layout, not validated
     left_out: bool  # a crowd or a difficult object
 
 
 class AnnotatedImage(NamedTuple):
-    """An image, which need not exist, and its objects."""
+    """An image, which may be missing, and its objects."""
 
     path: Path
-    file: Path  # that holds the annotations
+    file: Path  # the file with the annotations
     objects: list[Annotation]
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """A split as it is on disk: what can be read, and what cannot."""
+    """A split as it is on disk, and what cannot be read of it."""
 
     labels: tuple[str, ...]
     images: list[AnnotatedImage]
     problems: list[str]
-    of_all_splits: bool = False  # whether no other split can name other labels
-    fractions: bool = False  # whether boxes are fractions of the image, or pixels of it
+    complete_labels: bool = False  # whether every split has the same labels
+    fractions: bool = False  # whether boxes are fractions of the image instead of pixels
 
     def with_labels(self, labels: tuple[str, ...]) -> "Annotations":
-        """The same with other labels; objects keep the names of theirs."""
+        """Replace the labels; objects keep the names of theirs."""
         class_ids = {label: i for i, label in enumerate(labels)}
         images = [
             image._replace(
@@ -77,14 +77,14 @@ class Annotations:
 
 
 class Source(NamedTuple):
-    """Where a split is, and how it is read."""
+    """The file or folder of a split, and its reader."""
 
     file: Path
     read: Callable[[], Annotations]
 
 
 def find(path: Path, split: str) -> Source | None:
-    """The split in the first layout that has it."""
+    """Return the split in the first layout that has it."""
     return next(filter(None, (layout(path, split) for layout in (_find_coco, _find_yolo, _find_voc))), None)
 
 
@@ -92,30 +92,30 @@ def read(path: Path, source: Source, train: Source | None) -> Annotations:
     """Read the split at `source`, with the labels of the split at `train` unless a file lists them.
 
     Raises:
-        DataError: it is not in the format of its layout at all.
+        DataError: it is not in the format of its layout.
     """
     annotations = source.read()
     labels = annotations.labels
-    if (listed := listed_labels(path)) is not None:
+    if (listed := read_label_file(path)) is not None:
         labels = listed
-    elif train is not None and not annotations.of_all_splits:
+    elif train is not None and not annotations.complete_labels:
         labels = train.read().labels
     return annotations if labels == annotations.labels else annotations.with_labels(labels)
 
 
 def _find_coco(path: Path, split: str) -> Source | None:
-    places = {
+    image_folders = {
         path / f"{split}.json": path / "images",
         path / split / "_annotations.coco.json": path / split,
         path / "annotations" / f"instances_{split}2017.json": path / f"{split}2017",
     }
-    for file, images in places.items():
+    for file, images in image_folders.items():
         if file.is_file():
-            return Source(file, partial(_read_coco, file, images, complete=file.parent.name == "annotations"))
+            return Source(file, partial(_read_coco, file, images, complete_labels=file.parent.name == "annotations"))
     return None
 
 
-def _read_coco(file: Path, folder: Path, *, complete: bool) -> Annotations:
+def _read_coco(file: Path, folder: Path, *, complete_labels: bool) -> Annotations:
     try:
         document: dict[str, Any] = json.loads(file.read_text("utf-8"))
         categories = sorted(document["categories"], key=lambda category: int(category["id"]))
@@ -142,22 +142,22 @@ def _read_coco(file: Path, folder: Path, *, complete: bool) -> Annotations:
             )
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"{file}: not in COCO's format: {where}: {type(error).__name__} {error}")
-    return Annotations(distinct_labels(file, labels), list(images.values()), problems, of_all_splits=complete)
+    return Annotations(validate_labels(file, labels), list(images.values()), problems, complete_labels=complete_labels)
 
 
 def _find_yolo(path: Path, split: str) -> Source | None:
-    for images, texts in ((f"images/{split}", f"labels/{split}"), (f"{split}/images", f"{split}/labels")):
-        if (path / images).is_dir() and (path / texts).is_dir():
-            return Source(path / texts, partial(_read_yolo, path, path / images, path / texts))
+    for images, label_folder in ((f"images/{split}", f"labels/{split}"), (f"{split}/images", f"{split}/labels")):
+        if (path / images).is_dir() and (path / label_folder).is_dir():
+            return Source(path / label_folder, partial(_read_yolo, path, path / images, path / label_folder))
     return None
 
 
-def _read_yolo(path: Path, folder: Path, texts: Path) -> Annotations:
+def _read_yolo(path: Path, folder: Path, label_folder: Path) -> Annotations:
     labels = _yolo_labels(path)
     images = []
     problems: list[str] = []
     for name in image_files(folder):
-        file = (texts / name).with_suffix(".txt")
+        file = (label_folder / name).with_suffix(".txt")
         objects = []
         try:
             lines = file.read_text("utf-8-sig").splitlines() if file.exists() else []
@@ -169,10 +169,10 @@ def _read_yolo(path: Path, folder: Path, texts: Path) -> Annotations:
                 if line.strip():
                     objects.append(_yolo_object(f"line {number}", line, labels))
             except ValueError:
-                wanted = "a class id and four fractions, or the corners of a polygon"
-                problems.append(f"{file}: line {number}: expected {wanted}, found {line.strip()[:60]!r}")
+                expected = "a class id and four fractions, or the corners of a polygon"
+                problems.append(f"{file}: line {number}: expected {expected}, found {line.strip()[:60]!r}")
         images.append(AnnotatedImage(folder / name, file, objects))
-    return Annotations(labels, images, problems, of_all_splits=True, fractions=True)
+    return Annotations(labels, images, problems, complete_labels=True, fractions=True)
 
 
 def _yolo_object(where: str, line: str, labels: tuple[str, ...]) -> Annotation:
@@ -192,7 +192,7 @@ def _yolo_object(where: str, line: str, labels: tuple[str, ...]) -> Annotation:
 def _yolo_labels(path: Path) -> tuple[str, ...]:
     file = next((path / name for name in _YAML_FILES if (path / name).is_file()), None)
     if file is None:
-        listed = listed_labels(path)
+        listed = read_label_file(path)
         if listed is None:
             raise DataError(f"{path}: expected data.yaml or classes.txt with the names of the classes, found neither")
         return listed
@@ -204,7 +204,7 @@ def _yolo_labels(path: Path) -> tuple[str, ...]:
             raise TypeError(f"names is {names!r}")
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{file}: expected names, a list or numbered from 0: {type(error).__name__} {error}") from error
-    return distinct_labels(file, [str(name) for name in names])
+    return validate_labels(file, [str(name) for name in names])
 
 
 def _find_voc(path: Path, split: str) -> Source | None:
@@ -230,9 +230,9 @@ def _read_voc(lists: list[Path]) -> Annotations:
             except (OSError, ElementTree.ParseError) as error:
                 problems.append(f"{annotation}: not in VOC's format: {error}")
             else:
-                own = tree.findtext("filename", "").strip()
-                if own and not image.exists() and (root / "JPEGImages" / own).is_file():
-                    image = root / "JPEGImages" / own
+                filename = tree.findtext("filename", "").strip()
+                if filename and not image.exists() and (root / "JPEGImages" / filename).is_file():
+                    image = root / "JPEGImages" / filename
                 objects += _voc_objects(annotation, tree, problems)
             found.append(AnnotatedImage(image, annotation, objects))
     labels = tuple(sorted({item.label for image in found for item in image.objects}))

@@ -1,7 +1,7 @@
-"""Public data sets from where their authors offer them, verified and arranged in a layout of `data.layouts`.
+"""Download public data sets from their authors' servers, verify them and convert them to a layout of `data.layouts`.
 
-OUT/                the data set; it appears when it is whole, with SOURCE.txt saying where it is from
-.OUT.partial/       what was downloaded so far: the next attempt goes on from there
+OUT/                the data set, created once it is complete; SOURCE.txt names its origin
+.OUT.partial/       files downloaded so far; the next attempt resumes from there
 """
 
 import csv
@@ -32,7 +32,7 @@ from vitrine.models.training.data.classification_layouts import write_packed
 from vitrine.models.training.errors import DataError
 
 _SOURCE_FILE = "SOURCE.txt"
-_TIMEOUT = 30  # seconds without a byte
+_TIMEOUT = 30  # seconds without data
 _BLOCK = 2**20  # bytes read at a time
 
 
@@ -41,7 +41,7 @@ class Archive:
     """A file to download."""
 
     url: str
-    md5: str  # as its authors or torchvision state it
+    md5: str  # as published by its authors or torchvision
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Source:
 
     name: str
     archives: tuple[Archive, ...]
-    arrange: Callable[[Sequence[Path], Path], Path]  # archives and an empty folder, to the folder of the data set
+    prepare: Callable[[Sequence[Path], Path], Path]  # archives, empty folder -> folder of the data set
     terms: str
 
     @property
@@ -64,18 +64,18 @@ class Source:
 
 
 def fetch(source: Source, out: Path, *, show: bool = True) -> bool:
-    """Make the data set `out`.
+    """Download the data set `source` to `out`.
 
     Args:
         source: one of `SOURCES`.
-        out: folder to make.
+        out: folder to create.
         show: whether to show progress.
 
     Returns:
-        Whether anything had to be fetched.
+        Whether anything was downloaded.
 
     Raises:
-        DataError: it cannot be downloaded, is not what it was, does not fit on the disk, or `out` holds something else.
+        DataError: it cannot be downloaded, its checksum differs, the disk is full, or `out` contains something else.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         note = out / _SOURCE_FILE
@@ -85,11 +85,11 @@ def fetch(source: Source, out: Path, *, show: bool = True) -> bool:
     work = out.parent / f".{out.name}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        files = [_downloaded(archive, work / archive.name, show) for archive in source.archives]
+        files = [_download(archive, work / archive.name, show) for archive in source.archives]
         unpacked = work / "unpacked"
         shutil.rmtree(unpacked, ignore_errors=True)
         unpacked.mkdir()
-        data = source.arrange(files, unpacked)
+        data = source.prepare(files, unpacked)
         (data / _SOURCE_FILE).write_text(source.description)
         os.replace(data, out)
         shutil.rmtree(work)
@@ -102,8 +102,8 @@ def fetch(source: Source, out: Path, *, show: bool = True) -> bool:
     return True
 
 
-def _downloaded(archive: Archive, file: Path, show: bool) -> Path:
-    """The archive, whole; an attempt that brings some bytes is followed by another."""
+def _download(archive: Archive, file: Path, show: bool) -> Path:
+    """Download an archive; retry as long as each attempt makes progress."""
     if file.exists():
         return file
     part = file.with_name(f"{file.name}.part")
@@ -122,44 +122,44 @@ def _downloaded(archive: Archive, file: Path, show: bool) -> Path:
 
 
 def _receive(url: str, part: Path, bar: "tqdm[None]") -> bool:
-    """Append what is missing of a file; returns whether nothing is missing any more."""
-    have = part.stat().st_size if part.exists() else 0
+    """Append the missing bytes of a file; return whether it is complete."""
+    received = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(
-        url, headers={"User-Agent": "vitrine", **({"Range": f"bytes={have}-"} if have else {})}
+        url, headers={"User-Agent": "vitrine", **({"Range": f"bytes={received}-"} if received else {})}
     )
     try:
         response = urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and received:
             return True
         raise DataError(f"{url}: expected a file, the server answers {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        why = getattr(reason, "strerror", None) or reason
-        raise DataError(f"{urlsplit(url).netloc} cannot be reached: {why}; is this computer online?") from error
+        cause = getattr(reason, "strerror", None) or reason
+        raise DataError(f"{urlsplit(url).netloc} cannot be reached: {cause}; is this computer online?") from error
     if response.status != http.client.PARTIAL_CONTENT:
-        have = 0
-    with response, part.open("ab" if have else "wb") as file:
+        received = 0
+    with response, part.open("ab" if received else "wb") as file:
         length = response.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
-        if total is not None and total - have > shutil.disk_usage(part.parent).free:
+        total = None if length is None else received + int(length)
+        if total is not None and total - received > shutil.disk_usage(part.parent).free:
             raise OSError(errno.ENOSPC, "the disk is full")
-        bar.total, bar.n = total, have
+        bar.total, bar.n = total, received
         while True:
             try:
                 block = response.read(_BLOCK)
             except (OSError, http.client.HTTPException):
                 return False
             if not block:
-                return total is None or have == total
+                return total is None or received == total
             file.write(block)
             file.flush()
-            have += len(block)
+            received += len(block)
             bar.update(len(block))
 
 
 def _unpack(files: Sequence[Path], folder: Path, root: str = "") -> Path:
-    """All files of tar and zip archives; the data set is the folder `root` of them."""
+    """Extract tar and zip archives; the data set is their folder `root`."""
     for file in files:
         if file.suffix == ".zip":
             with zipfile.ZipFile(file) as archive:
@@ -173,10 +173,10 @@ def _unpack(files: Sequence[Path], folder: Path, root: str = "") -> Path:
     return folder / root
 
 
-def _cifar(
+def _prepare_cifar(
     files: Sequence[Path], folder: Path, *, root: str, train: Sequence[str], test: str, labels: str, ids: int
 ) -> Path:
-    """CIFAR's binary version: records of `ids` class ids, of which the last counts, and 3 x 32 x 32 bytes."""
+    """Convert CIFAR's binary version: records of `ids` class ids, of which the last is used, and 3 x 32 x 32 bytes."""
     with tarfile.open(files[0]) as archive:
 
         def content(name: str) -> bytes:
@@ -193,22 +193,22 @@ def _cifar(
     return folder
 
 
-def _idx(files: Sequence[Path], folder: Path, *, labels: Sequence[str]) -> Path:
-    """MNIST's format: gzipped images and labels of train, then of test."""
+def _prepare_mnist(files: Sequence[Path], folder: Path, *, labels: Sequence[str]) -> Path:
+    """Convert MNIST's format: gzipped images and labels of train, then of test."""
     for split, (images, class_ids) in (("train", files[:2]), ("test", files[2:])):
         _write_pixels(folder / f"{split}.npz", _read_idx(images), _read_idx(class_ids), labels)
     return folder
 
 
 def _read_idx(file: Path) -> NDArray[np.uint8]:
-    """An array of bytes: 0, 0, 8 (bytes), the number of axes, the length of each as 32 bits, the values."""
+    """Read an array of bytes: 0, 0, 8 (uint8), number of axes, length of each as 32 bits, values."""
     content = gzip.decompress(file.read_bytes())
     axes = content[3]
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(np.frombuffer(content, ">i4", axes, 4))
 
 
 def _write_pixels(file: Path, pixels: NDArray[np.uint8], class_ids: NDArray[np.uint8], labels: Sequence[str]) -> None:
-    """A packed split of PNG files: no pixel changes."""
+    """Write a packed split of PNG files, which is lossless."""
     encoded = []
     for image in pixels:
         buffer = io.BytesIO()
@@ -217,8 +217,8 @@ def _write_pixels(file: Path, pixels: NDArray[np.uint8], class_ids: NDArray[np.u
     write_packed(file, encoded, class_ids, labels)
 
 
-def _pets(files: Sequence[Path], folder: Path) -> Path:
-    """Lists of the pictures by breed; the pictures stay as they are."""
+def _prepare_pets(files: Sequence[Path], folder: Path) -> Path:
+    """Write lists of the pictures by breed; the pictures are unchanged."""
     _unpack(files, folder)
     labels: dict[int, str] = {}
     for split, source in (("train", "trainval"), ("test", "test")):
@@ -253,7 +253,7 @@ SOURCES: Mapping[str, Source] = {
             "cifar10",
             (Archive(f"{_CIFAR}/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),),
             partial(
-                _cifar,
+                _prepare_cifar,
                 root="cifar-10-batches-bin",
                 train=[f"data_batch_{i}.bin" for i in range(1, 6)],
                 test="test_batch.bin",
@@ -266,7 +266,7 @@ SOURCES: Mapping[str, Source] = {
             "cifar100",
             (Archive(f"{_CIFAR}/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),),
             partial(
-                _cifar,
+                _prepare_cifar,
                 root="cifar-100-binary",
                 train=["train.bin"],
                 test="test.bin",
@@ -283,7 +283,7 @@ SOURCES: Mapping[str, Source] = {
                 Archive(f"{_MNIST}/t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
                 Archive(f"{_MNIST}/t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
             ),
-            partial(_idx, labels=list("0123456789")),
+            partial(_prepare_mnist, labels=list("0123456789")),
             "Yann LeCun, Corinna Cortes and Christopher Burges, http://yann.lecun.com/exdb/mnist.",
         ),
         Source(
@@ -294,7 +294,7 @@ SOURCES: Mapping[str, Source] = {
                 Archive(f"{_FASHION}/t10k-images-idx3-ubyte.gz", "bef4ecab320f06d8554ea6380940ec79"),
                 Archive(f"{_FASHION}/t10k-labels-idx1-ubyte.gz", "bb300cfdad3c16e7a12a480ee83cd310"),
             ),
-            partial(_idx, labels=_CLOTHES),
+            partial(_prepare_mnist, labels=_CLOTHES),
             "Zalando Research, https://github.com/zalandoresearch/fashion-mnist, MIT.",
         ),
         Source(
@@ -315,7 +315,7 @@ SOURCES: Mapping[str, Source] = {
                 Archive(f"{_PETS}/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c"),
                 Archive(f"{_PETS}/annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f"),
             ),
-            _pets,
+            _prepare_pets,
             "Oxford-IIIT Pet Dataset, Parkhi and others, https://www.robots.ox.ac.uk/~vgg/data/pets, CC BY-SA 4.0.",
         ),
         Source(

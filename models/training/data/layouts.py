@@ -1,13 +1,14 @@
-"""Data sets on disk, in any of the layouts of `classification_layouts` and `detection_layouts`.
+"""Data sets on disk, in any layout of `classification_layouts` and `detection_layouts`.
 
-The split `val` may also be called `valid`.
+The split `val` may also be named `valid`.
 """
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,6 +22,7 @@ from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annot
 from vitrine.models.training.errors import DataError
 
 SPLITS = ("train", "val", "test")
+T = TypeVar("T")
 
 _HELD_OUT = 0.04  # of train
 _ALIASES = {"val": ("val", "valid")}
@@ -28,119 +30,114 @@ _EXPECTED = {
     Task.CLASSIFICATION: "{0}.npz, {0}.csv, {0}.jsonl or {0}/<label>/*",
     Task.DETECTION: "{0}.json (COCO) beside images/, images/{0} and labels/{0} (YOLO) or ImageSets/Main/{0}.txt (VOC)",
 }
-_ORIENTATION, _ON_THEIR_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF: rows are columns
+_FINDERS: dict[Task, Callable[[Path, str], object]] = {
+    Task.CLASSIFICATION: classification_layouts.find,
+    Task.DETECTION: detection_layouts.find,
+}
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def load_split(path: Path, task: Task, split: str) -> Data:
     """Read one split of a data set.
 
-    Crowds, difficult objects and boxes without area are left out.
+    Crowds, difficult objects and boxes without area are ignored.
 
     Raises:
-        DataError: nothing of that kind is there, or it contradicts itself.
+        DataError: there is no such split, or it is inconsistent.
     """
     found = read_split(path, task, split)
     if found.problems:
-        others = f" (and {len(found.problems) - 1} more: vitrine data check)" if len(found.problems) > 1 else ""
-        raise DataError(f"{found.problems[0]}{others}")
+        more = f" (and {len(found.problems) - 1} more: vitrine data check)" if len(found.problems) > 1 else ""
+        raise DataError(f"{found.problems[0]}{more}")
     if isinstance(found, LabelledImages):
         if found.listed:
-            _require(found.data.names, str(path))
+            _require_files(found.data.names, str(path))
         return found.data
     return _detection_data(found, path, split)
 
 
 def read_split(path: Path, task: Task, split: str) -> LabelledImages | Annotations:
-    """One split as it is on disk, with its problems.
+    """Read one split as it is on disk, with its problems.
 
     Raises:
-        DataError: nothing of that kind is there, or it is not in the format of its layout at all.
+        DataError: there is no such split, or it is not in the format of its layout.
     """
     if task is Task.DETECTION:
-        source, train = (_find_detection(path, name) for name in (split, "train"))
+        source, train = (_find(detection_layouts.find, path, name) for name in (split, "train"))
         if source is not None:
             return detection_layouts.read(path, source, train if split != "train" else None)
     else:
-        file, train_file = (_find_classification(path, name) for name in (split, "train"))
+        file, train_file = (_find(classification_layouts.find, path, name) for name in (split, "train"))
         if file is not None:
             return classification_layouts.read(path, file, split, train_file)
-    raise no_split(path, split, task)
+    raise missing_split(path, split, task)
 
 
-def no_split(path: Path, split: str, *tasks: Task) -> DataError:
-    """The error that a split is not there, with the layouts for `tasks`, or for all."""
+def missing_split(path: Path, split: str, *tasks: Task) -> DataError:
+    """Return the error for a missing split, with the layouts for `tasks`, by default for all."""
     expected = "; or ".join(_EXPECTED[task].format(split) for task in tasks or Task)
     return DataError(f"{path}: expected {expected}; found {_listing(path)}")
 
 
 def has_split(path: Path, split: str, task: Task | None = None) -> bool:
-    """Whether the data set at `path` has a split of that name, for a task or for any."""
-    if task is None:
-        return find_task(path, split) is not None
-    return (_find_detection if task is Task.DETECTION else _find_classification)(path, split) is not None
+    """Return whether the data set at `path` has a split for a task, by default for any."""
+    tasks = Task if task is None else (task,)
+    return any(_find(_FINDERS[task], path, split) is not None for task in tasks)
 
 
 def find_task(path: Path, split: str) -> Task | None:
-    """What the data set at `path` is for; None where it has no such split."""
-    if _find_detection(path, split) is not None:
-        return Task.DETECTION
-    return None if _find_classification(path, split) is None else Task.CLASSIFICATION
+    """Return the task of a split of the data set at `path`; None if there is no such split."""
+    return next((task for task in (Task.DETECTION, Task.CLASSIFICATION) if has_split(path, split, task)), None)
 
 
 def load_training_splits(
     path: Path, task: Task, *, held_out: float | None, seed: int, fraction: float = 1.0
 ) -> tuple[Data, Data]:
-    """The images to train on, and those to watch progress with.
+    """Return the training and the validation images.
 
     Args:
         path: a data set.
-        task: what it is for.
-        held_out: the part of `train` to watch progress with; None for the split `val`, or 4 % where there is none.
-        seed: of the random choice of these parts.
-        fraction: the part of the other images to train on, as near as can be the same of every class.
+        task: its task.
+        held_out: fraction of `train` to validate on; None for the split `val`, or 4 % if there is none.
+        seed: of the random split.
+        fraction: fraction of the remaining images to train on, stratified by class.
 
     Raises:
-        DataError: the data cannot be read, or no image would be left to train on.
+        DataError: the data cannot be read, or no image is left to train on.
     """
     train = load_split(path, task, "train")
     if held_out is None and has_split(path, "val", task):
         val = load_split(path, task, "val")
         if val.labels != train.labels:
             raise DataError(f"{path}: the labels of train are {train.labels}, those of val {val.labels}")
-        return _part(train, fraction, seed), val
+        return _fraction(train, fraction, seed), val
     order = np.random.default_rng(seed).permutation(len(train))
     count = max(1, round((held_out or _HELD_OUT) * len(train)))
     if count >= len(train):
         raise DataError(f"{path}: expected more images in train than the {count} held out, found {len(train)}")
-    return _part(train.subset(order[count:]), fraction, seed), train.subset(order[:count])
+    return _fraction(train.subset(order[count:]), fraction, seed), train.subset(order[:count])
 
 
-def _part(data: Data, fraction: float, seed: int) -> Data:
-    """A random part of the images, one or more of each class."""
+def _fraction(data: Data, fraction: float, seed: int) -> Data:
+    """Return a random fraction of the images, at least one of each class."""
     if fraction == 1:
         return data
     order = np.random.default_rng(seed).permutation(len(data))
     classes = data.class_ids[order] if isinstance(data, ClassificationData) else np.zeros(len(data), np.int64)
-    of_each = [order[classes == class_id] for class_id in np.unique(classes)]
-    chosen = [images[: max(1, round(fraction * len(images)))] for images in of_each]
+    by_class = [order[classes == class_id] for class_id in np.unique(classes)]
+    chosen = [images[: max(1, round(fraction * len(images)))] for images in by_class]
     return data.subset(np.sort(np.concatenate(chosen)))
 
 
-def _find_detection(path: Path, split: str) -> detection_layouts.Source | None:
-    names = _ALIASES.get(split, (split,))
-    return next(filter(None, (detection_layouts.find(path, name) for name in names)), None)
-
-
-def _find_classification(path: Path, split: str) -> Path | None:
-    names = _ALIASES.get(split, (split,))
-    return next(filter(None, (classification_layouts.find(path, name) for name in names)), None)
+def _find(layout: Callable[[Path, str], T | None], path: Path, split: str) -> T | None:
+    return next(filter(None, (layout(path, name) for name in _ALIASES.get(split, (split,)))), None)
 
 
 def _detection_data(found: Annotations, path: Path, split: str) -> DetectionData:
-    """Raises: DataError where an object has no known label or no finite box, or an image is not there."""
+    """Raise `DataError` if an object has an unknown label or a box that is not finite, or an image is missing."""
     paths = [str(image.path) for image in found.images]
     folder = os.path.commonpath([os.path.dirname(file) for file in paths]) if paths else str(path)
-    _require(paths, folder)
+    _require_files(paths, folder)
     if not paths:
         raise DataError(f"{path}: expected images in the split {split}, found none")
     sizes = _upright_sizes(found.images) if found.fractions else None
@@ -148,7 +145,7 @@ def _detection_data(found: Annotations, path: Path, split: str) -> DetectionData
     boxes: list[tuple[float, float, float, float]] = []
     lengths = []
     for i, image in enumerate(found.images):
-        before = len(boxes)
+        start = len(boxes)
         width, height = (1, 1) if sizes is None else sizes[i]
         for item in image.objects:
             left, top, right, bottom = item.box
@@ -160,7 +157,7 @@ def _detection_data(found: Annotations, path: Path, split: str) -> DetectionData
                 raise DataError(f"{image.file}: {item.where}: {unknown_label(item.label, found.labels)}")
             class_ids.append(item.class_id)
             boxes.append((left * width, top * height, right * width, bottom * height))
-        lengths.append(len(boxes) - before)
+        lengths.append(len(boxes) - start)
     prefix = os.path.join(folder, "")
     names = Names(prefix, (file.removeprefix(prefix) for file in paths))
     return DetectionData(
@@ -174,7 +171,7 @@ def _detection_data(found: Annotations, path: Path, split: str) -> DetectionData
     )
 
 
-def _require(paths: Sequence[str], folder: str) -> None:
+def _require_files(paths: Sequence[str], folder: str) -> None:
     missing = [file for file in paths if not os.path.isfile(file)]
     if missing:
         names = [file.removeprefix(os.path.join(folder, "")) for file in missing[:3]]
@@ -182,7 +179,7 @@ def _require(paths: Sequence[str], folder: str) -> None:
 
 
 def _upright_sizes(images: Sequence[AnnotatedImage]) -> list[tuple[int, int]]:
-    """Width and height of each image as it is seen, without decoding it."""
+    """Return the width and height of each image after its EXIF rotation, without decoding it."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(_upright_size, [image.path for image in images]))
 
@@ -191,10 +188,10 @@ def _upright_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path, formats=SUPPORTED_FORMATS) as image:
             width, height = image.size
-            on_its_side = image.getexif().get(_ORIENTATION) in _ON_THEIR_SIDE
-    except Exception as error:  # Pillow's readers raise almost any type on broken data
+            transposed = image.getexif().get(_ORIENTATION) in _TRANSPOSED
+    except Exception as error:  # Pillow raises almost any type on broken data
         raise DataError(f"{path}: cannot be read as an image: {error}") from error
-    return (height, width) if on_its_side else (width, height)
+    return (height, width) if transposed else (width, height)
 
 
 def _listing(path: Path) -> str:

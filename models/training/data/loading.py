@@ -1,6 +1,6 @@
-"""Images on their way into batches: decoded once and kept in memory, or by worker processes each time.
+"""Image loading: images are decoded once and cached in memory, or decoded by worker processes in every epoch.
 
-A canvas is what augmentation works on: a uint8 image that is at most resized. Shapes: B images, H x W pixels.
+Loaded images are the input of augmentation: uint8, resized at most. Shapes: B images of H x W pixels.
 """
 
 import os
@@ -24,40 +24,41 @@ from vitrine.models.training.errors import DataError
 from vitrine.models.training.recipe import ClassificationRecipe, Recipe
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
-Decoded = tuple[Pixels, tuple[int, int]]  # with the height and width of the image that it was made from
+Decoded = tuple[Pixels, tuple[int, int]]  # and the height and width of the original image
 
-_MAX_CACHE_BYTES = 2 * 2**30  # bytes, of all processes on a machine
-_SAMPLE = 32  # images, to estimate how much memory all of them take
-_MARGIN = 1.25  # canvas over network input: random resized crops that take most of an image lose no detail
+_MAX_CACHE_BYTES = 2 * 2**30  # bytes, all processes on a machine
+_SAMPLE = 32  # images, to estimate the size of the cache
+_CROP_MARGIN = 1.25  # loaded size over network input: large random resized crops lose no detail
 
 
 class ImageBatch(NamedTuple):
-    """Canvases of one size, padded below and to the right."""
+    """Images padded to one size, at the bottom and right."""
 
     pixels: Tensor  # uint8 [B, H, W, 3]
     sizes: Tensor  # int64 [B, 2], height and width of each valid region
-    image_sizes: Tensor  # int64 [B, 2], height and width of the images that the canvases were made from
+    image_sizes: Tensor  # int64 [B, 2], height and width of the original images
 
 
 class ImageCache:
-    """The canvases of a data set, by index."""
+    """The loaded images of a data set, by index."""
 
     def __init__(self, data: Data, recipe: Recipe, *, show: bool) -> None:
         self._dataset = _DecodedImages(data, image_transform(recipe))
         self._workers = recipe.workers
         self._cached: list[Decoded] | None = None
-        beside = local_world_size()
-        if recipe.cache == "memory" or (recipe.cache == "auto" and self._estimate_bytes() <= _MAX_CACHE_BYTES / beside):
-            self._cached = self._decode_all(show, threads=max(1, (os.cpu_count() or 1) // beside))
+        processes = local_world_size()
+        budget = _MAX_CACHE_BYTES / processes
+        if recipe.cache == "memory" or (recipe.cache == "auto" and self._estimate_bytes() <= budget):
+            self._cached = self._decode_all(show, threads=max(1, (os.cpu_count() or 1) // processes))
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def batches(self, batches: Sequence[Tensor]) -> Iterator[ImageBatch]:
-        """A batch for each tensor of indices.
+        """Yield a batch for each tensor of indices.
 
         Raises:
-            DataError: naming an image that is broken.
+            DataError: an image is broken.
         """
         if self._cached is not None:
             for indices in batches:
@@ -77,9 +78,9 @@ class ImageCache:
             yield loaded
 
     def _estimate_bytes(self) -> float:
-        """About how many bytes all canvases take."""
-        some = np.unique(np.linspace(0, len(self) - 1, _SAMPLE, dtype=int))
-        return float(np.mean([self._decoded(int(i))[0].nbytes for i in some])) * len(self)
+        """Estimate the bytes of all loaded images."""
+        sample = np.unique(np.linspace(0, len(self) - 1, _SAMPLE, dtype=int))
+        return float(np.mean([self._decoded(int(i))[0].nbytes for i in sample])) * len(self)
 
     def _decode_all(self, show: bool, threads: int) -> list[Decoded]:
         bar = {"desc": "decode", "total": len(self), "leave": False, "disable": None if show else True}
@@ -98,21 +99,21 @@ class ImageCache:
 
 
 class _DecodedImages(Dataset[Decoded | DataError]):
-    """Errors are returned: a DataLoader would wrap what its workers raise in their tracebacks."""
+    """Returns errors instead of raising them: DataLoader wraps errors of its workers in their tracebacks."""
 
-    def __init__(self, data: Data, make: Callable[[Image.Image], Pixels]) -> None:
-        self.data, self.make = data, make
+    def __init__(self, data: Data, transform: Callable[[Image.Image], Pixels]) -> None:
+        self.data, self.transform = data, transform
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Decoded | DataError:
         try:
-            if isinstance(self.make, _EvaluationTransform):
-                reduced = self.data.image_for(index, self.make.recipe.preprocessing)
-                return self.make(reduced), (reduced.height, reduced.width)
+            if isinstance(self.transform, _EvaluationTransform):
+                reduced = self.data.image_for(index, self.transform.recipe.preprocessing)
+                return self.transform(reduced), (reduced.height, reduced.width)
             image = self.data.image(index)
-            return self.make(image), (image.height, image.width)
+            return self.transform(image), (image.height, image.width)
         except DataError as error:
             return error
 
@@ -129,12 +130,12 @@ def _stack(images: Sequence[Decoded]) -> ImageBatch:
 
 
 def _start_worker(_: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):  # sent to the whole group; the training process saves and ends us
+    for number in (signal.SIGTERM, signal.SIGINT):  # sent to the process group; the training process ends its workers
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Shrink:
-    """An image with its shortest edge at most `shortest` pixels long."""
+class _ResizeShortest:
+    """Downscale an image so that its shortest edge has at most `shortest` pixels."""
 
     def __init__(self, shortest: int) -> None:
         self.shortest = shortest
@@ -148,7 +149,7 @@ class _Shrink:
 
 
 class _EvaluationTransform:
-    """An image as evaluation sees it."""
+    """Preprocess an image as in evaluation."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -160,7 +161,7 @@ class _EvaluationTransform:
 
 
 def image_transform(recipe: Recipe) -> Callable[[Image.Image], Pixels]:
-    """How an image becomes a canvas: as for evaluation, unless crops of the whole image are wanted."""
+    """Return the transform of loaded images: that of evaluation, unless augmentation takes random resized crops."""
     if isinstance(recipe, ClassificationRecipe) and recipe.augmentation.crop == "resized":
-        return _Shrink(round(_MARGIN * max(recipe.preprocessing.input_size)))
+        return _ResizeShortest(round(_CROP_MARGIN * max(recipe.preprocessing.input_size)))
     return _EvaluationTransform(recipe)

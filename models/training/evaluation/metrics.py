@@ -318,7 +318,7 @@ def _probabilities(
 ) -> NDArray[np.float32]:
     answers = [np.zeros((0, len(data.labels)), np.float32)]
     for prepared in _batches(indices, lambda i: predictor.prepare(data.image_for(i, predictor.preprocessing)), size):
-        answers.append(predictor.answer(prepared))
+        answers.append(predictor.predict(prepared))
         if not np.isfinite(answers[-1]).all():
             raise DataError(f"{data.name}: the network answers probabilities that are not finite")
         bar.update(len(prepared))
@@ -330,7 +330,7 @@ def _detections(
 ) -> list[list[Detection]]:
     found: list[list[Detection]] = []
     for prepared in _batches(indices, lambda i: predictor.prepare(data.image_for(i, predictor.preprocessing)), size):
-        found += predictor.answer(prepared, threshold=0.0, max_detections=MAX_DETECTIONS)
+        found += predictor.predict(prepared, threshold=0.0, max_detections=MAX_DETECTIONS)
         bar.update(len(prepared))
     return found
 

@@ -1,7 +1,7 @@
-"""Noised objects for a DETR to restore (Li et al. 2022, "DN-DETR: Accelerate DETR Training by Query DeNoising").
+"""Query denoising for DETR (Li et al. 2022, "DN-DETR: Accelerate DETR Training by Query DeNoising").
 
-Which object a noised one was is known, so that the decoder learns to refine boxes long before its queries are matched
-with the same objects from one step to the next.
+The object behind each noised query is known, so the decoder learns to refine boxes long before bipartite matching
+becomes stable.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,19 @@ from vitrine.models.detr import Denoising, DetrConfig
 from vitrine.models.training.targets import Target, pad_targets
 
 # Sec. 4.3 and 5.1 of the paper.
-CENTRE_NOISE = 0.4  # largest shift of a centre, in halves of the box's edges
+CENTRE_NOISE = 0.4  # largest shift of a centre, relative to half the box's edges
 SIZE_NOISE = 0.4  # largest change of an edge, relative to it
-LABEL_NOISE = 0.2  # part of the labels that are drawn anew
+LABEL_NOISE = 0.2  # fraction of labels that are replaced by random ones
 
 
 def make_denoising(targets: Sequence[Target], config: DetrConfig, noise: Tensor) -> Denoising | None:
-    """Noised copies of an image's objects, as many groups as `config.denoising`; None if that is zero.
+    """Return `config.denoising` groups of noised copies of each image's objects; None if that is zero.
 
     Args:
         targets: one per image.
         config: of the network that is to restore the objects.
-        noise: float32 [B], a random number in [0, 1) per image on the CPU. It determines all of the image's noise, so
-            that this does not depend on the batch that the image is in.
+        noise: float32 [B], a random number in [0, 1) per image, on the CPU. It seeds all of the image's noise, so that
+            this does not depend on the batch.
     """
     if not config.denoising:
         return None
@@ -39,6 +39,6 @@ def make_denoising(targets: Sequence[Target], config: DetrConfig, noise: Tensor)
     shift, stretch = (2 * random[..., :4] - 1).split(2, dim=-1)  # [B, G, n, 2] each, -1 to 1
     centres, edges = boxes[:, None].split(2, dim=-1)  # [B, 1, n, 2] each
     noised = torch.cat((centres + shift * CENTRE_NOISE * edges / 2, edges + stretch * SIZE_NOISE * edges), dim=-1)
-    drawn = (random[..., 4] * config.num_classes).long()
-    noised_ids = torch.where(random[..., 5] < LABEL_NOISE, drawn, class_ids[:, None])
+    random_ids = (random[..., 4] * config.num_classes).long()
+    noised_ids = torch.where(random[..., 5] < LABEL_NOISE, random_ids, class_ids[:, None])
     return Denoising(noised.clamp(0, 1), noised_ids, valid)

@@ -1,4 +1,4 @@
-"""Hungarian matching: which query is responsible for which object (Carion et al. 2020, sec. 3.1, eq. 1)."""
+"""Hungarian matching of queries and objects (Carion et al. 2020, sec. 3.1, eq. 1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from vitrine.models.boxes import cxcywh_to_xyxy, generalised_iou
 from vitrine.models.detr import SetPrediction
 from vitrine.models.training.targets import Target, pad_targets
 
-# Of one image, the indices of queries and of their objects, int64 on the CPU, equally long.
+# Indices of the matched queries and of their objects in one image: int64 on the CPU, of the same length.
 Match = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class HungarianMatcher:
-    """The cheapest one-to-one assignment; the weights of its cost are DETR's."""
+    """Minimum-cost bipartite matching with DETR's cost weights."""
 
     class_cost: float = 1.0
     l1_cost: float = 5.0
@@ -30,27 +30,27 @@ class HungarianMatcher:
         """Match each group of queries with all objects of its image.
 
         Args:
-            prediction: of N queries, `groups` equal parts of which are matched independently.
+            prediction: of N queries in `groups` equal groups that are matched independently.
             targets: one per image.
 
         Returns:
-            Per image, groups * min(n, N / groups) pairs.
+            For each image, groups * min(n, N / groups) pairs.
         """
         boxes = prediction["pred_boxes"].float()
-        class_ids, wanted, _ = pad_targets(targets)
+        class_ids, target_boxes, _ = pad_targets(targets)
         probabilities = prediction["pred_logits"].float().softmax(dim=-1)
         class_cost = -probabilities.gather(2, class_ids[:, None].expand(-1, boxes.shape[1], -1))  # [B, N, n]
-        l1_cost = torch.cdist(boxes, wanted, p=1)
-        giou_cost = -generalised_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(wanted)[:, None])
+        l1_cost = torch.cdist(boxes, target_boxes, p=1)
+        giou_cost = -generalised_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(target_boxes)[:, None])
         cost = self.class_cost * class_cost + self.l1_cost * l1_cost + self.giou_cost * giou_cost
         largest = torch.finfo(cost.dtype).max
-        cost = cost.nan_to_num(nan=largest, neginf=largest)  # a diverged network: let the loss say so
-        in_groups = cost.unflatten(1, (groups, -1)).cpu().numpy()  # [B, groups, N / groups, n]
-        return [_match(image[..., : len(target.class_ids)]) for image, target in zip(in_groups, targets, strict=True)]
+        cost = cost.nan_to_num(nan=largest, neginf=largest)  # diverged network: the loss reports it
+        group_cost = cost.unflatten(1, (groups, -1)).cpu().numpy()  # [B, groups, N / groups, n]
+        return [_match(image[..., : len(target.class_ids)]) for image, target in zip(group_cost, targets, strict=True)]
 
 
 def _match(cost: NDArray[np.float32]) -> Match:
-    """The cheapest pairs of each group, for one image's costs [groups, N / groups, n]."""
+    """Match each group of one image, from costs [groups, N / groups, n]."""
     pairs = [linear_sum_assignment(group) for group in cost]
     queries = np.concatenate([rows + index * cost.shape[1] for index, (rows, _) in enumerate(pairs)])
     return torch.from_numpy(queries), torch.from_numpy(np.concatenate([columns for _, columns in pairs]))

@@ -1,4 +1,4 @@
-"""What a task minimises: from canvases to a batch of augmented images, and from a network's output to its loss.
+"""Training objectives: from loaded images to an augmented batch, and from a network's output to its loss.
 
 Shapes: B batch, H x W pixels, K classes.
 """
@@ -23,10 +23,10 @@ from vitrine.models.training.targets import Target
 
 @dataclass(frozen=True)
 class Batch:
-    """Augmented images on the device, and what a network should answer."""
+    """Augmented images and their targets on the device."""
 
     pixels: Tensor  # uint8 [B, H, W, 3]
-    totals: Tensor  # float [k], what the losses of a step are divided by: to be added up over the step's batches
+    totals: Tensor  # float [k], divisors of the losses, to be summed over all batches of a step
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class DetectionBatch(Batch):
 
 
 class Objective(Protocol):
-    """What a task minimises."""
+    """Prepares batches and computes the loss of a task."""
 
-    group: int  # neighbouring images of a batch that augmentation mixes
+    group: int  # number of neighbouring images of a batch that augmentation mixes
 
     def prepare(self, loaded: ImageBatch, indices: Tensor, noise: Tensor) -> Any:
-        """Augment the canvases of the images at `indices`; each draws from its own row of `noise`."""
+        """Augment the loaded images at `indices`, each with its own row of `noise`."""
         ...
 
     def forward(self, network: nn.Module, batch: Any) -> Any:
-        """Run the network."""
+        """Run the network on the batch."""
         ...
 
     def loss(self, output: Any, batch: Any, totals: Tensor) -> dict[str, Tensor]:
-        """Scalars, "loss" among them: sums over the batch, divided by the step's `totals`."""
+        """Return scalars, "loss" among them: sums over the batch, divided by the `totals` of the step."""
         ...
 
 
@@ -78,8 +78,8 @@ class ClassificationObjective:
         self.criterion = ClassificationLoss(recipe.loss, recipe.label_smoothing)
 
     def prepare(self, loaded: ImageBatch, indices: Tensor, noise: Tensor) -> ClassificationBatch:
-        given = loaded.pixels, loaded.sizes, self.class_ids[indices]
-        pixels, sizes, class_ids = (tensor.to(self.device, non_blocking=True) for tensor in given)
+        inputs = loaded.pixels, loaded.sizes, self.class_ids[indices]
+        pixels, sizes, class_ids = (tensor.to(self.device, non_blocking=True) for tensor in inputs)
         pixels, targets = self.augmentation(pixels, sizes, class_ids, self.num_classes, noise, self.size)
         return ClassificationBatch(pixels, torch.tensor([float(len(pixels))], device=self.device), targets)
 
@@ -106,7 +106,7 @@ class DetectionObjective:
     def prepare(self, loaded: ImageBatch, indices: Tensor, noise: Tensor) -> DetectionBatch:
         pixels, sizes = (tensor.to(self.device, non_blocking=True) for tensor in (loaded.pixels, loaded.sizes))
         edges = loaded.image_sizes.flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
-        targets = [self._target(i, own) for i, own in zip(indices.tolist(), edges, strict=True)]
+        targets = [self._target(i, image_edges) for i, image_edges in zip(indices.tolist(), edges, strict=True)]
         pixels, sizes, valid, targets = self.augmentation(pixels, sizes, targets, noise)
         padded = bool((loaded.sizes != torch.tensor(loaded.pixels.shape[1:3])).any())
         return DetectionBatch(
@@ -134,7 +134,7 @@ class DetectionObjective:
 
 
 def make_objective(recipe: Recipe, data: Data, network: nn.Module, device: torch.device) -> Objective:
-    """The objective of a recipe's task."""
+    """Return the objective for a recipe's task."""
     if isinstance(recipe, ClassificationRecipe) and isinstance(data, ClassificationData):
         return ClassificationObjective(recipe, data, device)
     if isinstance(recipe, DetectionRecipe) and isinstance(data, DetectionData) and isinstance(network, Detr):

@@ -18,9 +18,7 @@ RECIPE = BCCD.model_copy(
         "name": "detr_voc",
         "model": {**BCCD.model, "num_queries": 50},
         "preprocessing": BCCD.preprocessing.model_copy(update={"shortest_edge": 192, "longest_edge": 256}),
-        "augmentation": DetectionAugmentation(
-            flip=0.5, zoom=(0.8, 1.6), brightness=0.2, contrast=0.2, saturation=0.2
-        ),
+        "augmentation": DetectionAugmentation(flip=0.5, zoom=(0.8, 1.6), brightness=0.2, contrast=0.2, saturation=0.2),
         "epochs": 10,
         "batch_size": 8,
         "optimizer": "muon",

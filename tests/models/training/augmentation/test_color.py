@@ -39,7 +39,7 @@ def check(changed: Tensor, expected: Image.Image, levels: int = 1) -> None:
     ("column", "enhance"),
     [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)],
 )
-def test_recolour_is_pils_enhancement(photo: Image.Image, column: int, enhance: type, factor: float) -> None:
+def test_color_jitter_is_pils_enhancement(photo: Image.Image, column: int, enhance: type, factor: float) -> None:
     factors = torch.tensor([AS_IS, AS_IS])
     factors[1, column] = factor
     same, changed = color_jitter(torch.stack([tensor(photo)] * 2), factors)
@@ -47,7 +47,7 @@ def test_recolour_is_pils_enhancement(photo: Image.Image, column: int, enhance: 
     check(changed, enhance(photo).enhance(factor), 2)
 
 
-def test_recolour_composes_in_its_order(photo: Image.Image) -> None:
+def test_color_jitter_composes_in_order(photo: Image.Image) -> None:
     calm = photo.point(lambda value: 90 + value * 0.3)  # nothing is clipped on the way
     expected = calm
     for enhance, factor in ((ImageEnhance.Brightness, 0.8), (ImageEnhance.Contrast, 1.3), (ImageEnhance.Color, 0.5)):
@@ -55,7 +55,7 @@ def test_recolour_composes_in_its_order(photo: Image.Image) -> None:
     check(color_jitter(tensor(calm)[None], torch.tensor([[0.8, 1.3, 0.5, 0.0]]))[0], expected, 3)
 
 
-def test_a_third_of_a_turn_makes_red_green_and_leaves_grey_alone() -> None:
+def test_a_third_of_a_hue_rotation_maps_red_to_green_and_keeps_grey() -> None:
     pixels = torch.tensor([[200, 20, 20], [90, 90, 90], [255, 255, 255]], dtype=torch.uint8)[None, None]
     turned = color_jitter(pixels, torch.tensor([[1.0, 1.0, 1.0, 1 / 3]]))
     assert turned[0, 0].tolist() == [[20, 200, 20], [90, 90, 90], [255, 255, 255]]
@@ -63,7 +63,7 @@ def test_a_third_of_a_turn_makes_red_green_and_leaves_grey_alone() -> None:
     assert torch.equal(back, pixels)
 
 
-def test_contrast_knows_no_padding(photo: Image.Image) -> None:
+def test_contrast_ignores_padding(photo: Image.Image) -> None:
     pixels = tensor(photo)
     padded = torch.full((1, 150, 200, 3), 255, dtype=torch.uint8)
     padded[0, :120, :160] = pixels
@@ -90,16 +90,16 @@ def test_sharpen_is_pils(photo: Image.Image, factor: float) -> None:
         (equalize, ImageOps.equalize),
     ],
 )
-def test_tables_are_pils(
+def test_lookup_tables_are_pils(
     photo: Image.Image, ours: Callable[[Tensor], Tensor], pils: Callable[[Image.Image], Image.Image]
 ) -> None:
-    mirror = ImageOps.mirror(photo).point(lambda value: 255 - value)
-    changed = ours(torch.stack([tensor(photo), tensor(mirror)]))
+    flipped = ImageOps.mirror(photo).point(lambda value: 255 - value)
+    changed = ours(torch.stack([tensor(photo), tensor(flipped)]))
     check(changed[0], pils(photo))
-    check(changed[1], pils(mirror))
+    check(changed[1], pils(flipped))
 
 
 @pytest.mark.parametrize("change", [autocontrast, equalize])
-def test_flat_channels_stay(change: Callable[[Tensor], Tensor]) -> None:
+def test_constant_channels_stay(change: Callable[[Tensor], Tensor]) -> None:
     pixels = torch.tensor([0, 77, 255], dtype=torch.uint8).expand(2, 8, 9, 3)
     assert torch.equal(change(pixels), pixels)

@@ -20,7 +20,7 @@ def plain(count: int, height: int, width: int) -> Tensor:
 
 @given(seed=st.integers(0, 10_000), alpha=st.floats(0.05, 10), size=st.tuples(st.integers(1, 40), st.integers(1, 40)))
 @settings(max_examples=50, deadline=None)
-def test_labels_weigh_what_is_seen(seed: int, alpha: float, size: tuple[int, int]) -> None:
+def test_label_weights_match_the_pixels(seed: int, alpha: float, size: tuple[int, int]) -> None:
     pixels, targets = plain(8, *size), F.one_hot(torch.arange(8), 8).float()
     for mixup, cutmix, tolerance in ((alpha, 0.0, 0.5 / 150), (0.0, alpha, 1e-5)):
         mixed, labels = mixup_cutmix(pixels, targets, uniform(8, 4, seed=seed), mixup, cutmix)
@@ -50,7 +50,7 @@ def test_cutmix_pastes_one_rectangle_at_its_place() -> None:
     assert torch.equal(mixed[0, ~pasted], pixels[0, ~pasted])
 
 
-def test_both_are_used_for_half_of_the_images() -> None:
+def test_each_of_both_is_used_for_half_of_the_images() -> None:
     pixels = plain(400, 8, 8)
     mixed, _ = mixup_cutmix(pixels, torch.zeros(400, 2), uniform(400, 4), 5.0, 5.0)
     blended = ((mixed != 50) & (mixed != 200)).flatten(1).any(dim=1)
@@ -58,7 +58,7 @@ def test_both_are_used_for_half_of_the_images() -> None:
 
 
 @pytest.mark.parametrize(("alpha", "variance"), [(0.2, 0.1786), (1.0, 1 / 12), (8.0, 0.0147)])
-def test_weights_are_of_the_beta_distribution(alpha: float, variance: float) -> None:
+def test_weights_follow_the_beta_distribution(alpha: float, variance: float) -> None:
     _, labels = mixup_cutmix(plain(4000, 1, 1), torch.eye(2).repeat(2000, 1), uniform(4000, 4), alpha, 0.0)
     own = labels[torch.arange(4000), torch.arange(4000) % 2]
     assert float(own.mean()) == pytest.approx(0.5, abs=0.02)
@@ -87,7 +87,7 @@ def test_erase_follows_the_papers_areas_and_ratios() -> None:
     torch.testing.assert_close(everywhere, everywhere.flip(0, 1), atol=0.1, rtol=0)
 
 
-def test_erase_chooses_as_many_images_as_it_should() -> None:
+def test_erasing_selects_the_expected_images() -> None:
     noise = uniform(500, 6)
     erased = (random_erasing(plain(500, 20, 20), noise, 0.25) != plain(500, 20, 20)).flatten(1).any(dim=1)
     assert torch.equal(erased, noise[:, 0] < 0.25)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitrine.models.training.augmentation import augment
 from vitrine.models.training.augmentation.augment import NOISE, ClassificationAugmentation
-from vitrine.models.training.augmentation.randaugment import Operation, draw
+from vitrine.models.training.augmentation.randaugment import Operation, sample_operations
 
 WIDTH, HEIGHT = 120, 90
 MAGNITUDE = 8.0
@@ -62,49 +62,49 @@ def photo(root: Path) -> Image.Image:
     return image.resize((WIDTH, HEIGHT)).point(lambda value: 20 + value * 0.8)
 
 
-def rows(drawn: list[list[tuple[Operation, float]]]) -> Tensor:
-    """Noise that draws these operations and signs."""
-    noise = torch.full((len(drawn), NOISE), 0.5)
-    for row, operations in zip(noise, drawn, strict=True):
+def rows(sampled: list[list[tuple[Operation, float]]]) -> Tensor:
+    """Noise that yields these operations and signs."""
+    noise = torch.full((len(sampled), NOISE), 0.5)
+    for row, operations in zip(noise, sampled, strict=True):
         numbers = [(operation + 0.5) / len(Operation) for operation, _ in operations]
         numbers += [0.25 if sign < 0 else 0.75 for _, sign in operations]
         row[augment._OPERATIONS : augment._OPERATIONS + len(numbers)] = torch.tensor(numbers)
     return noise
 
 
-def augmented(photo: Image.Image, drawn: list[list[tuple[Operation, float]]]) -> Tensor:
+def augmented(photo: Image.Image, sampled: list[list[tuple[Operation, float]]]) -> Tensor:
     settings = ClassificationAugmentation(
-        crop="none", flip=0, randaugment_ops=len(drawn[0]), randaugment_magnitude=MAGNITUDE
+        crop="none", flip=0, randaugment_ops=len(sampled[0]), randaugment_magnitude=MAGNITUDE
     )
-    canvas = torch.from_numpy(np.array(photo)).expand(len(drawn), -1, -1, -1)
-    sizes = torch.tensor([[HEIGHT, WIDTH]]).expand(len(drawn), -1)
-    class_ids = torch.zeros(len(drawn), dtype=torch.int64)
-    pixels, _ = settings(canvas, sizes, class_ids, 2, rows(drawn), (HEIGHT, WIDTH))
+    source = torch.from_numpy(np.array(photo)).expand(len(sampled), -1, -1, -1)
+    sizes = torch.tensor([[HEIGHT, WIDTH]]).expand(len(sampled), -1)
+    class_ids = torch.zeros(len(sampled), dtype=torch.int64)
+    pixels, _ = settings(source, sizes, class_ids, 2, rows(sampled), (HEIGHT, WIDTH))
     assert pixels.dtype == torch.uint8
     return pixels
 
 
 def test_every_operation_is_pils(photo: Image.Image) -> None:
-    drawn = [[(operation, sign)] for operation in Operation for sign in (-1.0, 1.0)]
-    for pixels, [(operation, sign)] in zip(augmented(photo, drawn), drawn, strict=True):
+    sampled = [[(operation, sign)] for operation in Operation for sign in (-1.0, 1.0)]
+    for pixels, [(operation, sign)] in zip(augmented(photo, sampled), sampled, strict=True):
         expected = torch.from_numpy(np.array(EXPECTED[operation](photo, sign)))
         difference = (pixels.int() - expected.int()).abs()
         # Along a slanted border a rounding error decides between image and grey.
         assert (difference > 2).float().mean() < 0.001, f"{operation.name} {sign}: {difference.max()}"
 
 
-def test_geometry_of_several_operations_composes(photo: Image.Image) -> None:
+def test_geometric_operations_compose(photo: Image.Image) -> None:
     first, second = (Operation.SHEAR_X, 1.0), (Operation.ROTATE, -1.0)
     (pixels,) = augmented(photo, [[first, second]])
     expected = np.array(rotate(EXPECTED[Operation.SHEAR_X](photo, 1.0), -1.0))
     inner = slice(25, -25), slice(35, -35)
     difference = np.abs(pixels.numpy()[inner].astype(int) - expected[inner])
     assert difference.mean() < 4  # theirs is interpolated twice
-    shift_and_flip = np.abs(np.roll(pixels.numpy(), 2, axis=1)[inner].astype(int) - expected[inner])
-    assert shift_and_flip.mean() > 2 * difference.mean()
+    shifted = np.abs(np.roll(pixels.numpy(), 2, axis=1)[inner].astype(int) - expected[inner])
+    assert shifted.mean() > 2 * difference.mean()
 
 
-def test_colours_are_changed_in_the_order_drawn(photo: Image.Image) -> None:
+def test_color_operations_are_applied_in_order(photo: Image.Image) -> None:
     first, second = (Operation.SOLARIZE, 1.0), (Operation.BRIGHTNESS, -1.0)
     for order in ([first, second], [second, first]):
         expected = photo
@@ -115,8 +115,8 @@ def test_colours_are_changed_in_the_order_drawn(photo: Image.Image) -> None:
         assert (difference > 3).mean() < 0.01
 
 
-def test_all_operations_and_signs_are_drawn_alike() -> None:
-    operations, signs = draw(torch.rand(14_000, 4, generator=torch.Generator().manual_seed(0)))
+def test_all_operations_and_signs_are_equally_likely() -> None:
+    operations, signs = sample_operations(torch.rand(14_000, 4, generator=torch.Generator().manual_seed(0)))
     counts = torch.bincount(operations.flatten(), minlength=len(Operation)) / operations.numel()
     assert ((counts * len(Operation) - 1).abs() < 0.15).all()
     assert abs(signs.mean()) < 0.05
@@ -126,8 +126,8 @@ def test_all_operations_and_signs_are_drawn_alike() -> None:
 def test_magnitude_zero_changes_little(photo: Image.Image) -> None:
     settings = ClassificationAugmentation(crop="none", flip=0, randaugment_ops=1, randaugment_magnitude=0)
     quiet = [o for o in Operation if o not in (Operation.AUTOCONTRAST, Operation.EQUALIZE)]
-    canvas = torch.from_numpy(np.array(photo)).expand(len(quiet), -1, -1, -1)
+    source = torch.from_numpy(np.array(photo)).expand(len(quiet), -1, -1, -1)
     sizes = torch.tensor([[HEIGHT, WIDTH]]).expand(len(quiet), -1)
     noise = rows([[(operation, 1.0)] for operation in quiet])
-    pixels, _ = settings(canvas, sizes, torch.zeros(len(quiet), dtype=torch.int64), 2, noise, (HEIGHT, WIDTH))
-    assert torch.equal(pixels, canvas)
+    pixels, _ = settings(source, sizes, torch.zeros(len(quiet), dtype=torch.int64), 2, noise, (HEIGHT, WIDTH))
+    assert torch.equal(pixels, source)

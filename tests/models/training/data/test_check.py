@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vitrine.bundle.manifest import Task
-from vitrine.models.training.data.check import DataSummary, Sizes, check_data, text
+from vitrine.models.training.data.check import DataSummary, Sizes, check_data, format_summary
 from vitrine.models.training.errors import DataError
 
 
@@ -24,14 +24,14 @@ def findings(summary: DataSummary, level: str) -> list[tuple[str, str]]:
     return [(found.kind, str(found)) for found in summary.findings if found.level == level]
 
 
-def test_a_sound_data_set(colours: Path, tmp_path: Path) -> None:
+def test_a_valid_data_set(colours: Path, tmp_path: Path) -> None:
     summary = check_data(colours, sheets=tmp_path / "sheets")
     assert (summary.task, summary.labels, summary.findings) == (Task.CLASSIFICATION, ("blue", "green", "red"), [])
     assert {name: split.images for name, split in summary.splits.items()} == {"train": 120, "test": 36}
     assert summary.splits["test"].per_class == {"blue": 12, "green": 12, "red": 12}
     assert summary.splits["test"].sizes == Sizes((20, 20, 20), (16, 16, 16))
     assert sorted(file.name for file in (tmp_path / "sheets").iterdir()) == ["test.png", "train.png"]
-    assert text(summary).endswith("\nerrors: 0, warnings: 0")
+    assert format_summary(summary).endswith("\nerrors: 0, warnings: 0")
     assert json.loads(json.dumps(summary.as_json()))["splits"]["train"]["images"] == 120
 
 
@@ -44,7 +44,7 @@ def test_boxes_are_counted(squares: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "val.png").width > 4 * 320
 
 
-def test_images_that_are_broken_or_seen_before(tmp_path: Path) -> None:
+def test_broken_and_duplicate_images(tmp_path: Path) -> None:
     for name, content in {
         "train/a/1.png": png(1),
         "train/a/2.png": png(2),
@@ -67,7 +67,7 @@ def test_images_that_are_broken_or_seen_before(tmp_path: Path) -> None:
     assert [kind for kind, _ in warnings] == ["class without examples", "same picture twice"]
     assert "test: 1 of 2 classes: a" in warnings[0][1]
     assert "copy.png (train)" in warnings[1][1]
-    assert "error: broken image (2)\n" in text(summary)
+    assert "error: broken image (2)\n" in format_summary(summary)
     assert summary.errors == 3
 
 
@@ -97,13 +97,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("change", "kind", "message"), BAD)
-def test_boxes_that_cannot_be_right(tmp_path: Path, change: dict[str, Any], kind: str, message: str) -> None:
+def test_invalid_boxes(tmp_path: Path, change: dict[str, Any], kind: str, message: str) -> None:
     coco(tmp_path, [{"image_id": 0, "category_id": 1, "bbox": [0, 0, 9, 9], "id": 1, **change}])
     summary = check_data(tmp_path, sheets=tmp_path / "sheets")
     ((found, sentence),) = findings(summary, "error")
     assert found == kind
     assert re.search(message, sentence)
-    assert summary.splits["train"].boxes == 1  # the sound one
+    assert summary.splits["train"].boxes == 1  # the valid one
 
 
 def test_boxes_that_are_rounded_or_crowds(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from vitrine.models.training.data.contact_sheet import (
     Answer,
     DrawnBox,
     box_sheet,
+    class_color,
     class_sheet,
-    colour,
     prediction_sheet,
 )
 
@@ -23,7 +23,7 @@ def test_a_row_for_each_class() -> None:
     assert blue.nonzero()[0].max() < red.nonzero()[0].min()
 
 
-def test_wrong_answers_are_red_and_say_what_is_right() -> None:
+def test_wrong_predictions_are_red_and_name_the_true_label() -> None:
     picture = Image.new("RGB", (32, 32), "blue")
     answers = [Answer("cat", 0.9, "cat"), Answer("dog", 0.8, "cat"), Answer("a name wider than its picture", 1.0, "")]
     reds = [red_pixels(prediction_sheet([(picture, answer)])) for answer in answers]
@@ -38,10 +38,10 @@ def red_pixels(sheet: Image.Image) -> int:
     return int(((red > 150) & (green < 100) & (blue < 100)).sum())
 
 
-def test_boxes_lie_where_they_are_in_the_picture() -> None:
+def test_boxes_are_drawn_at_their_positions() -> None:
     boxes = [DrawnBox("cat", 3, (50.0, 20.0, 90.0, 40.0)), DrawnBox("crowd", None, (0.0, 45.0, 5.0, 50.0))]
     pixels = np.asarray(box_sheet([(Image.new("RGB", (100, 50), "white"), boxes)]))
-    rows, columns = (pixels == colour(3)).all(axis=-1).nonzero()
+    rows, columns = (pixels == class_color(3)).all(axis=-1).nonzero()
     scale, gap = 320 / 100, 6
     for found, wanted in ((columns, (50, 90)), (rows, (20, 40))):
         assert abs(found.min() - gap - wanted[0] * scale) <= 2
@@ -61,5 +61,5 @@ def test_an_empty_sheet() -> None:
     assert prediction_sheet([]).height > 0
 
 
-def test_each_class_has_its_colour() -> None:
-    assert len({colour(i) for i in range(80)}) == 80
+def test_each_class_has_its_own_color() -> None:
+    assert len({class_color(i) for i in range(80)}) == 80

@@ -34,14 +34,14 @@ class Server(ThreadingHTTPServer):
         self.breaks_after: int | None = None  # bytes of each answer
         self.resumes = True
 
-    def source(self, arrange: Callable[[Sequence[Path], Path], Path], **files: bytes) -> Source:
+    def source(self, prepare: Callable[[Sequence[Path], Path], Path], **files: bytes) -> Source:
         """A data set of these archives; in their names, "__" stands for a dot."""
         archives = []
         for key, content in files.items():
             name = key.replace("__", ".")
             self.files[f"/{name}"] = content
             archives.append(Archive(f"{self.url}/{name}", hashlib.md5(content).hexdigest()))
-        return Source("toys", tuple(archives), arrange, "Ours.")
+        return Source("toys", tuple(archives), prepare, "Ours.")
 
     @property
     def url(self) -> str:
@@ -110,7 +110,7 @@ def png() -> bytes:
 
 
 FOLDERS = {f"toys/{split}/{label}/a.png": png() for split in ("train", "val") for label in ("cat", "dog")}
-UNPACK = SOURCES["imagenette160"].arrange.func  # type: ignore[attr-defined]
+UNPACK = SOURCES["imagenette160"].prepare.func  # type: ignore[attr-defined]
 TOYS = partial(UNPACK, root="toys")
 NOISE = RANDOM.bytes(300_000)
 
@@ -245,14 +245,14 @@ def test_archives_of_another_format(server: Server, tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize(("name", "ids"), [("cifar10", 1), ("cifar100", 2)])
 def test_cifar_keeps_its_pixels(server: Server, tmp_path: Path, name: str, ids: int) -> None:
-    settings = SOURCES[name].arrange.keywords  # type: ignore[attr-defined]
+    settings = SOURCES[name].prepare.keywords  # type: ignore[attr-defined]
     records = RANDOM.integers(0, 256, (4, ids + 3072), np.uint8)
     records[:, :ids] = [[9] * (ids - 1) + [label] for label in (2, 0, 1, 2)]
     labels = b"cat\ndog\nhorse\n\n"
     files = {f"{settings['root']}/{part}": records.tobytes() for part in settings["train"]}
     files[f"{settings['root']}/{settings['test']}"] = records[:2].tobytes()
     files[f"{settings['root']}/{settings['labels']}"] = labels
-    fetch(server.source(SOURCES[name].arrange, cifar__tar__gz=tape(files)), tmp_path / "out", show=False)
+    fetch(server.source(SOURCES[name].prepare, cifar__tar__gz=tape(files)), tmp_path / "out", show=False)
     train, test = load(tmp_path / "out", "train"), load(tmp_path / "out", "test")
     assert train.labels == ("cat", "dog", "horse")
     assert train.class_ids.tolist() == [2, 0, 1, 2] * len(settings["train"])
@@ -270,7 +270,7 @@ def idx(values: np.ndarray) -> bytes:
 def test_mnist_keeps_its_pixels(server: Server, tmp_path: Path, name: str) -> None:
     images, class_ids = RANDOM.integers(0, 256, (5, 28, 28)), np.array([9, 0, 3, 3, 1])
     files = {"a__gz": images, "b__gz": class_ids, "c__gz": images[:2], "d__gz": class_ids[:2]}
-    source = server.source(SOURCES[name].arrange, **{key: idx(values) for key, values in files.items()})
+    source = server.source(SOURCES[name].prepare, **{key: idx(values) for key, values in files.items()})
     fetch(source, tmp_path / "out", show=False)
     train, test = load(tmp_path / "out", "train"), load(tmp_path / "out", "test")
     assert (train.class_ids.tolist(), len(test), len(train.labels)) == ([9, 0, 3, 3, 1], 2, 10)
@@ -285,7 +285,7 @@ def test_pets_get_lists(server: Server, tmp_path: Path) -> None:
         "annotations/trainval.txt": b"american_bulldog_2 2 2 1\nAbyssinian_1 1 1 1\n",
         "annotations/test.txt": b"american_bulldog_3 2 2 1\n",
     }
-    source = server.source(SOURCES["pets"].arrange, images__tar__gz=images, lists__tar__gz=tape(lists))
+    source = server.source(SOURCES["pets"].prepare, images__tar__gz=images, lists__tar__gz=tape(lists))
     fetch(source, tmp_path / "out", show=False)
     assert load(tmp_path / "out", "train").labels == ("Abyssinian", "american bulldog")
     assert load(tmp_path / "out", "train").class_ids.tolist() == [1, 0]
@@ -305,7 +305,7 @@ def test_voc_is_put_together(server: Server, tmp_path: Path) -> None:
         }
         return tape(files, "w")
 
-    source = server.source(SOURCES["voc2007"].arrange, a__tar=part("train"), b__tar=part("test"))
+    source = server.source(SOURCES["voc2007"].prepare, a__tar=part("train"), b__tar=part("test"))
     fetch(source, tmp_path / "out", show=False)
     assert [has_split(tmp_path / "out", split, Task.DETECTION) for split in ("train", "val", "test")] == [
         True,

@@ -28,9 +28,9 @@ def noise(width: int, height: int) -> Image.Image:
 def test_detection_batches(squares: Path, cache: str) -> None:
     recipe = load_recipe("detr_bccd", [*DETR, f"cache={cache}", "workers=2"])
     data = load_split(squares, Task.DETECTION, "train")
-    canvases = ImageCache(data, recipe, show=False)
-    assert len(canvases) == len(data)
-    batches = list(canvases.batches(INDICES))
+    cache = ImageCache(data, recipe, show=False)
+    assert len(cache) == len(data)
+    batches = list(cache.batches(INDICES))
     assert len(batches) == 3
     for indices, batch in zip(INDICES, batches, strict=True):
         assert batch.pixels.shape[1:3] == tuple(batch.sizes.amax(dim=0).tolist())
@@ -64,7 +64,7 @@ def test_crops_are_taken_of_more_than_the_network_sees() -> None:
 
 
 @pytest.mark.parametrize("crop", ["shift", "none"])
-def test_without_crops_a_canvas_is_what_is_evaluated(crop: str) -> None:
+def test_without_crops_images_are_preprocessed_as_in_evaluation(crop: str) -> None:
     recipe: Recipe = load_recipe("vit_cifar10", [f"augmentation.crop={crop}"])
     image = noise(50, 70)
     make = pickle.loads(pickle.dumps(image_transform(recipe)))  # it travels to worker processes
