@@ -2,17 +2,15 @@
 FROM python:3.11-slim AS environment
 COPY requirements/serve.txt /tmp/serve.txt
 RUN python -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -r /tmp/serve.txt \
+    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -r /tmp/serve.txt
+COPY . /tmp/vitrine
+RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /tmp/vitrine \
     && /opt/venv/bin/pip uninstall --yes --quiet pip
 
 FROM python:3.11-slim
 RUN useradd --uid 10001 --no-create-home vitrine
 COPY --from=environment /opt/venv /opt/venv
 WORKDIR /app
-COPY batch batch
-COPY bundle bundle
-COPY service service
-COPY vitrine vitrine
 COPY bundles bundles
 # The server writes below /tmp only: a read-only container needs no other writable place.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 VITRINE_HOST=0.0.0.0
@@ -21,4 +19,4 @@ EXPOSE 3000 8081
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:3000/readyz', timeout=2)"]
-CMD ["python", "-m", "vitrine", "serve"]
+CMD ["vitrine", "serve"]

@@ -11,6 +11,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import vitrine
 from vitrine.bundle.loading import find_bundles
 from vitrine.bundle.machine import release_memory
 from vitrine.bundle.manifest import Identity
@@ -36,6 +37,13 @@ def shared_folder() -> Path:
         os.environ[_SHARED] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(os.environ[_SHARED])
+
+
+def isolate_imports() -> None:
+    """Let child processes import this very Vitrine, and nothing from the directory that they start in."""
+    ours = Path(vitrine.__file__).resolve().parent.parent
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ours), os.environ.get("PYTHONPATH"))))
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def check_bundles(settings: Settings) -> list[Identity]:
@@ -70,7 +78,7 @@ def run(settings: Settings, address: str) -> None:
     BentoML puts its working directory first on Python's path. It gets an empty one, so that no module of the user's
     project takes the place of one that the server imports; relative paths are resolved before.
     """
-    os.environ |= {"VITRINE_HOST": address, "PYTHONSAFEPATH": "1"}
+    os.environ["VITRINE_HOST"] = address
     os.environ["VITRINE_BUNDLES"] = os.pathsep.join(map(os.path.abspath, settings.bundles))
     files = {FILE_VARIABLE: os.environ.get(FILE_VARIABLE), "VITRINE_API_KEYS_FILE": settings.api_keys_file}
     os.environ |= {variable: os.path.abspath(file) for variable, file in files.items() if file}

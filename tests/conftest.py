@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +20,49 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SERVING_PYTHON = ROOT / ".venv" / "bin" / "python"  # without torch; made by `make test`
+SERVING = (SERVING_PYTHON, "-m", "vitrine")
+SLOW_FIXTURES = {"chromium", "classifier_run", "detector_run"}
 COLOURS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 30)}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: a second thread costs more than it gives
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what trains a network or needs a browser or Node: `make test-fast` leaves it out."""
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside_a_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run all tests as beside a server on the default ports, and away from the user's home.
+
+    A test that starts a server on a default port fails, as it would in the terminal of someone who runs one.
+    """
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+    with ExitStack() as taken:
+        for port in (3000, 8081):
+            listener = taken.enter_context(socket.socket())
+            with suppress(OSError):  # another test process has it, or a server really runs
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+        yield
+
+
+def find_free_ports() -> tuple[int, int]:
+    """Find two ports that nobody listens on."""
+    with socket.socket() as http, socket.socket() as grpc:
+        http.bind(("127.0.0.1", 0))
+        grpc.bind(("127.0.0.1", 0))
+        return http.getsockname()[1], grpc.getsockname()[1]
+
+
+@pytest.fixture
+def free_ports() -> tuple[str, str, str, str]:
+    """Options of `vitrine serve` for two free ports."""
+    http, grpc = find_free_ports()
+    return "--port", str(http), "--grpc-port", str(grpc)
 
 
 def encode(image: Image.Image, form: str = "PNG") -> bytes:
@@ -173,13 +213,12 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(bundles: Path, *options: str, **environment: str) -> Iterator[Server]:
-    """`vitrine serve` as a process in the serving environment, on free ports, once it has said that it is ready."""
+def serving(
+    bundles: Path, *options: str, program: Sequence[object] = SERVING, cwd: Path = ROOT, **environment: str
+) -> Iterator[Server]:
+    """`vitrine serve` as a process in the serving environment, on free ports, once it has reported that it is ready."""
     assert SERVING_PYTHON.exists(), f"{SERVING_PYTHON} is missing: run the tests by `make test`"
-    with socket.socket() as probe, socket.socket() as other:
-        probe.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        port, grpc_port = probe.getsockname()[1], other.getsockname()[1]
+    port, grpc_port = find_free_ports()
     settings = {
         "VITRINE_BUNDLES": str(bundles),
         "VITRINE_PORT": str(port),
@@ -187,8 +226,8 @@ def serving(bundles: Path, *options: str, **environment: str) -> Iterator[Server
         "VITRINE_LOG_FORMAT": "text",
     }
     process = subprocess.Popen(
-        [str(SERVING_PYTHON), "-m", "vitrine", "serve", *options],
-        cwd=ROOT,
+        [*map(str, program), "serve", *options],
+        cwd=cwd,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **settings, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -374,16 +374,16 @@ def predict(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from vitrine.batch.predict import ask, find_sources, predict_files, summary_text, text
-    from vitrine.batch.results import check_ending, files_of
+    from vitrine.batch.predict import find_sources, format_record, format_summary, make_query, predict_files
+    from vitrine.batch.results import check_suffix, result_files
 
     chosen = parse_providers(providers)
     loaded = _load(bundle, variant, chosen)
-    query = ask(loaded.predictor, top_k=top_k, threshold=threshold, max_detections=max_detections, labels=label)
+    query = make_query(loaded.predictor, top_k=top_k, threshold=threshold, max_detections=max_detections, labels=label)
     if out is not None:
-        check_ending(out, boxes=loaded.manifest.task is Task.DETECTION)
-    own = [*(files_of(out) if out is not None else ()), *([annotate] if annotate is not None else ())]
-    sources = find_sources(paths, leave_out=own)
+        check_suffix(out, boxes=loaded.manifest.task is Task.DETECTION)
+    own = [*(result_files(out) if out is not None else ()), *([annotate] if annotate is not None else ())]
+    sources = find_sources(paths, exclude=own)
     # Lines on a terminal show by themselves how far it is.
     visible = sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -396,16 +396,16 @@ def predict(
             done = number
             progress.update(bar, completed=number)
             if out is None and record is not None:
-                typer.echo(text(record))
+                typer.echo(format_record(record))
 
         try:
-            summary = predict_files(loaded, query, sources, out=out, annotate=annotate, providers=chosen, each=each)
+            summary = predict_files(loaded, query, sources, out=out, annotate=annotate, providers=chosen, callback=each)
         except KeyboardInterrupt:
             progress.stop()
             kept = "" if out is None else f"; they are kept, and the same command goes on to {out}"
             typer.echo(f"vitrine: interrupted after {done} of {len(sources)} files{kept}", err=True)
             raise typer.Exit(130) from None
-    counts = summary_text(summary)
+    counts = format_summary(summary)
     typer.echo(counts if out is None else f"predicted: {out}  {counts}", err=out is None)
     raise typer.Exit(1 if summary.errors else 0)
 
@@ -433,7 +433,7 @@ def serve(
 ) -> None:
     """Serve the bundles in VITRINE_BUNDLES (default: bundles/, or else those of vitrine-bundles) over HTTP and gRPC."""
     from vitrine.service.access import Keys
-    from vitrine.service.launch import check_bundles, run
+    from vitrine.service.launch import check_bundles, isolate_imports, run
     from vitrine.service.observability.logs import wants_json
     from vitrine.service.settings import FILE_VARIABLE, SettingsError, as_yaml, read_settings
 
@@ -452,6 +452,7 @@ def serve(
     if print_settings:
         typer.echo(as_yaml(settings, options))
         return
+    isolate_imports()
     hashes = ",".join(settings.api_keys)
     if os.environ.get("VITRINE_API_KEYS", hashes) != hashes:  # what a process has begun with can be read in /proc
         os.environ["VITRINE_API_KEYS"] = hashes

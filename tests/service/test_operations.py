@@ -155,22 +155,27 @@ def test_limits_come_from_the_environment(serve: Serving, tiny_bundles: Path, ph
     ("environment", "message"),
     [
         ({"VITRINE_THREADS": "0"}, "VITRINE_THREADS: Input should be greater than or equal to 1, found '0'"),
-        ({"VITRINE_BUNDLES": "/nowhere"}, "/nowhere: bundles: expected a folder of <name>/<version>, found no such"),
+        ({"VITRINE_BUNDLES": "/nowhere"}, "VITRINE_BUNDLES: expected bundles, found none in /nowhere; `pip install"),
     ],
 )
 def test_serve_refuses_bad_settings_in_one_sentence(
     environment: dict[str, str],
     message: str,
     run_vitrine: Callable[..., str],
+    free_ports: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert f"vitrine: {message}" in run_vitrine("serve", status=1)
+    assert f"vitrine: {message}" in run_vitrine("serve", *free_ports, status=1)
 
 
 def test_serve_refuses_a_tampered_bundle(
-    tiny_bundles: Path, tmp_path: Path, run_vitrine: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    tiny_bundles: Path,
+    tmp_path: Path,
+    run_vitrine: Callable[..., str],
+    free_ports: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(tiny_bundles, tmp_path, dirs_exist_ok=True)
     model = tmp_path / "colours" / "1" / "model.onnx"
@@ -178,4 +183,4 @@ def test_serve_refuses_a_tampered_bundle(
     content[-1] ^= 1
     model.write_bytes(content)
     monkeypatch.setenv("VITRINE_BUNDLES", str(tmp_path))
-    assert f"vitrine: {model}: sha256: expected" in run_vitrine("serve", status=1)
+    assert f"vitrine: {model}: sha256: expected" in run_vitrine("serve", *free_ports, status=1)

@@ -1,7 +1,6 @@
 """Settings from the environment and a file: what holds, what is refused, what is written down."""
 
 import re
-import socket
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -143,12 +142,11 @@ def test_what_cannot_be_served_is_one_sentence(arguments: list[str], message: st
     assert len(printed.splitlines()) == 1
 
 
-def test_a_grpc_port_in_use_is_refused_in_one_sentence(server: str, run_vitrine: Run) -> None:
+def test_a_grpc_port_in_use_is_refused_in_one_sentence(
+    server: str, run_vitrine: Run, free_ports: tuple[str, ...]
+) -> None:
     port = server.rpartition(":")[2]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free = probe.getsockname()[1]
-    printed = run_vitrine("serve", "--port", free, "--grpc-port", port, status=1)
+    printed = run_vitrine("serve", *free_ports[:2], "--grpc-port", port, status=1)
     sentence = f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --host or --grpc-port"
     assert printed == f"vitrine: {sentence}\n"
 

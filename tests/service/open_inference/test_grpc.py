@@ -274,11 +274,15 @@ def test_no_grpc_where_its_port_is_0(serve: Serving, tiny_bundles: Path) -> None
 
 
 def test_a_port_in_use_is_refused_in_one_sentence(
-    running: Any, run_vitrine: Callable[..., str], tiny_bundles: Path, monkeypatch: pytest.MonkeyPatch
+    running: Any,
+    run_vitrine: Callable[..., str],
+    free_ports: tuple[str, ...],
+    tiny_bundles: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VITRINE_BUNDLES", str(tiny_bundles))
     port = running.grpc.rpartition(":")[2]
-    printed = run_vitrine("serve", "--port", "39999", "--grpc-port", port, status=1)
+    printed = run_vitrine("serve", *free_ports[:2], "--grpc-port", port, status=1)
     assert f"vitrine: cannot listen on 127.0.0.1:{port}: Address already in use" in printed
 
 

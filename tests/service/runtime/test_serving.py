@@ -100,9 +100,9 @@ def test_a_server_that_ends_leaves_no_files(
 
 
 def test_a_broken_bundle_leaves_no_files_either(
-    run_vitrine: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_vitrine: Callable[..., str], free_ports: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("VITRINE_BUNDLES", str(tmp_path))
-    assert "found none" in run_vitrine("serve", status=1)
+    assert "found none" in run_vitrine("serve", *free_ports, status=1)
     assert not list(tmp_path.iterdir())
