@@ -1,7 +1,7 @@
-"""Many images through one bundle: files and folders in, a file of results (`batch.results`) or pictures out.
+"""Batch prediction: files and folders in, a results file (`batch.results`) or annotated pictures out.
 
-Images are decoded and run on a pool of threads, each with one call of a single-threaded network, which gives the
-highest throughput; answers come in the order in which the images were named, and only a few images are in memory.
+A thread pool decodes images and runs them through the single-threaded network, one per call, which gives the highest
+throughput. Results keep the order of the inputs, and only a few images are in memory at a time.
 """
 
 import os
@@ -25,14 +25,14 @@ from vitrine.bundle.machine import available_cores
 from vitrine.bundle.manifest import Manifest, Preprocessing
 from vitrine.bundle.predictors import Classifier, Detector, Predictor
 
-MAX_BYTES = 512 * 2**20  # of one file: more than any image of `MAX_PIXELS` has, however it is stored
-_WAITING = 4  # images a thread that are in work, or answered and wait for one before them
+MAX_BYTES = 512 * 2**20  # per file: more than any image of `MAX_PIXELS` needs in any format
+_PENDING_PER_THREAD = 4  # images per thread that are in progress, or done and waiting for an earlier one
 _JPEG_QUALITY = 92
-_JPEG_EDGE = 65_500  # pixels; no JPEG can be longer
+_JPEG_EDGE = 65_500  # pixels; the limit of the format
 
 
 class UnreadableFileError(ImageError):
-    """The file of an image is not there or cannot be read."""
+    """An image file is missing or cannot be read."""
 
     code = "unreadable_file"
 
@@ -41,22 +41,22 @@ class UnreadableFileError(ImageError):
 
 
 class Query(Protocol):
-    """What is asked of every image."""
+    """A predictor with its parameters, applied to every image."""
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What the images are decoded for."""
+        """The preprocessing that images are decoded for."""
 
     def answer(self, image: ReducedImage, whole: Image.Image | None) -> tuple[Record, Image.Image | None]:
-        """The answer to an image in the service's words, and its picture if there is the whole image to draw in."""
+        """Return the answer in the service's fields, and its picture if the full-size image is given."""
 
     def parameters(self) -> dict[str, object]:
-        """What was asked for, as JSON."""
+        """The parameters as JSON values."""
 
 
 @dataclass(frozen=True)
 class ClassificationQuery:
-    """The most probable classes, as `Classifier.classify` answers them."""
+    """Classify with `Classifier.classify`."""
 
     classifier: Classifier
     top_k: int
@@ -67,9 +67,9 @@ class ClassificationQuery:
         return self.classifier.preprocessing
 
     def answer(self, image: ReducedImage, whole: Image.Image | None) -> tuple[Record, Image.Image | None]:
-        found = self.classifier.classify(image, top_k=self.top_k, labels=self.labels)
-        picture = None if whole is None else draw_classification(whole, found)
-        return {"predictions": [asdict(prediction) for prediction in found]}, picture
+        predictions = self.classifier.classify(image, top_k=self.top_k, labels=self.labels)
+        picture = None if whole is None else draw_classification(whole, predictions)
+        return {"predictions": [asdict(prediction) for prediction in predictions]}, picture
 
     def parameters(self) -> dict[str, object]:
         return {"top_k": self.top_k, "labels": self.labels}
@@ -77,7 +77,7 @@ class ClassificationQuery:
 
 @dataclass(frozen=True)
 class DetectionQuery:
-    """The objects in the image, as `Detector.detect` answers them."""
+    """Detect with `Detector.detect`."""
 
     detector: Detector
     threshold: float
@@ -89,17 +89,17 @@ class DetectionQuery:
         return self.detector.preprocessing
 
     def answer(self, image: ReducedImage, whole: Image.Image | None) -> tuple[Record, Image.Image | None]:
-        found = self.detector.detect(
+        detections = self.detector.detect(
             image, threshold=self.threshold, max_detections=self.max_detections, labels=self.labels
         )
-        picture = None if whole is None else draw_detections(whole, found)
-        return {"detections": [asdict(detection) for detection in found]}, picture
+        picture = None if whole is None else draw_detections(whole, detections)
+        return {"detections": [asdict(detection) for detection in detections]}, picture
 
     def parameters(self) -> dict[str, object]:
         return {"threshold": self.threshold, "max_detections": self.max_detections, "labels": self.labels}
 
 
-def ask(
+def make_query(
     predictor: Predictor,
     *,
     top_k: int | None = None,
@@ -107,24 +107,25 @@ def ask(
     max_detections: int | None = None,
     labels: Collection[str] | None = None,
 ) -> Query:
-    """The question that a predictor answers; None means the service's default.
+    """Return the query for a predictor; None stands for the service's default.
 
     Raises:
-        ParameterError: a parameter is outside its range or belongs to the other task, or there is no such label.
+        ParameterError: a parameter is out of range or belongs to the other task, or a label does not exist.
     """
-    chosen = tuple(sorted(set(labels))) if labels else None
+    selected = tuple(sorted(set(labels))) if labels else None
     if isinstance(predictor, Classifier):
-        _refuse("a detector", threshold=threshold, max_detections=max_detections)
-        query = ClassificationQuery(predictor, 5 if top_k is None else top_k, chosen)
-        predictor.check(top_k=query.top_k, labels=chosen)
+        _reject_parameters("a detector", threshold=threshold, max_detections=max_detections)
+        query = ClassificationQuery(predictor, 5 if top_k is None else top_k, selected)
+        predictor.check_parameters(top_k=query.top_k, labels=selected)
         return query
-    _refuse("a classifier", top_k=top_k)
-    limits = (0.5 if threshold is None else threshold, 100 if max_detections is None else max_detections)
-    predictor.check(threshold=limits[0], max_detections=limits[1], labels=chosen)
-    return DetectionQuery(predictor, *limits, chosen)
+    _reject_parameters("a classifier", top_k=top_k)
+    threshold = 0.5 if threshold is None else threshold
+    max_detections = 100 if max_detections is None else max_detections
+    predictor.check_parameters(threshold=threshold, max_detections=max_detections, labels=selected)
+    return DetectionQuery(predictor, threshold, max_detections, selected)
 
 
-def _refuse(task: str, **parameters: object) -> None:
+def _reject_parameters(task: str, **parameters: object) -> None:
     for name, value in parameters.items():
         if value is not None:
             raise ParameterError(name, expected=f"none: it is for {task}", found=value)
@@ -132,70 +133,70 @@ def _refuse(task: str, **parameters: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file that may be an image."""
+    """A file that may be an image."""
 
-    path: str  # as it was named, or below a folder as that was named
-    relative: str  # below the folder that it was found in; the file's name alone where it was named itself
-    named: bool  # itself, so that it is an error if it is no image
+    path: str  # as given on input, or below an input folder
+    relative: str  # path below the input folder; the file name if the file itself is an input
+    named: bool  # the file itself is an input, so it is an error if it is not an image
 
 
-def find_sources(paths: Iterable[Path], *, leave_out: Collection[Path] = ()) -> list[Source]:
-    """The files named, and those in folders named and in all folders below, sorted by their names.
+def find_sources(paths: Iterable[Path], *, exclude: Collection[Path] = ()) -> list[Source]:
+    """Return the given files and, recursively and sorted by name, the files of the given folders.
 
-    A file that was named twice comes once. What begins with a dot is left out, as is what `leave_out` holds: what the
-    program writes itself. Links are followed, but to no folder that they lie in.
+    Duplicates are dropped, as are hidden files and everything in `exclude`, i.e. the program's own output. Symbolic
+    links are followed, except to a folder that contains them.
 
     Raises:
         VitrineError: a folder cannot be read, or there is no file at all.
     """
-    hidden = {_real(path) for path in leave_out}
+    excluded = {_real_path(path) for path in exclude}
     sources: dict[str, Source] = {}
     for path in paths:
         if not os.path.isdir(path):
             sources.setdefault(str(path), Source(str(path), path.name, True))
             continue
-        if any(_real(path).is_relative_to(folder) for folder in hidden):
+        if any(_real_path(path).is_relative_to(folder) for folder in excluded):
             raise VitrineError(f"{path}: expected a folder of images, found one that pictures are written to")
-        for file in _files(path, hidden, frozenset()):
+        for file in _walk(path, excluded, frozenset()):
             sources.setdefault(str(file), Source(str(file), str(file.relative_to(path)), False))
     if not sources:
         raise VitrineError(f"{', '.join(map(str, paths)) or 'PATH'}: expected image files, found no file")
     return list(sources.values())
 
 
-def _files(folder: Path, hidden: Collection[Path], above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    names = {path.name for path in hidden}
+def _walk(folder: Path, excluded: Collection[Path], ancestors: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    names = {path.name for path in excluded}
     try:
-        state = folder.stat()
+        stat = folder.stat()
         entries = sorted(os.listdir(folder))
     except OSError as error:
         raise VitrineError(f"{folder}: expected a folder that can be read, found: {error.strerror}") from error
-    above |= {(state.st_dev, state.st_ino)}
+    ancestors |= {(stat.st_dev, stat.st_ino)}
     for name in entries:
         path = folder / name
-        if name.startswith(".") or (name in names and _real(path) in hidden):
+        if name.startswith(".") or (name in names and _real_path(path) in excluded):
             continue
         if os.path.isdir(path):
-            below = path.stat()
-            if (below.st_dev, below.st_ino) not in above:
-                yield from _files(path, hidden, above)
-        elif os.path.isfile(path) or os.path.islink(path):  # a link that leads nowhere is an error of that image
+            stat = path.stat()
+            if (stat.st_dev, stat.st_ino) not in ancestors:
+                yield from _walk(path, excluded, ancestors)
+        elif os.path.isfile(path) or os.path.islink(path):  # a dangling link is an error of that image
             yield path
 
 
-def _real(path: Path | str) -> Path:
-    """The path without links; unlike `Path.resolve`, of links in a circle, too."""
+def _real_path(path: Path | str) -> Path:
+    """Resolve symbolic links; unlike `Path.resolve`, also in a loop of links."""
     return Path(os.path.realpath(path))
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of the files."""
+    """Counts of the processed files."""
 
     answered: int
     errors: int
-    skipped: int  # found in folders, but no images
-    before: int  # of those with an answer or an error, in an earlier run
+    skipped: int  # files in folders that are not images
+    resumed: int  # answered or failed in an earlier run
 
 
 def predict_files(
@@ -207,29 +208,28 @@ def predict_files(
     annotate: Path | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
-    each: Callable[[int, Record | None], None] = lambda done, record: None,
+    callback: Callable[[int, Record | None], None] = lambda done, record: None,
 ) -> Summary:
-    """Ask a bundle about files, in their order.
+    """Run a query on files, in order.
 
-    A broken image is an error of its own, and the others go on. A file found in a folder that neither is an image nor
-    is called like one is skipped.
+    A broken image becomes an error record and does not stop the run. A file found in a folder is skipped if neither its
+    content nor its name is that of an image.
 
     Args:
-        out: file of results, see `batch.results`; it goes on where an earlier run of the same question ended.
-        annotate: folder for a picture of each image, with the image's path below the folder it was found in: JPEG for
-            what is called so, else PNG. Of two with the same name the later gets a number. It must be new or empty,
-            unless an earlier run is gone on with.
-        providers: where the bundle computes; results of others are not gone on with.
-        threads: images in work at once (default: `available_cores()`).
-        each: called after every image with the number of files that are done, those of an earlier run included, and
-            the image's record, or None for a file that is skipped.
+        out: results file, see `batch.results`; an interrupted run of the same query is resumed.
+        annotate: folder for a picture of each answer, at the image's path below its input folder: JPEG if the name
+            says so, else PNG. A duplicate name gets a number. The folder must be new or empty, unless a run is resumed.
+        providers: execution providers of the bundle; results of other providers are not resumed.
+        threads: images in progress at once (default: `available_cores()`).
+        callback: called after each file with the number of files done, including those of an earlier run, and the
+            file's record, or None if it was skipped.
 
     Raises:
         ResultsError: `out` or `annotate` cannot be written or belongs to something else.
     """
-    identity = {"name": bundle.manifest.name, "version": bundle.manifest.version, "variant": bundle.variant}
-    made_by = {
-        **identity,
+    model = {"name": bundle.manifest.name, "version": bundle.manifest.version, "variant": bundle.variant}
+    config = {
+        **model,
         "graph_sha256": _graph_sha256(bundle),
         "providers": list(providers),
         **query.parameters(),
@@ -241,24 +241,24 @@ def predict_files(
         results = None
         if out is not None:
             boxes = isinstance(bundle.predictor, Detector)
-            results = stack.enter_context(Results(out, made_by, bundle.manifest.labels, boxes=boxes))
+            results = stack.enter_context(Results(out, config, bundle.manifest.labels, boxes=boxes))
         names: dict[str, str] = {}
         if annotate is not None:
-            _check_folder(annotate, sources, begun=results is not None and results.begun)
+            _check_picture_folder(annotate, sources, resumed=results is not None and results.has_header)
             names = picture_names(sources, {} if results is None else results.pictures)
         answered = {} if results is None else results.answered
-        missing = [source for source in sources if source.path not in answered]
-        before = len(sources) - len(missing)
+        remaining = [source for source in sources if source.path not in answered]
+        resumed = len(sources) - len(remaining)
         if results is not None:
             results.begin()
             failed = results.failed & {source.path for source in sources}
 
-        def work(source: Source) -> Record | None:
+        def predict(source: Source) -> Record | None:
             picture = None if annotate is None else annotate / names[source.path]
-            return _record(source, query, identity, picture, names.get(source.path))
+            return _predict_file(source, query, model, picture, names.get(source.path))
 
-        answers = stack.enter_context(closing(_in_order(work, missing, threads or available_cores())))
-        for done, record in enumerate(answers, start=before + 1):
+        records = stack.enter_context(closing(_map_in_order(predict, remaining, threads or available_cores())))
+        for done, record in enumerate(records, start=resumed + 1):
             if record is None:
                 skipped += 1
             else:
@@ -266,10 +266,10 @@ def predict_files(
                     failed.add(record["path"])
                 if results is not None:
                     results.add(record)
-            each(done, record)
+            callback(done, record)
         if results is not None:
             results.finish([source.path for source in sources])
-    return Summary(len(sources) - skipped - len(failed), len(failed), skipped, before)
+    return Summary(len(sources) - skipped - len(failed), len(failed), skipped, resumed)
 
 
 def _graph_sha256(bundle: Bundle) -> str:
@@ -278,31 +278,31 @@ def _graph_sha256(bundle: Bundle) -> str:
     return hash_file(bundle.path)
 
 
-def _record(source: Source, query: Query, model: Record, picture: Path | None, name: str | None) -> Record | None:
-    """What is known of one file; None if it is skipped. The picture is there before its record is."""
-    expected = source.named or _format(source.path) is not None
+def _predict_file(source: Source, query: Query, model: Record, picture: Path | None, name: str | None) -> Record | None:
+    """Return the record of a file, None to skip it. The picture is written before the record is returned."""
+    expects_image = source.named or _format(source.path) is not None
     try:
-        data = _read(source.path)
-        if not data and not expected:
+        data = _read_file(source.path)
+        if not data and not expects_image:
             return None
         image = decode_for(data, query.preprocessing)
         whole = None if picture is None else image.image if image.is_whole else decode(data)
     except UnsupportedImageError as error:
-        return _failure(source, error) if expected else None
+        return _error_record(source, error) if expects_image else None
     except ImageError as error:
-        return _failure(source, error)
+        return _error_record(source, error)
     fields, drawn = query.answer(image, whole)
     if drawn is not None and picture is not None:
-        _save(drawn, picture)
+        _save_picture(drawn, picture)
         fields["annotated"] = name
     return {"path": source.path, "model": model, "image": {"width": image.width, "height": image.height}, **fields}
 
 
-def _failure(source: Source, error: ImageError) -> Record:
+def _error_record(source: Source, error: ImageError) -> Record:
     return {"path": source.path, "error": {"code": error.code, "message": str(error)}}
 
 
-def _read(path: str) -> bytes:
+def _read_file(path: str) -> bytes:
     try:
         with open(path, "rb") as stream:
             data = stream.read(MAX_BYTES + 1)
@@ -313,72 +313,74 @@ def _read(path: str) -> bytes:
     return data
 
 
-def _in_order(
-    work: Callable[[Source], Record | None], sources: Iterable[Source], threads: int
+def _map_in_order(
+    function: Callable[[Source], Record | None], sources: Iterable[Source], threads: int
 ) -> Generator[Record | None, None, None]:
+    """Map a function over sources on a thread pool, with bounded look-ahead; yield the results in order."""
     pool = ThreadPoolExecutor(threads, "image")
-    waiting: deque[Future[Record | None]] = deque()
+    pending: deque[Future[Record | None]] = deque()
     try:
         for source in sources:
-            if len(waiting) == threads * _WAITING:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(work, source))
-        while waiting:
-            yield waiting.popleft().result()
+            if len(pending) == threads * _PENDING_PER_THREAD:
+                yield pending.popleft().result()
+            pending.append(pool.submit(function, source))
+        while pending:
+            yield pending.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # who interrupts need not wait for a slow disk to be told so
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt must not wait for slow reads
 
 
-def picture_names(sources: Sequence[Source], given: Record) -> dict[str, str]:
-    """The path of each file's picture below their folder, no two alike, not even where upper case is lower case.
+def picture_names(sources: Sequence[Source], existing: Record) -> dict[str, str]:
+    """Return the path of each file's picture below the picture folder, unique even on case-insensitive file systems.
 
     Args:
-        given: the names that pictures have already, by the path of their image.
+        existing: names of pictures from an earlier run, by the path of their image.
     """
-    taken = {name.casefold() for name in given.values()}
-    numbers: dict[str, int] = {}  # the last one given to a name
-    names = dict(given)
+    taken = {name.casefold() for name in existing.values()}
+    numbers: dict[str, int] = {}  # last number used for a name
+    names = dict(existing)
     for source in sources:
         if source.path in names:
             continue
         path = PurePath(source.relative)
-        form = _format(path.name)
-        if form != "JPEG":
-            path = path.with_suffix(".png") if form else path.with_name(f"{path.name}.png")
-        name, wanted = path, str(path).casefold()
+        image_format = _format(path.name)
+        if image_format != "JPEG":
+            path = path.with_suffix(".png") if image_format else path.with_name(f"{path.name}.png")
+        name, key = path, str(path).casefold()
         while str(name).casefold() in taken:
-            numbers[wanted] = numbers.get(wanted, 1) + 1
-            name = path.with_stem(f"{path.stem}-{numbers[wanted]}")
+            numbers[key] = numbers.get(key, 1) + 1
+            name = path.with_stem(f"{path.stem}-{numbers[key]}")
         taken.add(str(name).casefold())
         names[source.path] = str(name)
     return names
 
 
 @lru_cache(maxsize=1)
-def _suffixes() -> dict[str, str]:
-    return {end: form for end, form in Image.registered_extensions().items() if form in (*SUPPORTED_FORMATS, "MPO")}
+def _formats_by_suffix() -> dict[str, str]:
+    extensions = Image.registered_extensions().items()
+    return {suffix: name for suffix, name in extensions if name in (*SUPPORTED_FORMATS, "MPO")}
 
 
 def _format(name: str) -> str | None:
-    """The type that a file is called, in Pillow's words; None if that is none of those supported."""
-    return _suffixes().get(PurePath(name).suffix.lower())
+    """Return the image format, by Pillow's name, of a file's suffix; None if not supported."""
+    return _formats_by_suffix().get(PurePath(name).suffix.lower())
 
 
-def _check_folder(folder: Path, sources: Sequence[Source], *, begun: bool) -> None:
-    """Nothing that is not ours may be overwritten, the images themselves least of all."""
+def _check_picture_folder(folder: Path, sources: Sequence[Source], *, resumed: bool) -> None:
+    """Create the folder for pictures and check that nothing else can be overwritten, above all the input images."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not begun and any(folder.iterdir()):
+        if not resumed and any(folder.iterdir()):
             raise ResultsError(folder, "expected a new or an empty folder for the pictures, found files in it")
     except OSError as error:
         raise ResultsError(folder, f"expected a folder for the pictures, found: {error.strerror}") from error
-    place = _real(folder)
+    real_folder = _real_path(folder)
     for source in sources:
-        if source.named and _real(source.path).is_relative_to(place):
+        if source.named and _real_path(source.path).is_relative_to(real_folder):
             raise ResultsError(source.path, "expected an image elsewhere, found it in the folder of the pictures")
 
 
-def _save(picture: Image.Image, file: Path) -> None:
+def _save_picture(picture: Image.Image, file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if _format(file.name) == "JPEG":
@@ -390,30 +392,30 @@ def _save(picture: Image.Image, file: Path) -> None:
         raise ResultsError(file, f"the picture cannot be written: {error.strerror or error}") from error
 
 
-def text(record: Record) -> str:
-    """A record for people: a line for a classification or an error; for detections one more an object, in pixels."""
+def format_record(record: Record) -> str:
+    """Format a record as text: one line, plus one per object for detections, with coordinates in pixels."""
     if "error" in record:
         lines = [f"error: {record['error']['message']}"]
     elif "predictions" in record:
-        lines = [", ".join(f"{one['label']} {one['probability']:.1%}" for one in record["predictions"])]
+        lines = [", ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in record["predictions"])]
     else:
-        lines = [_count(len(record["detections"]), "object")]
-        for one in record["detections"]:
-            corners = ", ".join(f"{name} {edge:.1f}" for name, edge in one["box"].items())
-            lines.append(f"  {one['label']} {one['score']:.1%}  {corners}")
-    shown = "\n".join((f"{record['path']}: {lines[0]}", *lines[1:]))
-    return shown.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
+        lines = [_plural(len(record["detections"]), "object")]
+        for entry in record["detections"]:
+            box = ", ".join(f"{name} {edge:.1f}" for name, edge in entry["box"].items())
+            lines.append(f"  {entry['label']} {entry['score']:.1%}  {box}")
+    text = "\n".join((f"{record['path']}: {lines[0]}", *lines[1:]))
+    return text.encode("utf-8", "backslashreplace").decode()  # a file name need not be UTF-8
 
 
-def summary_text(summary: Summary) -> str:
-    """A summary for people."""
-    counts = [_count(summary.answered, "image"), _count(summary.errors, "error")]
+def format_summary(summary: Summary) -> str:
+    """Format a summary as one line."""
+    counts = [_plural(summary.answered, "image"), _plural(summary.errors, "error")]
     if summary.skipped:
-        counts.append(f"{_count(summary.skipped, 'other file')} skipped")
-    if summary.before:
-        counts.append(f"{summary.before} done before")
+        counts.append(f"{_plural(summary.skipped, 'other file')} skipped")
+    if summary.resumed:
+        counts.append(f"{summary.resumed} done before")
     return ", ".join(counts)
 
 
-def _count(number: int, name: str) -> str:
+def _plural(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"

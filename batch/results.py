@@ -1,18 +1,18 @@
-"""A file of results that survives whatever ends the process that writes it.
+"""Crash-safe results files.
 
-While images are answered, their records are lines of `<out>.partial`: first one that says what made them (which graph,
-asked for what), then one an image, each handed to the system in one piece. The same command reads that file again, cuts
-off a line that was only half written, and goes on with the images that it lacks; what was made otherwise is refused.
-When no image is missing, all is written to `<out>.finishing`, synchronised, and renamed to `<out>`: a file of that name
-is always complete, and one that is there already is never touched. Then `<out>.partial` is removed.
+While images are processed, records are appended to `<out>.partial`: a header line with the configuration (graph,
+parameters), then one line per image, each passed to the system in one piece. The same command reads that file again,
+drops an incomplete last line, and resumes with the remaining images; a file with another configuration is refused. Once
+all images are done, the results are written to `<out>.finishing`, synced, and renamed to `<out>`: a file of that name
+is always complete, and an existing one is never touched. Then `<out>.partial` is removed.
 
-The endings of `<out>` and what they hold, images in the order in which they were named:
+Formats by the suffix of `<out>`, images in input order:
 
-    .jsonl       one record a line, see `Record`
-    .csv         one row for each class or object, with the path before and the error behind; an image without objects
-                 has no row, a broken one has a row with nothing but its path and error
-    .coco.json   COCO's document of annotations, of detections only: `category_id` is the class id, `file_name` the
-                 path, `bbox` is x, y, width, height in pixels; broken images stand under "errors"
+    .jsonl       one record per line, see `Record`
+    .csv         one row per class or object, with the path first and the error last; an image without objects has no
+                 row, a broken one has a row with its path and error only
+    .coco.json   COCO annotations, detections only: `category_id` is the class id, `file_name` the path, `bbox` is
+                 x, y, width, height in pixels; broken images are listed under "errors"
 """
 
 import csv
@@ -28,24 +28,24 @@ from typing import Any, BinaryIO, Self
 
 from vitrine.bundle.errors import VitrineError
 
-ENDINGS = (".jsonl", ".csv", ".coco.json")
-FORMAT = "vitrine predict 1"  # of a partial file; the number changes with what its lines mean
+SUFFIXES = (".jsonl", ".csv", ".coco.json")
+FORMAT = "vitrine predict 1"  # of the partial file; the number is its version
 
 CLASS_COLUMNS = ("label", "class_id", "probability")
 OBJECT_COLUMNS = ("label", "class_id", "score", "x_min", "y_min", "x_max", "y_max")
 
 Record = dict[str, Any]
-"""What is known of one image; fields and values are those of the service's answers (`service/schemas.py`).
+"""The result for one image, in the fields of the service's answers (`service/http/schemas.py`).
 
     {"path", "model": {"name", "version", "variant"}, "image": {"width", "height"}, "predictions" or "detections"}
     {"path", "error": {"code", "message"}}
 
-Where pictures were drawn, an answer also has "annotated", the picture's path below their folder.
+With annotated pictures, an answer also has "annotated", the picture's path below the picture folder.
 """
 
 
 class ResultsError(VitrineError):
-    """The file of results, or the folder of pictures, cannot be written or belongs to something else."""
+    """The results file or the picture folder cannot be written or belongs to something else."""
 
     code = "results"
 
@@ -53,57 +53,58 @@ class ResultsError(VitrineError):
         super().__init__(f"{file}: {problem}")
 
 
-def check_ending(out: Path, *, boxes: bool) -> None:
-    """Refuse a file whose format is unknown or cannot hold the answers (`boxes`: those of a detector).
+def check_suffix(out: Path, *, boxes: bool) -> None:
+    """Check that the format of a results file can hold the answers; `boxes`: those of a detector.
 
     Raises:
-        ResultsError: that.
+        ResultsError: the suffix is unknown, or its format needs boxes.
     """
-    ending = _ending(out)
-    if not ending:
-        raise ResultsError(out, f"expected a name that ends in {', '.join(ENDINGS)}, found {out.suffix or 'no ending'}")
-    if ending == ".coco.json" and not boxes:
+    suffix = _suffix(out)
+    if not suffix:
+        found = out.suffix or "no ending"
+        raise ResultsError(out, f"expected a name that ends in {', '.join(SUFFIXES)}, found {found}")
+    if suffix == ".coco.json" and not boxes:
         raise ResultsError(
             out, "expected .jsonl or .csv for the answers of a classifier, found COCO's, which has boxes"
         )
 
 
-def files_of(out: Path) -> tuple[Path, Path, Path]:
-    """The file of results, the partial one before it, and that one while it is turned into it."""
+def result_files(out: Path) -> tuple[Path, Path, Path]:
+    """Return the paths of the results file, its partial file and its temporary file while finishing."""
     return out, out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.finishing")
 
 
 class Results:
-    """The records of one run, in `<out>.partial`; a context manager, which closes that file.
+    """The records of one run in `<out>.partial`; a context manager that closes the file.
 
-    `answered` are the paths of the images that have a record, each with the place of its line, in bytes.
+    `answered` maps the path of each image that has a record to the byte offset of its line.
     """
 
-    def __init__(self, out: Path, made_by: Mapping[str, object], labels: Sequence[str], *, boxes: bool) -> None:
-        """Open what is there, or an empty file; `begin` comes next.
+    def __init__(self, out: Path, config: Mapping[str, object], labels: Sequence[str], *, boxes: bool) -> None:
+        """Open an existing partial file or create one; call `begin` next.
 
         Args:
-            made_by: what the records depend on, as JSON.
-            labels: of the bundle, by class id.
-            boxes: the answers are those of a detector.
+            config: what the records depend on, as JSON values.
+            labels: labels of the bundle, by class id.
+            boxes: whether the answers are those of a detector.
 
         Raises:
-            ResultsError: `out` is there already or has an unknown ending, or its partial file was made otherwise, is
-                in use, or cannot be written.
+            ResultsError: `out` exists or has an unknown suffix, or its partial file has another configuration, is in
+                use, or cannot be written.
         """
-        check_ending(out, boxes=boxes)
-        self.out, self.partial, self._finishing = files_of(out)
+        check_suffix(out, boxes=boxes)
+        self.out, self.partial, self._finishing = result_files(out)
         self.answered: dict[str, int] = {}
-        self.pictures: dict[str, str] = {}  # path of an image: path of its picture below their folder
-        self.failed: set[str] = set()  # paths of the images that have an error
-        self.begun = False
-        self._made_by, self._labels, self._boxes = made_by, labels, boxes
-        self._file = self._open()
+        self.pictures: dict[str, str] = {}  # image path to picture path below the picture folder
+        self.failed: set[str] = set()  # paths of images with an error
+        self.has_header = False  # from an earlier run, or after `begin`
+        self._config, self._labels, self._boxes = config, labels, boxes
+        self._file = self._open_locked()
         try:
             if out.exists() or out.is_symlink():
                 problem = "is there already, and complete results are never overwritten; move it, or choose another"
                 raise ResultsError(out, problem)
-            self._read()
+            self._resume()
         except BaseException:
             self.close()
             raise
@@ -117,7 +118,7 @@ class Results:
         self.close()
 
     def close(self) -> None:
-        """Close the partial file; it is removed if nothing was begun in it."""
+        """Close the partial file and remove it if it is empty."""
         if not self._file.closed:
             with suppress(OSError):
                 if os.fstat(self._file.fileno()).st_size == 0:
@@ -125,33 +126,33 @@ class Results:
             self._file.close()
 
     def begin(self) -> None:
-        """Write what makes the records, unless an earlier run has.
+        """Write the header, unless an earlier run has.
 
         Raises:
-            ResultsError: that failed.
+            ResultsError: writing failed.
         """
-        if not self.begun:
-            self._append(self._header())
-            self.begun = True
+        if not self.has_header:
+            self._append_line(self._header())
+            self.has_header = True
 
     def add(self, record: Record) -> None:
-        """Keep a record: once this returns, no end of the process loses it.
+        """Append a record. Once this returns, the record survives the end of the process.
 
         Raises:
-            ResultsError: that failed; what was kept before is kept.
+            ResultsError: writing failed; earlier records are kept.
         """
-        self._keep(record, self._append(_line(record)))
+        self._index(record, self._append_line(_encode_record(record)))
 
     def records(self, paths: Iterable[str]) -> Iterator[Record]:
-        """The records of these images, in this order, of those that have one."""
-        for line in self._lines(paths):
+        """Yield the records of these images in this order, without those that have none."""
+        for line in self._read_lines(paths):
             yield json.loads(line)
 
     def finish(self, paths: Sequence[str]) -> None:
-        """Turn the partial file into the file of results, with these images in this order.
+        """Write the results file, with these images in this order, and remove the partial file.
 
         Raises:
-            ResultsError: that failed; the partial file is kept.
+            ResultsError: writing failed; the partial file is kept.
         """
         try:
             with self._finishing.open("wb") as stream:
@@ -163,26 +164,26 @@ class Results:
             with suppress(OSError):
                 self._finishing.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise self._cannot_write(self.out, error) from error
+                raise self._write_error(self.out, error) from error
             raise
         self.partial.unlink(missing_ok=True)
 
     def _write(self, stream: BinaryIO, paths: Sequence[str]) -> None:
-        match _ending(self.out):
+        match _suffix(self.out):
             case ".jsonl":
-                stream.writelines(self._lines(paths))
+                stream.writelines(self._read_lines(paths))
             case ".csv":
                 _write_csv(stream, self.records(paths), OBJECT_COLUMNS if self._boxes else CLASS_COLUMNS)
             case ".coco.json":
-                _write_coco(stream, lambda: self.records(paths), self._made_by, self._labels)
+                _write_coco(stream, lambda: self.records(paths), self._config, self._labels)
 
-    def _open(self) -> io.FileIO:
-        """The partial file, for this process alone: two that append to one file would spoil it."""
+    def _open_locked(self) -> io.FileIO:
+        """Open the partial file with an exclusive lock: two processes appending to it would corrupt it."""
         while True:
             try:
                 file = io.FileIO(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             except OSError as error:
-                raise self._cannot_write(self.partial, error) from error
+                raise self._write_error(self.partial, error) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
@@ -190,106 +191,105 @@ class Results:
             except BlockingIOError as error:
                 file.close()
                 raise ResultsError(self.partial, "another process is writing it at this moment") from error
-            except FileNotFoundError:  # the process that had it has removed it since it was opened here
+            except FileNotFoundError:  # its previous owner removed it after it was opened here
                 pass
             except OSError:  # a file system without locks
                 return file
             file.close()
 
-    def _read(self) -> None:
-        """Take over what an earlier run has left, up to the last line that is whole."""
+    def _resume(self) -> None:
+        """Index the records of an earlier run, up to the last complete line, and truncate the rest."""
         header, end = self._header(), 0
         with self.partial.open("rb") as stream:
             first = stream.readline()
-            if header.startswith(first):  # nothing, or a part of what this run would begin with
+            if header.startswith(first):  # empty, or an incomplete header of this run
                 end = len(first) if first == header else 0
             else:
                 self._check_header(first)
                 end = len(first)
-            self.begun = end > 0
+            self.has_header = end > 0
             for line in stream:
-                record = _parsed(line)
-                if record is None or "path" not in record:  # half written, or of zeros, as a power failure leaves them
+                record = _parse_line(line)
+                if record is None or "path" not in record:  # incomplete, or zeros after a power failure
                     break
-                self._keep(record, end)
+                self._index(record, end)
                 end += len(line)
         try:
             self._file.truncate(end)
         except OSError as error:
-            raise self._cannot_write(self.partial, error) from error
+            raise self._write_error(self.partial, error) from error
         self._file.seek(end)
 
     def _header(self) -> bytes:
-        return _line({"format": FORMAT, **self._made_by})
+        return _encode_record({"format": FORMAT, **self._config})
 
     def _check_header(self, line: bytes) -> None:
-        found = _parsed(line)
-        if found is None or found.get("format") != FORMAT:
-            raise ResultsError(
-                self.partial, f"expected results that can be gone on with ({FORMAT}), found another file"
-            )
-        for name in dict.fromkeys((*found, *self._made_by)):
-            before, now = (json.dumps(made.get(name)) for made in (found, {"format": FORMAT, **self._made_by}))
+        earlier = _parse_line(line)
+        if earlier is None or earlier.get("format") != FORMAT:
+            raise ResultsError(self.partial, f"expected results that can be resumed ({FORMAT}), found another file")
+        for name in dict.fromkeys((*earlier, *self._config)):
+            before, now = (json.dumps(config.get(name)) for config in (earlier, {"format": FORMAT, **self._config}))
             if before != now:
-                problem = f"{name}: expected {before}, as the results in it were made, found {now}"
-                raise ResultsError(self.partial, f"{problem}; remove it to begin anew, or choose another --out")
+                problem = f"{name}: expected {before}, as in the results so far, found {now}"
+                raise ResultsError(self.partial, f"{problem}; remove it to start over, or choose another --out")
 
-    def _keep(self, record: Record, place: int) -> None:
+    def _index(self, record: Record, offset: int) -> None:
         path = record["path"]
-        self.answered[path] = place
+        self.answered[path] = offset
         if "error" in record:
             self.failed.add(path)
         if "annotated" in record:
             self.pictures[path] = record["annotated"]
 
-    def _append(self, line: bytes) -> int:
-        place, rest = self._file.tell(), memoryview(line)
+    def _append_line(self, line: bytes) -> int:
+        """Append a line; return its offset."""
+        offset, rest = self._file.tell(), memoryview(line)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise self._cannot_write(self.partial, error) from error
-        return place
+            raise self._write_error(self.partial, error) from error
+        return offset
 
-    def _lines(self, paths: Iterable[str]) -> Iterator[bytes]:
+    def _read_lines(self, paths: Iterable[str]) -> Iterator[bytes]:
         with self.partial.open("rb") as stream:
-            place = 0
+            position = 0
             for path in paths:
-                wanted = self.answered.get(path)
-                if wanted is None:
+                offset = self.answered.get(path)
+                if offset is None:
                     continue
-                if wanted != place:  # seeking empties the buffer, and nearly always the next line is the next image
-                    stream.seek(wanted)
+                if offset != position:  # seeking discards the buffer, and the next line is almost always the next image
+                    stream.seek(offset)
                 line = stream.readline()
-                place = wanted + len(line)
+                position = offset + len(line)
                 yield line
 
-    def _cannot_write(self, file: Path, error: OSError) -> ResultsError:
+    def _write_error(self, file: Path, error: OSError) -> ResultsError:
         count = len(self.answered)
         answers = "1 answer is" if count == 1 else f"{count} answers are"
-        kept = f"; {answers} kept, and the same command goes on" if count else ""
+        kept = f"; {answers} kept, and the same command resumes" if count else ""
         return ResultsError(file, f"cannot be written: {error.strerror or error}{kept}")
 
 
-def _ending(out: Path) -> str:
-    return next((ending for ending in ENDINGS if out.name.lower().endswith(ending)), "")
+def _suffix(out: Path) -> str:
+    return next((suffix for suffix in SUFFIXES if out.name.lower().endswith(suffix)), "")
 
 
-def _json(value: object) -> str:
+def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _encoded(text: str) -> bytes:
-    """JSON in UTF-8. Bytes of a file name that are none, surrogates in Python, become JSON's escapes of those."""
+def _encode(text: str) -> bytes:
+    """Encode JSON as UTF-8. Undecodable bytes of file names, surrogates in Python, become JSON escapes."""
     return text.encode("utf-8", "backslashreplace")
 
 
-def _line(record: Mapping[str, object]) -> bytes:
-    return _encoded(_json(record) + "\n")
+def _encode_record(record: Mapping[str, object]) -> bytes:
+    return _encode(_to_json(record) + "\n")
 
 
-def _parsed(line: bytes) -> Record | None:
-    """The object in a whole line; None if it is not whole."""
+def _parse_line(line: bytes) -> Record | None:
+    """Return the object in a line; None if the line is incomplete."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -300,7 +300,7 @@ def _parsed(line: bytes) -> Record | None:
 
 
 def _write_csv(stream: BinaryIO, records: Iterable[Record], columns: Sequence[str]) -> None:
-    # Names of files that are not UTF-8 keep the bytes that they have on disk.
+    # File names that are not UTF-8 keep their bytes on disk.
     text = io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="", write_through=True)
     writer = csv.writer(text)
     writer.writerow(("path", *columns, "error"))
@@ -315,22 +315,22 @@ def _write_csv(stream: BinaryIO, records: Iterable[Record], columns: Sequence[st
 
 
 def _write_coco(
-    stream: BinaryIO, records: Callable[[], Iterator[Record]], made_by: Mapping[str, object], labels: Sequence[str]
+    stream: BinaryIO, records: Callable[[], Iterator[Record]], config: Mapping[str, object], labels: Sequence[str]
 ) -> None:
-    """COCO's document, one object a line; the records are read once for each of its lists, never held together."""
+    """Write a COCO document, one object per line. Records are read once per list and never all held in memory."""
 
     def images() -> Iterator[object]:
         for number, record in enumerate(answers(), start=1):
             yield {"id": number, "file_name": record["path"], **record["image"]}
 
     def annotations() -> Iterator[object]:
-        found = ((number, entry) for number, record in enumerate(answers(), 1) for entry in record["detections"])
-        for i, (number, entry) in enumerate(found, start=1):  # COCOeval takes an annotation 0 for none
+        detections = ((image, entry) for image, record in enumerate(answers(), 1) for entry in record["detections"])
+        for i, (image, entry) in enumerate(detections, start=1):  # COCOeval treats an annotation id of 0 as no match
             x_min, y_min, x_max, y_max = entry["box"].values()
             width, height = x_max - x_min, y_max - y_min
             yield {
                 "id": i,
-                "image_id": number,
+                "image_id": image,
                 "category_id": entry["class_id"],
                 "bbox": [x_min, y_min, width, height],
                 "score": entry["score"],
@@ -347,10 +347,10 @@ def _write_coco(
         "annotations": annotations(),
         "errors": (record for record in records() if "error" in record),
     }
-    stream.write(_encoded(f'{{"info": {_json(made_by)}'))
+    stream.write(_encode(f'{{"info": {_to_json(config)}'))
     for name, entries in parts.items():
-        stream.write(_encoded(f',\n"{name}": ['))
+        stream.write(_encode(f',\n"{name}": ['))
         for i, entry in enumerate(entries):
-            stream.write(_encoded(f"{',' if i else ''}\n{_json(entry)}"))
+            stream.write(_encode(f"{',' if i else ''}\n{_to_json(entry)}"))
         stream.write(b"]")
     stream.write(b"}\n")

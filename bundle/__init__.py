@@ -1,1 +1,1 @@
-"""What a servable model is: manifest, image preprocessing, ONNX Runtime predictors, errors."""
+"""Bundles: manifest, image preprocessing, ONNX Runtime predictors and errors."""

@@ -1,9 +1,9 @@
-"""Answers as pictures: boxes over the image, or a caption of classes below it.
+"""Draw answers: boxes over the image, or a caption of classes below it.
 
-Lines and letters grow with the image, so that they look alike on a thumbnail and on a photograph of 24 megapixels
-shown at the same size. On a small image no letter could be read: such a picture is enlarged by a whole factor, the
-smallest that brings its shorter edge to `READABLE_EDGE` pixels without bringing the longer one over `LARGEST_EDGE`.
-All coordinates below are in pixels of the picture, from its top-left corner.
+Lines and text scale with the image, so that a thumbnail and a 24-megapixel photograph look alike at the same display
+size. Text on a small image would be illegible, so the picture is upscaled by an integer factor: the smallest that
+brings the shorter edge to `READABLE_EDGE` pixels, as long as the longer edge stays within `LARGEST_EDGE`.
+Coordinates are in pixels of the picture, with the origin at the top-left corner.
 """
 
 import colorsys
@@ -23,26 +23,26 @@ READABLE_EDGE = 320
 LARGEST_EDGE = 4096
 MAX_CAPTION_ROWS = 5
 
-_MIN_FONT_SIZE = 12  # pixels; smaller letters run together
-_EDGE_PER_FONT_SIZE = 36  # of the square with the picture's area: 15 pixels on 640 x 480, 136 on 6000 x 4000
-_HIDDEN = 0.4  # share of a box under a tag from which on the box is lost
+_MIN_FONT_SIZE = 12  # pixels; smaller text is illegible
+_EDGE_PER_FONT_SIZE = 36  # edge: sqrt(width x height); font of 15 pixels on 640 x 480, 136 on 6000 x 4000
+_MAX_COVERED = 0.4  # share of a box that a tag may cover
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
-_TONES = ((0.85, 1.0), (0.62, 0.85), (1.0, 0.72))  # saturation and value, in turns
+_SATURATION_VALUE = ((0.85, 1.0), (0.62, 0.85), (1.0, 0.72))  # HSV saturation and value, in rotation
 _DARK, _LIGHT, _DIM = (24, 24, 27), (250, 250, 250), (63, 63, 70)
 
-Colour = tuple[int, int, int]  # red, green, blue from 0 to 255
+Color = tuple[int, int, int]  # RGB, 0 to 255
 
 
 @dataclass(frozen=True)
-class _Area:
-    """Whole pixels, the right and lower edge not included."""
+class _PixelBox:
+    """A box in whole pixels; `right` and `bottom` are exclusive."""
 
     left: int
     top: int
     right: int
     bottom: int
 
-    def corners(self) -> tuple[int, int, int, int]:
+    def xyxy(self) -> tuple[int, int, int, int]:
         return self.left, self.top, self.right, self.bottom
 
 
@@ -52,56 +52,55 @@ class _Style:
 
     font: ImageFont.FreeTypeFont
     line: int  # width of a box's outline
-    padding: int  # beside the letters of a tag
-    height: int  # of a tag, or of a row of a caption
-    baseline: int  # of the letters, from the tag's upper edge
+    padding: int  # left and right of a tag's text
+    height: int  # of a tag or a caption row
+    baseline: int  # of the text, from the top of the tag
 
     @classmethod
     def of(cls, width: int, height: int) -> "_Style":
         size = max(_MIN_FONT_SIZE, round(math.sqrt(width * height) / _EDGE_PER_FONT_SIZE))
         font = ImageFont.load_default(size)
-        assert isinstance(font, ImageFont.FreeTypeFont)  # every wheel of Pillow has FreeType
+        assert isinstance(font, ImageFont.FreeTypeFont)  # all Pillow wheels include FreeType
         ascent, descent = font.getmetrics()
         return cls(font, max(2, round(size / 5.5)), round(size / 3), ascent + descent + size // 6, ascent + size // 12)
 
 
 def draw_detections(image: Image.Image, detections: Sequence[Detection]) -> Image.Image:
-    """The picture of an RGB image with a box and a tag (label and score) for each detection.
+    """Draw a box and a tag (label and score) for each detection on an RGB image.
 
-    A class has the same colour in every picture (`class_colour`). Tags stand on their box, or in or below it where
-    there is no room or another tag; they are always inside the picture. What scores best lies on top.
+    A class has the same color in every picture (`class_color`). A tag stands on top of its box, or inside or below it
+    if space is taken; it is always inside the picture. Higher scores are drawn on top.
 
     Returns:
-        A new RGB image, enlarged if it is small (see above). The same input gives the same pixels.
+        A new RGB image, upscaled if small (see the module). Deterministic.
     """
-    factor = enlargement(*image.size)
-    picture = _enlarged(image, factor)
+    factor = upscale_factor(*image.size)
+    picture = _enlarge(image, factor)
     style = _Style.of(*picture.size)
     draw = ImageDraw.Draw(picture)
     ranked = sorted(detections, key=lambda detection: -detection.score)
-    areas = [_area(detection, factor, picture.size) for detection in ranked]
-    for detection, area in reversed(list(zip(ranked, areas, strict=True))):
-        _outline(draw, area, class_colour(detection.class_id), style)
+    boxes = [_pixel_box(detection, factor, picture.size) for detection in ranked]
+    for detection, box in reversed(list(zip(ranked, boxes, strict=True))):
+        _draw_box(draw, box, class_color(detection.class_id), style)
     texts = [_tag_text(detection, picture.width, style) for detection in ranked]
-    tags = _tags(areas, [math.ceil(style.font.getlength(text)) for text in texts], style, picture.size)
-    for detection, place, text in reversed(list(zip(ranked, tags, texts, strict=True))):
-        colour = class_colour(detection.class_id)
-        draw.rectangle((place.left, place.top, place.right - 1, place.bottom - 1), fill=colour)
-        position = place.left + style.padding, place.top + style.baseline
-        draw.text(position, text, fill=text_colour(colour), font=style.font, anchor="ls")
+    tags = _place_tags(boxes, [math.ceil(style.font.getlength(text)) for text in texts], style, picture.size)
+    for detection, tag, text in reversed(list(zip(ranked, tags, texts, strict=True))):
+        color = class_color(detection.class_id)
+        draw.rectangle((tag.left, tag.top, tag.right - 1, tag.bottom - 1), fill=color)
+        position = tag.left + style.padding, tag.top + style.baseline
+        draw.text(position, text, fill=text_color(color), font=style.font, anchor="ls")
     return picture
 
 
 def draw_classification(image: Image.Image, predictions: Sequence[Prediction]) -> Image.Image:
-    """The picture of an RGB image with a caption below it: the first classes, each with its probability as a bar.
+    """Draw a caption below an RGB image: the first classes, each with its probability as a bar.
 
-    At most `MAX_CAPTION_ROWS` of the predictions are shown. A picture too narrow for the caption gets a margin at its
-    right.
+    At most `MAX_CAPTION_ROWS` predictions are shown. A picture too narrow for the caption gets a margin at the right.
 
     Returns:
-        A new RGB image, enlarged if it is small (see above). The same input gives the same pixels.
+        A new RGB image, upscaled if small (see the module). Deterministic.
     """
-    picture = _enlarged(image, enlargement(*image.size))
+    picture = _enlarge(image, upscale_factor(*image.size))
     style = _Style.of(*picture.size)
     shown = predictions[:MAX_CAPTION_ROWS]
     size = style.font.size
@@ -119,142 +118,144 @@ def draw_classification(image: Image.Image, predictions: Sequence[Prediction]) -
             draw.rectangle((left, top + gap, left + bar - 1, top + style.height - 1 - gap), fill=_DIM)
         percent = f"{prediction.probability:.1%}"
         room = width - style.padding - math.ceil(style.font.getlength(percent))
-        label = _shortened(_readable(prediction), "", room - style.padding, style)
+        label = _truncate(_display_label(prediction), "", room - style.padding, style)
         baseline = top + style.baseline
         draw.text((left + style.padding, baseline), label, fill=_LIGHT, font=style.font, anchor="ls")
         draw.text((right - style.padding, baseline), percent, fill=_LIGHT, font=style.font, anchor="rs")
     return drawn
 
 
-def enlargement(width: int, height: int) -> int:
-    """The whole factor, at least 1, by which the picture of an image of this size is enlarged."""
-    wanted = math.ceil(READABLE_EDGE / min(width, height))
-    return max(1, min(wanted, LARGEST_EDGE // max(width, height)))
+def upscale_factor(width: int, height: int) -> int:
+    """Return the integer factor, at least 1, by which an image of this size is upscaled."""
+    factor = math.ceil(READABLE_EDGE / min(width, height))
+    return max(1, min(factor, LARGEST_EDGE // max(width, height)))
 
 
-def class_colour(class_id: int) -> Colour:
-    """The colour of a class, which depends on its id alone; ids near each other have colours far from each other."""
+def class_color(class_id: int) -> Color:
+    """Return the color of a class by its id alone; nearby ids get clearly different colors."""
     hue = (0.58 + class_id * _GOLDEN_RATIO) % 1.0
-    saturation, value = _TONES[class_id // 5 % len(_TONES)]
+    saturation, value = _SATURATION_VALUE[class_id // 5 % len(_SATURATION_VALUE)]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def text_colour(background: Colour) -> Colour:
-    """Black or white, whichever has the higher contrast, which is at least 4.5 to 1 on any colour."""
-    return max((0, 0, 0), (255, 255, 255), key=lambda colour: contrast(colour, background))
+def text_color(background: Color) -> Color:
+    """Return black or white, whichever has the higher contrast (at least 4.5:1 on any color)."""
+    return max((0, 0, 0), (255, 255, 255), key=lambda color: contrast(color, background))
 
 
-def contrast(one: Colour, other: Colour) -> float:
-    """The contrast ratio of two colours, from 1 to 21 (WCAG 2.2, by relative luminance)."""
-    lighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
+def contrast(a: Color, b: Color) -> float:
+    """Return the contrast ratio of two colors, from 1 to 21 (WCAG 2.2, by relative luminance)."""
+    lighter, darker = sorted((_relative_luminance(a), _relative_luminance(b)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def _luminance(colour: Colour) -> float:
-    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+def _relative_luminance(color: Color) -> float:
+    linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def _enlarged(image: Image.Image, factor: int) -> Image.Image:
+def _enlarge(image: Image.Image, factor: int) -> Image.Image:
     if factor == 1:
         return image.copy()
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
 
 
-def _area(detection: Detection, factor: int, size: tuple[int, int]) -> _Area:
-    """The pixels of a box inside the picture: one at least, however small or far outside the box is."""
+def _pixel_box(detection: Detection, factor: int, size: tuple[int, int]) -> _PixelBox:
+    """Return the pixels of a box inside the picture: at least one, however small or far outside the box is."""
 
-    def pixels(low: float, high: float, length: int) -> tuple[int, int]:
+    def clamp(low: float, high: float, length: int) -> tuple[int, int]:
         first = min(max(round(low * factor), 0), length - 1)
         return first, min(max(round(high * factor), first + 1), length)
 
-    left, right = pixels(detection.box.x_min, detection.box.x_max, size[0])
-    top, bottom = pixels(detection.box.y_min, detection.box.y_max, size[1])
-    return _Area(left, top, right, bottom)
+    left, right = clamp(detection.box.x_min, detection.box.x_max, size[0])
+    top, bottom = clamp(detection.box.y_min, detection.box.y_max, size[1])
+    return _PixelBox(left, top, right, bottom)
 
 
-def _outline(draw: ImageDraw.ImageDraw, area: _Area, colour: Colour, style: _Style) -> None:
-    """A line inside the box's edge, in a thin dark one that sets it off from pixels of its own colour."""
+def _draw_box(draw: ImageDraw.ImageDraw, box: _PixelBox, color: Color, style: _Style) -> None:
+    """Draw an outline inside the box's edge, with a thin dark border that sets it off from similar pixels."""
     thin = max(1, style.line // 3)
-    for inset, width, shade in ((0, thin, _DARK), (thin, style.line, colour)):
-        corners = area.left + inset, area.top + inset, area.right - 1 - inset, area.bottom - 1 - inset
+    for inset, width, shade in ((0, thin, _DARK), (thin, style.line, color)):
+        corners = box.left + inset, box.top + inset, box.right - 1 - inset, box.bottom - 1 - inset
         if corners[0] <= corners[2] and corners[1] <= corners[3]:
             draw.rectangle(corners, outline=shade, width=width)
-        elif inset == thin:  # too small for a ring: a dot
-            draw.rectangle((area.left, area.top, area.right - 1, area.bottom - 1), fill=colour)
+        elif inset == thin:  # too small for an outline: fill it
+            draw.rectangle((box.left, box.top, box.right - 1, box.bottom - 1), fill=color)
 
 
-def _tags(areas: Sequence[_Area], widths: Sequence[int], style: _Style, size: tuple[int, int]) -> list[_Area]:
-    """Where the tag of each box stands, the letters' widths given; the first ones choose before the others.
+def _place_tags(
+    boxes: Sequence[_PixelBox], text_widths: Sequence[int], style: _Style, size: tuple[int, int]
+) -> list[_PixelBox]:
+    """Place the tag of each box greedily, in order.
 
-    Each takes the place that covers the least of the tags before it, hides the fewest boxes, and is nearest to where
-    a tag is looked for.
+    A tag takes the position with the least overlap with earlier tags, then the fewest covered boxes, then the first
+    in the order of `_tag_positions`.
     """
-    boxes = np.array([area.corners() for area in areas], np.int64).reshape(-1, 4)
-    pixels = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    taken = np.zeros((len(areas), 4), np.int64)
-    tags: list[_Area] = []
-    for number, (area, width) in enumerate(zip(areas, widths, strict=True)):
+    corners = np.array([box.xyxy() for box in boxes], np.int64).reshape(-1, 4)
+    areas = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    placed = np.zeros((len(boxes), 4), np.int64)
+    tags: list[_PixelBox] = []
+    for i, (box, text_width) in enumerate(zip(boxes, text_widths, strict=True)):
 
-        def cost(place: _Area, number: int = number) -> tuple[int, int]:
-            hidden = _overlaps(place, boxes) > pixels * _HIDDEN
-            return int(_overlaps(place, taken[:number]).sum()), int(hidden.sum())
+        def cost(tag: _PixelBox, i: int = i) -> tuple[int, int]:
+            covered = _intersections(tag, corners) > areas * _MAX_COVERED
+            return int(_intersections(tag, placed[:i]).sum()), int(covered.sum())
 
-        tags.append(min(_places(area, min(size[0], width + 2 * style.padding), style, size), key=cost))
-        taken[number] = tags[-1].corners()
+        tags.append(min(_tag_positions(box, min(size[0], text_width + 2 * style.padding), style, size), key=cost))
+        placed[i] = tags[-1].xyxy()
     return tags
 
 
-def _overlaps(area: _Area, others: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The pixels that an area has in common with each of the others, int64 [n, 4] of `corners`, as int64 [n]."""
-    width = np.minimum(others[:, 2], area.right) - np.maximum(others[:, 0], area.left)
-    height = np.minimum(others[:, 3], area.bottom) - np.maximum(others[:, 1], area.top)
-    common: NDArray[np.int64] = width.clip(min=0) * height.clip(min=0)
-    return common
+def _intersections(box: _PixelBox, others: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the intersection areas, int64 [n], of a box with others, int64 [n, 4] in xyxy."""
+    width = np.minimum(others[:, 2], box.right) - np.maximum(others[:, 0], box.left)
+    height = np.minimum(others[:, 3], box.bottom) - np.maximum(others[:, 1], box.top)
+    areas: NDArray[np.int64] = width.clip(min=0) * height.clip(min=0)
+    return areas
 
 
-def _places(area: _Area, width: int, style: _Style, size: tuple[int, int]) -> Iterator[_Area]:
-    """Where a tag may stand, the best place first: on the box, in it, below it, at its left edge or its right."""
-    tops = (area.top - style.height, area.top, area.bottom, area.bottom - style.height)
-    fitting = [top for top in tops if 0 <= top <= size[1] - style.height]
-    for top in fitting or [max(0, min(area.top, size[1] - style.height))]:
-        for left in (area.left, area.right - width):
-            kept = max(0, min(left, size[0] - width))
-            yield _Area(kept, top, kept + width, top + style.height)
+def _tag_positions(box: _PixelBox, width: int, style: _Style, size: tuple[int, int]) -> Iterator[_PixelBox]:
+    """Yield the positions for a tag, best first: above the box, inside it, below it, each left- or right-aligned."""
+    tops = (box.top - style.height, box.top, box.bottom, box.bottom - style.height)
+    inside = [top for top in tops if 0 <= top <= size[1] - style.height]
+    for top in inside or [max(0, min(box.top, size[1] - style.height))]:
+        for left in (box.left, box.right - width):
+            clamped = max(0, min(left, size[0] - width))
+            yield _PixelBox(clamped, top, clamped + width, top + style.height)
 
 
 def _tag_text(detection: Detection, width: int, style: _Style) -> str:
-    percent = min(round(100 * detection.score), 99) if detection.score < 1 else 100  # nothing almost sure is sure
-    return _shortened(_readable(detection), f" {percent}%", width, style)
+    percent = min(round(100 * detection.score), 99) if detection.score < 1 else 100  # 100 % only for a score of 1
+    return _truncate(_display_label(detection), f" {percent}%", width, style)
 
 
-def _readable(answer: Detection | Prediction) -> str:
-    """The label on one line and without accents, or the class id if Pillow's font still lacks one of its letters.
+def _display_label(answer: Detection | Prediction) -> str:
+    """Return the label on one line and without accents, or the class id if the font lacks one of its glyphs.
 
-    That font, the only one that is everywhere, knows ASCII and little more.
+    Pillow's built-in font, the only one available everywhere, has little more than ASCII.
     """
-    parts = unicodedata.normalize("NFKD", " ".join(answer.label.split()))
-    label = "".join(letter for letter in parts if not unicodedata.combining(letter))
+    decomposed = unicodedata.normalize("NFKD", " ".join(answer.label.split()))
+    label = "".join(character for character in decomposed if not unicodedata.combining(character))
     return label if label and all(map(_has_glyph, label)) else f"#{answer.class_id}"
 
 
 @lru_cache(maxsize=4096)
-def _has_glyph(letter: str) -> bool:
-    """Whether the font draws a letter otherwise than one that no font has."""
+def _has_glyph(character: str) -> bool:
+    """Whether the font renders a character differently from a noncharacter, i.e. not as its missing-glyph box."""
     font = ImageFont.load_default(_MIN_FONT_SIZE)
     try:
-        return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
-    except (UnicodeError, ValueError, OSError):  # half a surrogate pair, for one
+        return character == " " or bytes(font.getmask(character)) != bytes(font.getmask("\uffff"))
+    except (UnicodeError, ValueError, OSError):  # e.g. a lone surrogate
         return False
 
 
-def _shortened(label: str, end: str, width: int, style: _Style) -> str:
-    """The label and its end, the label cut with an ellipsis where both are wider than a tag of `width` pixels."""
-    room = width - 2 * style.padding
-    if style.font.getlength(label + end) <= room:
-        return label + end
-    kept = len(label)
-    while kept > 1 and style.font.getlength(f"{label[:kept]}…{end}") > room:
-        kept -= 1
-    return f"{label[:kept]}…{end}"
+def _truncate(label: str, suffix: str, width: int, style: _Style) -> str:
+    """Return label and suffix, with the label cut by an ellipsis if both do not fit into a tag of `width` pixels."""
+    available = width - 2 * style.padding
+    if style.font.getlength(label + suffix) <= available:
+        return label + suffix
+    length = len(label)
+    while length > 1 and style.font.getlength(f"{label[:length]}…{suffix}") > available:
+        length -= 1
+    return f"{label[:length]}…{suffix}"

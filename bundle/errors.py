@@ -1,18 +1,18 @@
-"""Every error that Vitrine raises on purpose, as a tree.
+"""The hierarchy of the errors that Vitrine raises on purpose.
 
     VitrineError
     ├── BundleError             a bundle on disk cannot be served
-    ├── ProviderError           ONNX Runtime cannot compute where it was asked to
+    ├── ProviderError           an ONNX Runtime execution provider is unavailable
     ├── ParameterError          a request parameter is outside its range
-    ├── UnknownModelError       no loaded bundle has the requested name
-    └── ImageError              the bytes of an image cannot be used
-        ├── UnsupportedImageError   not one of the image types that Vitrine reads
-        ├── UndecodableImageError   the right type, but broken
-        └── ImageTooLargeError      more bytes or pixels than allowed
+    ├── UnknownModelError       no loaded bundle matches the request
+    └── ImageError              an image cannot be used
+        ├── UnsupportedImageError   not a supported image type
+        ├── UndecodableImageError   a supported type, but broken
+        └── ImageTooLargeError      too many bytes or pixels
     (TrainingError, ExportError and SettingsError are defined in the packages that raise them)
 
-Each class takes values and writes its own sentence: what, where, expected, found. `code` is the stable,
-machine-readable name that HTTP answers carry.
+Each class formats its message from its arguments: what, where, expected, found. `code` is the stable, machine-readable
+name in HTTP responses.
 """
 
 import difflib
@@ -21,13 +21,13 @@ from typing import ClassVar
 
 
 class VitrineError(Exception):
-    """Base of all errors that a user can act on; anything else is a bug."""
+    """Base class of all errors that a user can act on; any other exception is a bug."""
 
     code: ClassVar[str] = "error"
 
 
 class BundleError(VitrineError):
-    """A bundle on disk is not what its manifest says, or is no bundle."""
+    """A bundle on disk is invalid or differs from its manifest."""
 
     code = "invalid_bundle"
 
@@ -36,7 +36,7 @@ class BundleError(VitrineError):
 
 
 class ProviderError(VitrineError):
-    """ONNX Runtime has no such execution provider here, or it does not start."""
+    """An execution provider is missing from this installation of ONNX Runtime, or does not start."""
 
     code = "provider_unavailable"
 
@@ -60,16 +60,16 @@ class UnknownModelError(VitrineError):
 
     def __init__(self, name: str | None, *, task: str | None = None, available: Iterable[str]) -> None:
         kind = "model" if task is None else f"{task} model"
-        wanted = f"no {kind}" if name is None else f"no {kind} named {name[:100]!r}"
-        super().__init__(f"{wanted} here; available: {', '.join(available) or 'none'}")
+        missing = f"no {kind}" if name is None else f"no {kind} named {name[:100]!r}"
+        super().__init__(f"{missing} here; available: {', '.join(available) or 'none'}")
 
 
 class ImageError(VitrineError):
-    """The bytes sent as an image cannot be used."""
+    """An image cannot be used."""
 
 
 class UnsupportedImageError(ImageError):
-    """The bytes are not of an image type that Vitrine reads."""
+    """The bytes are not of a supported image type."""
 
     code = "unsupported_image_type"
 
@@ -78,7 +78,7 @@ class UnsupportedImageError(ImageError):
 
 
 class UndecodableImageError(ImageError):
-    """The bytes start like an image, but do not decode."""
+    """The bytes start like an image but do not decode."""
 
     code = "undecodable_image"
 
@@ -87,7 +87,7 @@ class UndecodableImageError(ImageError):
 
 
 class ImageTooLargeError(ImageError):
-    """The image has more bytes or pixels than the limit."""
+    """An image exceeds the limit of bytes or pixels."""
 
     code = "too_large"
 
@@ -96,6 +96,6 @@ class ImageTooLargeError(ImageError):
 
 
 def unknown(name: str, known: Sequence[str]) -> str:
-    """The sentence for a name that is none of those known, with the nearest of them."""
+    """Return the message for an unknown name, with the closest known one."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"unknown {name!r}: did you mean {close[0]!r}? Known: {', '.join(known)}"

@@ -1,7 +1,7 @@
-"""From encoded bytes to stackable uint8 pixels: the one preprocessing of training's evaluation, export and service.
+"""Decode and preprocess images: encoded bytes to uint8 pixels that stack to a batch.
 
-Python makes images stackable (decode, orientation, RGB, resize, crop, pad); everything arithmetic (mean/std,
-layout, masks) happens in the ONNX graph.
+Evaluation during training, export and the service share this module. It decodes, orients, converts to RGB, resizes,
+crops and pads; all arithmetic on pixels (mean/std, layout, masks) happens in the ONNX graph.
 """
 
 import io
@@ -15,9 +15,9 @@ from PIL import Image, features
 from vitrine.bundle.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Interpolation, Preprocessing
 
-MAX_PIXELS = 50_000_000  # a 50-megapixel photograph; three bytes a pixel once decoded
+MAX_PIXELS = 50_000_000  # 50 megapixels; 3 bytes per pixel once decoded
 
-# Formats by Pillow's name, with the bytes they begin with. (Pillow's JPEG also reads MPO, which many phones write.)
+# Formats by Pillow's name, with their signatures. (Pillow's JPEG plugin also reads MPO, which many phones write.)
 _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
@@ -26,20 +26,20 @@ _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "BMP": (b"BM",),
     "TIFF": (b"II*\x00", b"MM\x00*"),
 }
-_BEGINNINGS = tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes)
+_PREFIXES = tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes)
 _AVIF_BRANDS = (b"avif", b"avis")
-SUPPORTED_FORMATS = (*_SIGNATURES, *(("AVIF",) if features.check("avif") else ()))  # Pillow may be built without it
+SUPPORTED_FORMATS = (*_SIGNATURES, *(("AVIF",) if features.check("avif") else ()))  # Pillow may be built without AVIF
 
-# A block of a JPEG can be decoded to 4 x 4, 2 x 2 or 1 pixels instead of 8 x 8, for less work. The image has to stay
-# at least twice as large as what it is resized to: then as many answers become right as become wrong
+# libjpeg can decode a block to 4 x 4, 2 x 2 or 1 pixels instead of 8 x 8, which is faster. The decoded image must be at
+# least twice as large as the size it is resized to: then as many answers become right as become wrong
 # (docs/decisions/0016-jpeg-at-reduced-size.md).
-_JPEGS = ("JPEG", "MPO")
+_JPEG_FORMATS = ("JPEG", "MPO")
 _JPEG_REDUCTIONS = (8, 4, 2)
 _REDUCED_MARGIN = 2
 
-# EXIF tag 0x0112: how the stored rows and columns lie in the upright image (Exif 2.32, table 6).
+# EXIF orientation (Exif 2.32, table 6), with the operation that makes the stored image upright.
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,8 +48,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_TURNED = (5, 6, 7, 8)  # rows become columns
-_RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (2, 3, 6, 7), (3, 4, 7, 8)  # the stored left or top edge is no longer there
+_AXES_SWAPPED = (5, 6, 7, 8)  # rows become columns
+_X_FLIPPED, _Y_FLIPPED = (2, 3, 6, 7), (3, 4, 7, 8)  # the upright left (top) edge is stored at the right or bottom
 _RESAMPLING = {
     Interpolation.BILINEAR: Image.Resampling.BILINEAR,
     Interpolation.BICUBIC: Image.Resampling.BICUBIC,
@@ -58,38 +58,38 @@ _RESAMPLING = {
 
 @dataclass(frozen=True)
 class ReducedImage:
-    """An image decoded for a network: perhaps at 1/2, 1/4 or 1/8 of its size, but with edges of the whole."""
+    """An image decoded for a network, possibly at 1/2, 1/4 or 1/8 of its size, with its original size."""
 
     image: Image.Image  # upright RGB
-    width: int  # of the upright image as it was sent, in pixels
+    width: int  # of the upright original, in pixels
     height: int
-    box: tuple[float, float, float, float]  # where `image` shows it: left, top, right, bottom
+    box: tuple[float, float, float, float]  # the original within `image`: left, top, right, bottom
 
     @property
     def is_whole(self) -> bool:
-        """Whether `image` has all pixels that were sent."""
+        """Whether `image` was decoded at full size."""
         return self.image.size == (self.width, self.height)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an encoded image to upright 8-bit RGB.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits, of an
-    animation the first frame is taken.
+    EXIF orientation is applied, transparency is composited over white, 16-bit grey is scaled to 8 bits, and only the
+    first frame of an animation is decoded.
 
     Raises:
-        UnsupportedImageError: the bytes are not of a supported type.
-        UndecodableImageError: they are, but broken.
-        ImageTooLargeError: more than `max_pixels` pixels; checked before the pixels are decoded.
+        UnsupportedImageError: not a supported image type.
+        UndecodableImageError: a supported type, but broken.
+        ImageTooLargeError: more than `max_pixels` pixels; checked before pixels are decoded.
     """
     return _decode(data, None, max_pixels).image
 
 
 def decode_for(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS) -> ReducedImage:
-    """Decode as `decode` does, but no more of a JPEG than the preprocessing needs.
+    """Decode as `decode` does, but a JPEG only at the resolution that the preprocessing needs.
 
     Raises:
-        ImageError: as of `decode`. `max_pixels` are those that were sent.
+        ImageError: see `decode`; `max_pixels` limits the original size.
     """
     return _decode(data, preprocessing, max_pixels)
 
@@ -97,72 +97,72 @@ def decode_for(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = M
 def _decode(data: bytes, preprocessing: Preprocessing | None, max_pixels: int) -> ReducedImage:
     if not data:
         raise UndecodableImageError("it is empty")
-    if not _is_known(data):
+    if not _has_supported_signature(data):
         raise UnsupportedImageError(supported=SUPPORTED_FORMATS, found=f"bytes that begin with {data[:8]!r}")
     try:
         image = Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS)
         size = image.size
         if size[0] * size[1] > max_pixels:
             raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=f"{size[0]} x {size[1]}")
-        shown = None if preprocessing is None else _reduce(image, preprocessing)
+        drafted = None if preprocessing is None else _draft(image, preprocessing)
         image.load()
-        return _upright(image, *((image.size, image.size) if shown is None else (size, shown)))
+        return _to_upright(image, *((image.size, image.size) if drafted is None else (size, drafted)))
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=error) from error
     except (ImageTooLargeError, UndecodableImageError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise almost any type on broken data
+    except Exception as error:  # Pillow's decoders raise almost any exception on broken data
         reason = str(error).split("<_io.BytesIO")[0].strip() or type(error).__name__
         raise UndecodableImageError(reason) from error
 
 
-def _is_known(data: bytes) -> bool:
-    if data[4:8] == b"ftyp":  # ISO media files, of which AVIF is one; its brand may stand among the compatible ones
+def _has_supported_signature(data: bytes) -> bool:
+    if data[4:8] == b"ftyp":  # ISO media; "avif" may be the major or a compatible brand
         return "AVIF" in SUPPORTED_FORMATS and any(brand in data[8:64] for brand in _AVIF_BRANDS)
-    if data.startswith(b"RIFF"):  # which also holds sound and video
+    if data.startswith(b"RIFF"):  # also the container of WAV and AVI
         return data[8:12] == b"WEBP"
-    return data.startswith(_BEGINNINGS)
+    return data.startswith(_PREFIXES)
 
 
-def _reduce(image: Image.Image, preprocessing: Preprocessing) -> tuple[float, float] | None:
-    """Have as little of a JPEG decoded as the preprocessing allows.
+def _draft(image: Image.Image, preprocessing: Preprocessing) -> tuple[float, float] | None:
+    """Set a JPEG to be decoded at the smallest size that the preprocessing allows.
 
     Returns:
-        The width and height that its pixels then have; whole ones are stored, so that some at the right and below
-        may be partly outside. None if it is decoded in full.
+        The fractional width and height of the reduced image; stored sizes are rounded up, so the last column and row
+        may lie partly outside. None if the image is decoded in full.
     """
-    if image.format not in _JPEGS:
+    if image.format not in _JPEG_FORMATS:
         return None
     width, height = image.size
-    if _orientation(image) in _TURNED:
-        least_height, least_width = _resized(height, width, preprocessing)
+    if _orientation(image) in _AXES_SWAPPED:
+        target_height, target_width = _resized_size(height, width, preprocessing)
     else:
-        least_width, least_height = _resized(width, height, preprocessing)
-    most = min(width / least_width, height / least_height) / _REDUCED_MARGIN
-    by = next((reduction for reduction in _JPEG_REDUCTIONS if reduction <= most), None)
-    if by is None or image.draft(None, (width // by, height // by)) is None:
+        target_width, target_height = _resized_size(width, height, preprocessing)
+    max_reduction = min(width / target_width, height / target_height) / _REDUCED_MARGIN
+    reduction = next((reduction for reduction in _JPEG_REDUCTIONS if reduction <= max_reduction), None)
+    if reduction is None or image.draft(None, (width // reduction, height // reduction)) is None:
         return None
-    return width / by, height / by
+    return width / reduction, height / reduction
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # broken metadata around sound pixels: show them as they are stored
+    except Exception:  # broken metadata, valid pixels: keep the stored orientation
         return 1
-    return orientation if orientation in _UPRIGHT else 1
+    return orientation if orientation in _TRANSPOSES else 1
 
 
-def _upright(image: Image.Image, size: tuple[int, int], shown: tuple[float, float]) -> ReducedImage:
-    """Turn an image whose size was `size`, and `shown` is now, from the top left corner of its pixels."""
+def _to_upright(image: Image.Image, size: tuple[int, int], reduced: tuple[float, float]) -> ReducedImage:
+    """Apply the EXIF orientation to an image of original size `size`, which fills `reduced` of its stored pixels."""
     orientation = _orientation(image)
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    if orientation in _TURNED:
-        size, shown = size[::-1], shown[::-1]
-    left = image.width - shown[0] if orientation in _RIGHT_TO_LEFT else 0.0
-    top = image.height - shown[1] if orientation in _BOTTOM_TO_TOP else 0.0
-    return ReducedImage(_to_rgb(image), *size, box=(left, top, left + shown[0], top + shown[1]))
+    if orientation in _TRANSPOSES:
+        image = image.transpose(_TRANSPOSES[orientation])
+    if orientation in _AXES_SWAPPED:
+        size, reduced = size[::-1], reduced[::-1]
+    left = image.width - reduced[0] if orientation in _X_FLIPPED else 0.0
+    top = image.height - reduced[1] if orientation in _Y_FLIPPED else 0.0
+    return ReducedImage(_to_rgb(image), *size, box=(left, top, left + reduced[0], top + reduced[1]))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -188,8 +188,8 @@ def to_classification_pixels(
 ) -> NDArray[np.uint8]:
     """Resize an RGB image to the network's input size.
 
-    `crop_mode` "center": the shortest edge becomes input size / `crop_pct`, rounded down, then the centre is cut out;
-    "squash": both edges are resized, whatever the aspect ratio (timm's terms and rounding).
+    `crop_mode` "center": resize the shortest edge to input size / `crop_pct`, rounded down, then center-crop.
+    "squash": resize both edges, ignoring the aspect ratio (timm's terms and rounding).
 
     Returns:
         uint8 [height, width, 3].
@@ -198,26 +198,26 @@ def to_classification_pixels(
     if preprocessing.crop_mode == "squash":
         box = (0.0, 0.0, float(image.width), float(image.height))
     else:
-        # The part of the source that the crop keeps: resizing it alone gives the same pixels for less work.
-        resized = _resized(image.width, image.height, preprocessing)
+        # Resize only the part of the source that the crop keeps: the same pixels for less work.
+        resized = _resized_size(image.width, image.height, preprocessing)
         left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
         x_scale, y_scale = image.width / resized[0], image.height / resized[1]
         right, bottom = min(image.width, (left + width) * x_scale), min(image.height, (top + height) * y_scale)
-        box = (left * x_scale, top * y_scale, right, bottom)  # kept inside the image in spite of rounding
+        box = (left * x_scale, top * y_scale, right, bottom)  # clamped to the image against rounding
     return _resize(image, (width, height), box, preprocessing)
 
 
-def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Width and height that the whole of an image is brought to, before anything is cut off."""
+def _resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the width and height that the whole image is resized to, before cropping."""
     if isinstance(preprocessing, DetectionPreprocessing):
         return detection_size(width, height, preprocessing)
     input_height, input_width = preprocessing.input_size
     if preprocessing.crop_mode == "squash":
         return input_width, input_height
-    least_width, least_height = int(input_width / preprocessing.crop_pct), int(input_height / preprocessing.crop_pct)
-    if width * least_height <= height * least_width:
-        return least_width, int(least_width * height / width)
-    return int(least_height * width / height), least_height
+    min_width, min_height = int(input_width / preprocessing.crop_pct), int(input_height / preprocessing.crop_pct)
+    if width * min_height <= height * min_width:
+        return min_width, int(min_width * height / width)
+    return int(min_height * width / height), min_height
 
 
 def _resize(
@@ -226,7 +226,7 @@ def _resize(
     box: tuple[float, float, float, float],
     preprocessing: Preprocessing,
 ) -> NDArray[np.uint8]:
-    """Resize a part of an image, `box` in pixels of the image as it was sent."""
+    """Resize a part of an image; `box` is in pixels of the original."""
     if isinstance(image, ReducedImage):
         left, top, right, bottom = image.box
         x_scale, y_scale = (right - left) / image.width, (bottom - top) / image.height
@@ -243,8 +243,11 @@ def _resize(
 
 
 def detection_size(width: int, height: int, preprocessing: DetectionPreprocessing) -> tuple[int, int]:
-    """Width and height after the shortest edge is brought to `shortest_edge`, or the longest to `longest_edge` if
-    that would exceed it (the rule and the rounding of DETR's transforms, aspect ratio kept)."""
+    """Return the width and height after DETR's resize, with its rounding.
+
+    The shortest edge becomes `shortest_edge`, unless the longest would then exceed `longest_edge`, which it becomes
+    instead. The aspect ratio is kept.
+    """
     shortest, longest = min(width, height), max(width, height)
     target = preprocessing.shortest_edge
     if longest * target > preprocessing.longest_edge * shortest:
@@ -264,13 +267,13 @@ def to_detection_pixels(image: Image.Image | ReducedImage, preprocessing: Detect
 
 
 def pad_and_stack(images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Stack images of different sizes, zero-padded below and to the right.
+    """Stack images of different sizes, zero-padded at the bottom and right.
 
     Args:
         images: uint8 [h_i, w_i, 3] each.
 
     Returns:
-        pixels uint8 [batch, max h, max w, 3] and sizes int64 [batch, 2], the valid (height, width) of each.
+        pixels uint8 [batch, max h, max w, 3] and sizes int64 [batch, 2], the (height, width) of each.
     """
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     height, width = sizes.max(axis=0)

@@ -1,7 +1,7 @@
-"""What of the machine this process may use: cores and memory, as its control groups (cgroups) limit them.
+"""The cores and memory available to this process within its control groups (cgroups).
 
-A group's limit holds for all groups in it, so those of every group above this process's own count, too (Linux,
-`cgroups(7)`). Elsewhere the machine's own figures are taken.
+A cgroup's limits apply to all groups below it, so those of every ancestor of this process's group count (Linux,
+`cgroups(7)`). Other systems report the whole machine.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Machine:
-    """What this process may use, and what there is."""
+    """Resources available to this process."""
 
-    cores: int  # that it may use: `available_cores`
-    all_cores: int  # of the machine
-    quota: float | None = None  # in cores; None: no limit
-    memory: int | None = None  # bytes that it may use: `available_memory`
-    memory_is_limited: bool = False  # by its groups, below what the machine has
+    cores: int  # see `available_cores`
+    all_cores: int  # of the whole machine
+    quota: float | None = None  # CPU quota in cores; None: no limit
+    memory: int | None = None  # bytes, see `available_memory`
+    memory_is_limited: bool = False  # by a cgroup, to less than the machine has
 
 
 def this_machine(cgroup: Path = CGROUP, proc: Path = PROC) -> Machine:
-    """The machine that this process runs on."""
+    """Return the resources available to this process."""
     memory, total = available_memory(cgroup, proc), _total_memory(proc)
     return Machine(
         cores=available_cores(cgroup, proc),
@@ -40,7 +40,7 @@ def this_machine(cgroup: Path = CGROUP, proc: Path = PROC) -> Machine:
 
 
 def available_cores(cgroup: Path = CGROUP, proc: Path = PROC) -> int:
-    """Whole cores, at least one: the least of the machine's, the process's affinity and its groups' CPU quotas."""
+    """Return the whole cores available, at least 1: the minimum of cores, CPU affinity and cgroup quotas."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         cores = min(cores, len(os.sched_getaffinity(0)))
@@ -49,9 +49,9 @@ def available_cores(cgroup: Path = CGROUP, proc: Path = PROC) -> int:
 
 
 def cpu_quota(cgroup: Path = CGROUP, proc: Path = PROC) -> float | None:
-    """Cores' worth of time that the groups allow, in fractions; None without a limit."""
+    """Return the CPU quota of the cgroups in (fractional) cores; None without a limit."""
     quotas = []
-    for folder in _groups("cpu", cgroup, proc):
+    for folder in _cgroup_folders("cpu", cgroup, proc):
         with contextlib.suppress(OSError, ValueError):  # version 2; "max" means no quota
             quota, period = (folder / "cpu.max").read_text().split()
             quotas.append(int(quota) / int(period))
@@ -63,9 +63,9 @@ def cpu_quota(cgroup: Path = CGROUP, proc: Path = PROC) -> float | None:
 
 
 def available_memory(cgroup: Path = CGROUP, proc: Path = PROC) -> int | None:
-    """Bytes that the process's groups, or the machine, have at most; None where neither says."""
+    """Return the memory limit of the cgroups or the machine in bytes; None if unknown."""
     limits = []
-    for folder in _groups("memory", cgroup, proc):
+    for folder in _cgroup_folders("memory", cgroup, proc):
         for name in ("memory.max", "memory.limit_in_bytes"):  # versions 2 and 1
             with contextlib.suppress(OSError, ValueError):  # "max" means no limit
                 limits.append(int((folder / name).read_text()))
@@ -74,7 +74,7 @@ def available_memory(cgroup: Path = CGROUP, proc: Path = PROC) -> int | None:
 
 
 def _total_memory(proc: Path) -> int | None:
-    """Bytes that the machine has."""
+    """Return the memory of the machine in bytes; None if unknown."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in (proc / "meminfo").read_text().splitlines():
             if line.startswith("MemTotal:"):
@@ -82,9 +82,9 @@ def _total_memory(proc: Path) -> int | None:
     return None
 
 
-def _groups(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]:
-    """The folders of the process's groups, innermost first, of version 1 and 2 (a machine may have both)."""
-    yield cgroup  # of a container that sees its own group as the root
+def _cgroup_folders(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]:
+    """Yield the folders of the process's cgroups, innermost first, versions 1 and 2 (a machine may have both)."""
+    yield cgroup  # a container may see its own group as the root
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -101,8 +101,8 @@ def _groups(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]:
 
 
 def release_memory() -> None:
-    """Return memory that is free again to the system, where the C library can: loading a network leaves much of it."""
+    """Return freed memory to the system, if the C library can; loading a network leaves a lot of it."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:
             trim(0)

@@ -1,7 +1,7 @@
-"""The manifest of a bundle: the schema of `manifest.json`, and the names that bundles may have.
+"""The schema of `manifest.json`, and the names that bundles may have.
 
-The manifest is the contract between export and service. It is strict (`extra="forbid"`, frozen) so that a bundle
-written for another schema is refused instead of half understood.
+The manifest is the contract between export and service. It is strict (`extra="forbid"`, frozen), so that a bundle with
+another schema is rejected instead of being read in part.
 """
 
 from enum import StrEnum
@@ -15,7 +15,7 @@ EXPLAIN_FILE = "explain.onnx"
 GOLDEN_FILE = "golden.npz"
 CARD_FILE = "README.md"
 
-METADATA_KEY = "vitrine"  # of an ONNX file's metadata: `Identity` as JSON
+METADATA_KEY = "vitrine"  # key in an ONNX file's metadata; the value is `Identity` as JSON
 
 NOT_STATED = "not stated"
 
@@ -32,40 +32,40 @@ class _Strict(BaseModel):
 
 
 class Task(StrEnum):
-    """What a bundle answers, in Hugging Face's task names."""
+    """The task of a bundle, by Hugging Face's names."""
 
     CLASSIFICATION = "image-classification"
     DETECTION = "object-detection"
 
 
-MAIN_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP50"}  # every measured bundle states this one
-GATE_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP"}  # what a variant may lose of
+MAIN_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP50"}  # reported by every measured bundle
+GATE_METRIC = {Task.CLASSIFICATION: "top1", Task.DETECTION: "AP"}  # limits what a variant may lose
 
 
 class Precision(StrEnum):
-    """The variants of a graph, by what its weights are stored and its sums are computed in."""
+    """The variants of a graph, by the precision of its weights and of its arithmetic."""
 
     FP32 = "fp32"
-    FP16_WEIGHTS = "fp16-weights"  # half the file; computes in float32
+    FP16_WEIGHTS = "fp16-weights"  # half the file size; computes in float32
     FP16 = "fp16"  # for GPUs: computes in float16
-    INT8_DYNAMIC = "int8-dynamic"  # 8-bit weights, activations rounded to 8 bits by their range in each call
-    INT8_STATIC = "int8-static"  # by their range on training images
+    INT8_DYNAMIC = "int8-dynamic"  # 8-bit weights; activations quantised by their range in each call
+    INT8_STATIC = "int8-static"  # 8-bit weights; activations quantised by their range on training images
 
     @property
     def file(self) -> str:
-        """Its name in a bundle."""
+        """File name in a bundle."""
         return MODEL_FILE if self is Precision.FP32 else f"model.{self.value}.onnx"
 
 
 class Interpolation(StrEnum):
-    """How pixels are resampled when an image is resized (Pillow, with antialiasing)."""
+    """Resampling filter for resizing (Pillow, with antialiasing)."""
 
     BILINEAR = "bilinear"
     BICUBIC = "bicubic"
 
 
 class ClassificationPreprocessing(_Strict):
-    """How an image becomes `pixels` (in timm's terms), and the mean/std (of 0..1 RGB) applied inside the graph."""
+    """How an image becomes `pixels`, in timm's terms; mean/std (of RGB in 0..1) are applied inside the graph."""
 
     task: Literal[Task.CLASSIFICATION] = Task.CLASSIFICATION
     input_size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]  # height, width
@@ -77,7 +77,7 @@ class ClassificationPreprocessing(_Strict):
 
 
 class DetectionPreprocessing(_Strict):
-    """How an image becomes `pixels`: aspect ratio kept, edges in pixels (DETR's rule), mean/std inside the graph."""
+    """How an image becomes `pixels`: DETR's resize, edges in pixels; mean/std are applied inside the graph."""
 
     task: Literal[Task.DETECTION] = Task.DETECTION
     shortest_edge: Annotated[int, Field(ge=1)]
@@ -87,7 +87,7 @@ class DetectionPreprocessing(_Strict):
     std: Deviations
 
     @model_validator(mode="after")
-    def _edges_in_order(self) -> Self:
+    def _check_edges(self) -> Self:
         if self.longest_edge < self.shortest_edge:
             raise ValueError(f"longest_edge {self.longest_edge} is below shortest_edge {self.shortest_edge}")
         return self
@@ -97,7 +97,7 @@ Preprocessing = Annotated[ClassificationPreprocessing | DetectionPreprocessing, 
 
 
 class TensorSpec(_Strict):
-    """One input or output of the ONNX graph; an axis is a fixed length or the name of a dynamic one."""
+    """An input or output of the ONNX graph; each axis is a fixed length or the name of a dynamic axis."""
 
     name: str
     datatype: Literal["UINT8", "INT64", "FP32"]  # KServe's names
@@ -105,75 +105,75 @@ class TensorSpec(_Strict):
 
 
 class ReliabilityBin(_Strict):
-    """Answers whose probability lies in one of equal parts of 0..1, the empty ones included (Guo et al. 2017)."""
+    """One bin of a reliability diagram: equal-width bins over 0..1, empty ones included (Guo et al. 2017)."""
 
     answers: Annotated[int, Field(ge=0)]
-    confidence: float  # their mean probability, 0 where there are none
-    accuracy: float  # share of them that is right
+    confidence: float  # mean probability; 0 for an empty bin
+    accuracy: float  # share of correct answers
 
 
 class Metrics(_Strict):
-    """Measured on this bundle's ONNX file through `bundle`'s predictor."""
+    """Metrics of this bundle's ONNX file, measured with the serving predictor."""
 
     data: str
     split: str
     images: Annotated[int, Field(ge=1)]
     values: dict[str, float]  # "top1", "top5", "ECE" or "AP", "AP50", ...: fractions, 0 to 1; and "NLL" in nats
-    intervals: dict[str, tuple[float, float]] = {}  # 95 % of bootstrap samples of the images lie within
-    confusion: tuple[tuple[int, ...], ...] | None = None  # images by true (rows) and answered label; None with many
-    reliability: tuple[ReliabilityBin, ...] | None = None  # of a classifier
-    notes: str = ""  # what a reader of these numbers must know about the data
+    intervals: dict[str, tuple[float, float]] = {}  # 95 % bootstrap intervals over the images
+    confusion: tuple[tuple[int, ...], ...] | None = None  # images by true label (row) and prediction; None if too large
+    reliability: tuple[ReliabilityBin, ...] | None = None  # classifiers only
+    notes: str = ""  # caveats about the data
 
 
-GENERATED = "generated"  # parity images drawn by Vitrine itself, where the exporter had no data
+GENERATED = "generated"  # images drawn by Vitrine, if there was no data at export
 
 
 class Parity(_Strict):
-    """How far the ONNX file's answers are from torch's."""
+    """Differences between the ONNX file's outputs and torch's."""
 
-    data: str  # the data set of the images, or GENERATED
+    data: str  # name of the data set, or GENERATED
     images: Annotated[int, Field(ge=1)]
     max_abs_diff: dict[str, float]  # by output name
-    max_rel_diff: dict[str, float]  # of the values of at least 0.01
+    max_rel_diff: dict[str, float]  # over values of at least 0.01
     top1_agreement: float
-    torch_metrics: dict[str, float] | None = None  # as `Metrics.values`, of the torch network; None without data
+    torch_metrics: dict[str, float] | None = None  # as `Metrics.values`, for the torch network; None without data
 
 
 class Variant(_Strict):
     """One ONNX file of the network."""
 
     metrics: dict[str, float] | None = None  # as `Metrics.values`, measured on this file; None without data
-    drop: float | None = None  # points of `GATE_METRIC` below fp32; below 0 it is better
-    agreement: float | None = None  # share of the images (of the objects found) that get fp32's answer
-    float_layers: tuple[str, ...] = ()  # left in float32, because the answers suffer most from their rounding
+    drop: float | None = None  # points of `GATE_METRIC` lost against fp32; negative if better
+    agreement: float | None = None  # share of images (detections) with the same answer as fp32
+    float_layers: tuple[str, ...] = ()  # kept in float32, as most sensitive to quantisation
 
 
 class LatencyRow(_Strict):
-    """How long one way to run the network takes."""
+    """Latency of one way to run the network."""
 
     name: str
-    size: int | None  # bytes of its file; None where there is none
-    milliseconds: tuple[Positive, ...]  # median of a call, for each of `Latency.settings`
+    size: int | None  # bytes of its file; None without a file
+    milliseconds: tuple[Positive, ...]  # median per call, for each of `Latency.settings`
 
 
 class Latency(_Strict):
-    """Ways to run the network beside each other, measured in turns in one run."""
+    """Latencies of several ways to run the network, measured interleaved in one run."""
 
     machine: str
     input_size: tuple[int, int]  # height and width in pixels
-    settings: tuple[tuple[int, int], ...]  # batch and threads of each column
+    settings: tuple[tuple[int, int], ...]  # batch size and threads of each column
     rows: tuple[LatencyRow, ...]
 
 
 class Explanation(_Strict):
-    """How the bundle shows where its network looks."""
+    """How the bundle explains its answers."""
 
     method: Literal["attention", "class-activation", "occlusion"]
-    patch_size: Annotated[int, Field(ge=1)] | None = None  # of "occlusion", in pixels
-    outputs: tuple[TensorSpec, ...] = ()  # of `EXPLAIN_FILE`, those of the serving graph first; none of "occlusion"
+    patch_size: Annotated[int, Field(ge=1)] | None = None  # for "occlusion", in pixels
+    outputs: tuple[TensorSpec, ...] = ()  # of `EXPLAIN_FILE`, the serving graph's first; empty for "occlusion"
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _check_method(self) -> Self:
         if (self.method == "occlusion") != (self.patch_size is not None) or (self.method == "occlusion") == bool(
             self.outputs
         ):
@@ -182,36 +182,36 @@ class Explanation(_Strict):
 
 
 class Calibration(_Strict):
-    """The temperature inside the graph's softmax, and the expected calibration error (ECE) without and with it."""
+    """The softmax temperature inside the graph, and the expected calibration error (ECE) before and after."""
 
-    temperature: Positive  # fitted on held-out images after training
-    ece_before: Annotated[float, Field(ge=0, le=1)] | None = None  # on the images of `metrics`, None without them
+    temperature: Positive  # fitted to held-out images after training
+    ece_before: Annotated[float, Field(ge=0, le=1)] | None = None  # on the images of `metrics`; None without data
     ece_after: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class Licences(_Strict):
-    """Terms of what the bundle is made of."""
+    """Licences of the bundle's weights and data."""
 
     weights: str = NOT_STATED
     data: str = NOT_STATED
 
 
 class Start(_Strict):
-    """The run whose weights a training started from."""
+    """The run whose weights training started from."""
 
-    run: str  # the name of its folder
+    run: str  # name of its folder
     checkpoint_sha256: Sha256
 
 
 class Training(_Strict):
-    """How the weights were trained, enough to train them again."""
+    """How the weights were trained: all that is needed to repeat it."""
 
     recipe: str
     recipe_settings: dict[str, str | int | float | bool | None]
     epochs: int
     seed: int
     seconds: float
-    start: Start | None = None  # None where it started from random weights
+    start: Start | None = None  # None for random weights
 
 
 class Import(_Strict):
@@ -220,11 +220,11 @@ class Import(_Strict):
     file: str
     sha256: Sha256
     layout: str
-    arguments: tuple[str, ...]  # that `vitrine import` was given beside it
+    arguments: tuple[str, ...]  # further arguments of `vitrine import`
 
 
 class Provenance(_Strict):
-    """Where the weights come from, and what made the ONNX file of them."""
+    """Origin of the weights, and the versions that made the ONNX file."""
 
     training: Training | None = None
     imported: Import | None = None
@@ -237,23 +237,23 @@ class Provenance(_Strict):
     checkpoint_sha256: Sha256
 
     @model_validator(mode="after")
-    def _has_a_source(self) -> Self:
+    def _check_source(self) -> Self:
         if self.training is None and self.imported is None:
             raise ValueError("neither training nor imported is given")
         return self
 
 
 class File(_Strict):
-    """What a file beside the manifest must be."""
+    """Expected hash and size of a file of the bundle."""
 
     sha256: Sha256
     size: Annotated[int, Field(ge=0)]  # bytes
 
 
 class Identity(_Strict):
-    """What a network is and how it is asked: all that serving it needs.
+    """All that serving a network needs.
 
-    Every ONNX file of a bundle carries it under `METADATA_KEY`, so that the file alone can be served.
+    Every ONNX file of a bundle carries it under `METADATA_KEY`, so that a single file can be served.
     """
 
     schema_version: Literal[2]
@@ -268,10 +268,10 @@ class Identity(_Strict):
     labels: Annotated[tuple[str, ...], Field(min_length=1)]
     licences: Licences
     provenance: Provenance
-    metrics: Metrics | None = None  # None where the exporter had no labelled data, and in the ONNX files
+    metrics: Metrics | None = None  # None without labelled data, and inside ONNX files
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.preprocessing.task is not self.task:
             raise ValueError(f"preprocessing is for {self.preprocessing.task}, the bundle for {self.task}")
         if self.metrics is not None and MAIN_METRIC[self.task] not in self.metrics.values:
@@ -285,18 +285,18 @@ class Manifest(Identity):
     """`manifest.json` of one bundle version."""
 
     parity: Parity
-    calibration: Calibration | None = None  # None where the softmax is that of training
+    calibration: Calibration | None = None  # None if the softmax has no temperature
     variants: dict[Precision, Variant]
     default_variant: Precision = Precision.FP32
     default_reason: str
-    latency: Latency | None = None  # None where it was not measured
+    latency: Latency | None = None  # None if not measured
     explanation: Explanation | None = None
     files: dict[str, File]
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
-        for known in {Precision.FP32, self.default_variant} - set(self.variants):
-            raise ValueError(f"variants: {known.value} is not listed")
+    def _check_files(self) -> Self:
+        for missing in {Precision.FP32, self.default_variant} - set(self.variants):
+            raise ValueError(f"variants: {missing.value} is not listed")
         required_files = [GOLDEN_FILE, *(variant.file for variant in self.variants)]
         if self.explanation is not None and self.explanation.outputs:
             required_files.append(EXPLAIN_FILE)

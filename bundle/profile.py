@@ -1,10 +1,9 @@
-"""How fast a network is on this machine, and how it is therefore best run.
+"""Measure a network on this machine, and choose how to run it.
 
-One call on one core after the other, side by side on all cores, has the highest throughput; one call on all cores the
-lowest latency, if the network is large enough; and several images in one call pay where a call takes so little time
-that what surrounds it counts. Which of this holds depends on the processor as much as on the network, so it is measured
-when the network is loaded. What is best for an image that is alone also depends on what else the machine does: it is
-measured on and on.
+Single-threaded calls side by side on all cores have the highest throughput. One call on all cores has the lowest
+latency if the network is large enough, and batching pays off where a call is so short that its overhead matters. Which
+of these holds depends on the processor as much as on the network, so it is measured when the network is loaded. The
+best way to run a lone image also depends on the load of the machine, so that measurement never stops.
 """
 
 import time
@@ -16,74 +15,74 @@ from PIL import Image
 from vitrine.bundle.manifest import ClassificationPreprocessing
 from vitrine.bundle.predictors import Classifier, Predictor
 
-_SHORT_CALL = 0.015  # seconds; longer ones keep a core busy by themselves
-_BATCH = 8  # images in one call; more of them gained nothing further
-_MAX_CALLS, _MAX_SECONDS = 4, 0.03  # of each measurement
-_FIRST_PROBES, _PROBE_EVERY = (4, 8, 16, 32), 50  # lone images run in the way that has been the slower one so far
-_DECAY = 0.1  # of a time that was shorter than what is measured now
+_SHORT_CALL = 0.015  # seconds; a longer call keeps a core busy by itself
+_BATCH = 8  # images per call; larger batches gained nothing
+_MAX_CALLS, _MAX_SECONDS = 4, 0.03  # per measurement
+_FIRST_PROBES, _PROBE_EVERY = (4, 8, 16, 32), 50  # lone images that are run in the slower way, to measure it again
+_DECAY = 0.1  # weight of a new latency that is above the estimate
 
 
 class ExecutionProfile:
-    """How a bundle is run. Threads may ask and tell at the same time."""
+    """How to run a bundle. Safe to read and update from several threads."""
 
     def __init__(self, seconds: float, *, batch: int = 1, all_cores: Predictor | None = None) -> None:
-        """Args: see the attributes; `batch`: images in one call, if a call is short."""
-        self.seconds = seconds  # that one image takes on one core, as measured when it was loaded
-        self.all_cores = all_cores  # the same network on all cores, if there are several
-        self._alone: dict[bool, float] = {False: seconds}  # what a lone image takes, by whether it is run wide
-        self._turn = 0
-        self._batch, self._quickest = batch, seconds
+        """Args: see the attributes; `batch` is the number of images per call if calls are short."""
+        self.seconds = seconds  # per image on one core, measured at load
+        self.all_cores = all_cores  # the same network on all cores; None on a single core
+        self._lone_seconds: dict[bool, float] = {False: seconds}  # latency estimate of a lone image, by `all_cores`
+        self._lone_images = 0
+        self._batch, self._min_seconds = batch, seconds
 
     @property
     def batch(self) -> int:
-        """Images in one call, beyond which more of them gain nothing: several only where a call is short."""
-        return self._batch if self._quickest < _SHORT_CALL else 1
+        """Largest useful number of images per call: above 1 only if calls are short."""
+        return self._batch if self._min_seconds < _SHORT_CALL else 1
 
     def record_latency(self, seconds: float) -> None:
-        """Learn what an image took on one core. What is loaded while others compute seems slow at first."""
-        self._quickest = min(self._quickest, seconds)
+        """Record the seconds per image on one core. The minimum counts: a network loaded under load looks slow."""
+        self._min_seconds = min(self._min_seconds, seconds)
 
     def prefers_all_cores(self) -> bool:
-        """Whether an image that is alone on the machine is best run on all cores."""
+        """Whether to run the next lone image on all cores."""
         if self.all_cores is None:
             return False
-        self._turn += 1
-        quicker = self._alone.get(True, 0.0) < self._alone[False]
-        return quicker != (self._turn in _FIRST_PROBES or self._turn % _PROBE_EVERY == 0)
+        self._lone_images += 1
+        all_cores_faster = self._lone_seconds.get(True, 0.0) < self._lone_seconds[False]
+        return all_cores_faster != (self._lone_images in _FIRST_PROBES or self._lone_images % _PROBE_EVERY == 0)
 
     def record_lone_latency(self, seconds: float, *, all_cores: bool) -> None:
-        """Learn what a lone image took."""
-        before = self._alone.get(all_cores, seconds)
-        # What takes long once was disturbed; what is short was possible.
-        self._alone[all_cores] = seconds if seconds < before else before + _DECAY * (seconds - before)
+        """Record the latency of a lone image."""
+        estimate = self._lone_seconds.get(all_cores, seconds)
+        # A long latency may be due to other load, a short one is always real.
+        self._lone_seconds[all_cores] = seconds if seconds < estimate else estimate + _DECAY * (seconds - estimate)
 
 
 def measure_profile(predictor: Predictor, all_cores: Predictor | None = None) -> ExecutionProfile:
-    """Measure how fast a network is; it takes a few calls.
+    """Measure the speed of a network with a few calls.
 
     Args:
         predictor: the network on one core.
         all_cores: the network on all cores, if there are several.
     """
-    inputs = _inputs(predictor)
-    best, left = float("inf"), _MAX_SECONDS
+    inputs = _sample_inputs(predictor)
+    best, remaining = float("inf"), _MAX_SECONDS
     for _ in range(_MAX_CALLS):
         start = time.perf_counter()
         predictor.network(**inputs)
-        took = time.perf_counter() - start
-        best, left = min(best, took), left - took
-        if left < 0:
+        elapsed = time.perf_counter() - start
+        best, remaining = min(best, elapsed), remaining - elapsed
+        if remaining < 0:
             break
     return ExecutionProfile(best, batch=_BATCH, all_cores=all_cores)
 
 
-def _inputs(predictor: Predictor) -> dict[str, NDArray[np.generic]]:
+def _sample_inputs(predictor: Predictor) -> dict[str, NDArray[np.generic]]:
     preprocessing = predictor.preprocessing
     if isinstance(preprocessing, ClassificationPreprocessing):
         height, width = preprocessing.input_size
-    else:  # a photograph's 4 : 3
+    else:  # 4:3, as a photograph
         height, width = preprocessing.shortest_edge, preprocessing.shortest_edge * 4 // 3
     image = Image.new("RGB", (width, height), "grey")
-    if isinstance(predictor, Classifier):
+    if isinstance(predictor, Classifier):  # the same call twice: mypy needs the union narrowed
         return predictor.inputs([predictor.prepare(image)])
     return predictor.inputs([predictor.prepare(image)])

@@ -1,7 +1,7 @@
-"""The bundles that a process serves: found in folders, looked up by name and version, replaced while they answer.
+"""Model repository: the bundles that a process serves, by name and version, reloadable while serving.
 
-What is looked up is a snapshot: a change loads and proves everything new first and then replaces the snapshot at once.
-A request keeps the bundle that it has got, so that no request ever fails because of a change.
+Lookups read a snapshot. A change first loads and verifies all new bundles, then replaces the snapshot in one step.
+A request keeps the bundle that it has looked up, so that no request fails because of a change.
 """
 
 import re
@@ -18,32 +18,32 @@ from vitrine.bundle.predictors import make_predictor
 from vitrine.bundle.profile import measure_profile
 from vitrine.bundle.runtime import CPU, OnnxNetwork
 
-_VERSION = re.compile("[1-9][0-9]{0,8}")  # as the manifest has it
+_VERSION = re.compile("[1-9][0-9]{0,8}")  # as in the manifest
 
-Fingerprint = tuple[tuple[str, int, int], ...]  # name, size, time of change of each file
+Fingerprint = tuple[tuple[str, int, int], ...]  # name, size and modification time (ns) of each file
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelState:
     """The state of one version of a model."""
 
     name: str
     version: str
     ready: bool
-    reason: str = ""  # why it is not ready, or why its folder's new content was refused
+    reason: str = ""  # why it is not ready, or why the new content of its folder was refused
 
 
 @dataclass(frozen=True)
-class _Served:
+class _LoadedBundle:
     bundle: Bundle
     fingerprint: Fingerprint
-    seconds: float  # that loading took
-    variants: dict[Precision, Bundle] = field(default_factory=dict)  # those asked for so far
+    seconds: float  # load time
+    variants: dict[Precision, Bundle] = field(default_factory=dict)  # loaded so far, without the default
     loading: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
-class _Refused:
+class _RefusedBundle:
     name: str
     version: str
     fingerprint: Fingerprint
@@ -51,7 +51,7 @@ class _Refused:
 
 
 class Repository:
-    """The bundles under one or several roots, every version of each name."""
+    """All versions of all bundles under one or several roots."""
 
     def __init__(
         self, *roots: Path, cores: int | None = None, providers: Sequence[str] = CPU, cache: Path | None = None
@@ -60,28 +60,28 @@ class Repository:
 
         Args:
             roots: folders of `<name>/<version>`, or single ONNX files of a bundle.
-            cores: that this process may use; given, each bundle gets the `ExecutionProfile` that it has there.
-            providers, cache: where to compute, and how to share weights, see `bundle.runtime.OnnxNetwork`.
+            cores: cores that this process may use; if set, an `ExecutionProfile` is measured for each bundle.
+            providers, cache: see `bundle.runtime.OnnxNetwork`.
 
         Raises:
-            BundleError: there is no bundle, or one of them is not as its manifest says, or is there twice.
-            ProviderError: a provider is not there or did not start.
+            BundleError: no bundle found, one differs from its manifest, or a version exists twice.
+            ProviderError: a provider is missing or did not start.
         """
         self._roots, self._cores, self._providers, self._cache = roots, cores, tuple(providers), cache
-        self._changing = threading.Lock()
-        self._refused: dict[Path, _Refused] = {}
-        self._unloaded: dict[str, list[Entry]] = {}
+        self._lock = threading.Lock()
+        self._refused: dict[Path, _RefusedBundle] = {}
+        self._unloaded: dict[str, list[ModelState]] = {}
         self._names: dict[Path, str] = {}
-        self._served: dict[Path, _Served] = {}
-        self._models: dict[str, dict[int, _Served]] = {}
-        found = self._find()
+        self._served: dict[Path, _LoadedBundle] = {}
+        self._models: dict[str, dict[int, _LoadedBundle]] = {}
+        found = self._scan()
         if not found:
-            places = ", ".join(map(str, roots))
-            raise BundleError(places, "bundles", expected="at least one <name>/<version>/manifest.json", found="none")
-        served: dict[Path, _Served] = {}
+            expected = "at least one <name>/<version>/manifest.json"
+            raise BundleError(", ".join(map(str, roots)), "bundles", expected=expected, found="none")
+        served: dict[Path, _LoadedBundle] = {}
         for path, fingerprint in found.items():
-            served[path] = self._load(path, fingerprint, beside=served)
-        self._replace(served)
+            served[path] = self._load(path, fingerprint, others=served)
+        self._publish(served)
 
     @property
     def bundles(self) -> dict[str, Bundle]:
@@ -89,10 +89,10 @@ class Repository:
         return {name: versions[max(versions)].bundle for name, versions in self._models.items()}
 
     def versions(self, name: str) -> list[Bundle]:
-        """Every served version of a model, the highest last.
+        """Return all served versions of a model, the highest last.
 
         Raises:
-            UnknownModelError: there is none.
+            UnknownModelError: the model is not served.
         """
         models = self._models
         if name not in models:
@@ -100,169 +100,169 @@ class Repository:
         return [models[name][version].bundle for version in sorted(models[name])]
 
     def load_seconds(self) -> list[tuple[Bundle, float]]:
-        """Every served bundle, and how long it took to load and verify."""
+        """Return every served bundle with the seconds that loading and verifying it took."""
         return [(served.bundle, served.seconds) for served in self._served.values()]
 
     def get(self, reference: str | None = None, *, task: Task | None = None) -> Bundle:
-        """The bundle `name` (its highest version) or `name@version`; without a reference the first (by name).
+        """Return the bundle `name` (its highest version) or `name@version`; by default the first by name.
 
         Raises:
-            UnknownModelError: there is none, or none for this task.
+            UnknownModelError: there is no such bundle, or none for this task.
         """
-        fitting = {
+        candidates = {
             name: versions
             for name, versions in self._models.items()
             if task is None or versions[max(versions)].bundle.manifest.task is task
         }
-        if reference is None and fitting:
-            name, version = next(iter(fitting)), ""
+        if reference is None and candidates:
+            name, version = next(iter(candidates)), ""
         else:
             name, _, version = (reference or "").partition("@")
-        versions = fitting.get(name, {})
-        numbered = _VERSION.fullmatch(version) is not None
-        key = int(version) if numbered else max(versions, default=0)
-        if key not in versions or (reference is not None and "@" in reference and not numbered):
-            available = [f"{name}@{number}" for number in versions] if versions else fitting
+        versions = candidates.get(name, {})
+        is_number = _VERSION.fullmatch(version) is not None
+        key = int(version) if is_number else max(versions, default=0)
+        if key not in versions or (reference is not None and "@" in reference and not is_number):
+            available = [f"{name}@{number}" for number in versions] if versions else candidates
             raise UnknownModelError(reference, task=task, available=available)
         return versions[key].bundle
 
     def variant(self, bundle: Bundle, precision: str) -> Bundle:
-        """Another graph of a bundle; it is loaded and verified when it is asked for the first time.
+        """Return a bundle with another of its graphs, which is loaded and verified on first use.
 
         Raises:
             ParameterError: the bundle has no such variant.
-            BundleError: it has, but the file is not as the manifest says.
+            BundleError: the variant's file differs from the manifest.
         """
         manifest = bundle.manifest
-        known = tuple(manifest.variants) if isinstance(manifest, Manifest) else ()
-        if precision not in known:
-            expected = f"one of {', '.join(known)}" if known else "none, as one ONNX file alone is served"
+        variants = tuple(manifest.variants) if isinstance(manifest, Manifest) else ()
+        if precision not in variants:
+            expected = f"one of {', '.join(variants)}" if variants else "none, as one ONNX file alone is served"
             raise ParameterError("variant", expected=expected, found=repr(precision[:100]))
-        chosen = Precision(precision)
-        if chosen is bundle.variant:
+        variant = Precision(precision)
+        if variant is bundle.variant:
             return bundle
         served = self._served.get(bundle.path)
-        if served is None or served.bundle is not bundle:  # replaced since it was looked up
-            return self._load_variant(bundle.path, chosen)
+        if served is None or served.bundle is not bundle:  # replaced since the lookup
+            return self._load_variant(bundle.path, variant)
         with served.loading:
-            if chosen not in served.variants:
-                served.variants[chosen] = self._load_variant(bundle.path, chosen)
-            return served.variants[chosen]
+            if variant not in served.variants:
+                served.variants[variant] = self._load_variant(bundle.path, variant)
+            return served.variants[variant]
 
-    def index(self) -> list[Entry]:
-        """Every version that is served, was refused or was unloaded, by name and ascending version."""
+    def index(self) -> list[ModelState]:
+        """Return the state of every served, refused or unloaded version, by name and ascending version."""
         refused = dict(self._refused)
-        entries = {}
+        states = {}
         for path, served in self._served.items():
             reason = f"its changed folder is refused: {refused.pop(path).error}" if path in refused else ""
             manifest = served.bundle.manifest
-            entries[manifest.name, int(manifest.version)] = Entry(manifest.name, manifest.version, True, reason)
+            states[manifest.name, int(manifest.version)] = ModelState(manifest.name, manifest.version, True, reason)
         for entry in refused.values():
             key = entry.name, int(entry.version) if _VERSION.fullmatch(entry.version) else 0
-            entries.setdefault(key, Entry(entry.name, entry.version, False, str(entry.error)))
-        for gone in self._unloaded.values():
-            for state in gone:
-                entries.setdefault((state.name, int(state.version)), state)
-        return [entries[key] for key in sorted(entries)]
+            states.setdefault(key, ModelState(entry.name, entry.version, False, str(entry.error)))
+        for unloaded in self._unloaded.values():
+            for state in unloaded:
+                states.setdefault((state.name, int(state.version)), state)
+        return [states[key] for key in sorted(states)]
 
     def refresh(self) -> list[str]:
-        """Look at the roots again: load what is new or changed, drop what is gone. Returns what changed, as sentences.
+        """Scan the roots again: load new and changed bundles, drop removed ones. Return the changes as log messages.
 
-        A bundle that cannot be loaded is refused: its place keeps what it served before. A refusal is reported once,
-        and the bundle is tried again when its files have changed.
+        A bundle that fails to load is refused and the one served before stays. A refusal is reported once; the bundle
+        is tried again when its files change.
 
         Raises:
-            BundleError: a root is not there; everything stays as it is.
+            BundleError: a root is missing; nothing changes then.
         """
-        with self._changing:
-            return self._refresh(self._find(), only=None)
+        with self._lock:
+            return self._refresh(self._scan(), only=None)
 
     def load(self, name: str) -> None:
-        """Load a model, or load it again: every version of it in the roots that is new or changed.
+        """Load or reload a model: all of its versions in the roots that are new or have changed.
 
         Raises:
-            UnknownModelError: no root has it.
-            BundleError: a version of it cannot be loaded. Nothing of the model changes then.
+            UnknownModelError: no root has the model.
+            BundleError: a version fails to load. No version of the model changes then.
         """
-        with self._changing:
-            found = self._find()
-            if not any(self._name(path) == name for path in found):
-                raise UnknownModelError(name, available=sorted({self._name(path) for path in found}))
-            gone, refused = self._unloaded.pop(name, None), self._refused
-            self._refused = {path: entry for path, entry in refused.items() if entry.name != name}  # try them again
+        with self._lock:
+            found = self._scan()
+            if not any(self._model_name(path) == name for path in found):
+                raise UnknownModelError(name, available=sorted({self._model_name(path) for path in found}))
+            unloaded, refused = self._unloaded.pop(name, None), self._refused
+            self._refused = {path: entry for path, entry in refused.items() if entry.name != name}  # retry this model
             try:
                 self._refresh(found, only=name)
             except VitrineError:
                 self._refused = refused
-                if gone is not None:
-                    self._unloaded[name] = gone
+                if unloaded is not None:
+                    self._unloaded[name] = unloaded
                 raise
 
     def unload(self, name: str) -> None:
-        """Serve a model no more, whatever its folder holds, until `load`. Who computes with it goes on to the end.
+        """Stop serving a model until `load`, whatever its folder holds. Calls in progress finish.
 
         Raises:
-            UnknownModelError: it is not served.
+            UnknownModelError: the model is not served.
         """
-        with self._changing:
-            leaving = [served.bundle.manifest for served in self._models.get(name, {}).values()]
-            if not leaving:
+        with self._lock:
+            manifests = [served.bundle.manifest for served in self._models.get(name, {}).values()]
+            if not manifests:
                 raise UnknownModelError(name, available=self._models)
-            self._unloaded[name] = [Entry(name, manifest.version, False, "unloaded") for manifest in leaving]
-            self._replace({path: served for path, served in self._served.items() if self._name(path) != name})
+            self._unloaded[name] = [ModelState(name, manifest.version, False, "unloaded") for manifest in manifests]
+            self._publish({path: served for path, served in self._served.items() if self._model_name(path) != name})
 
     def _refresh(self, found: Mapping[Path, Fingerprint], *, only: str | None) -> list[str]:
-        """As `refresh`; of one model alone (`only`), an error is raised and nothing changes."""
+        """Implement `refresh`; with `only`, for one model, raising the first error without changing anything."""
         served, refused = dict(self._served), {path: self._refused[path] for path in self._refused if path in found}
         changes = []
-        for path in [path for path in served if path not in found and only in (None, self._name(path))]:
+        for path in [path for path in served if path not in found and only in (None, self._model_name(path))]:
             manifest = served.pop(path).bundle.manifest
             changes.append(f"gone: {manifest.name}@{manifest.version}, {path}")
         for path, fingerprint in found.items():
-            name = self._name(path)
+            name = self._model_name(path)
             known = refused.get(path) or served.get(path)
             if only not in (None, name) or name in self._unloaded or (known and known.fingerprint == fingerprint):
                 continue
             try:
-                served[path] = self._load(path, fingerprint, beside=served)
+                served[path] = self._load(path, fingerprint, others=served)
             except VitrineError as error:
                 if only is not None:
                     raise
-                refused[path] = _Refused(name, path.name, fingerprint, error)
+                refused[path] = _RefusedBundle(name, path.name, fingerprint, error)
                 changes.append(f"refused: {error}")
             else:
                 refused.pop(path, None)
                 manifest = served[path].bundle.manifest
                 changes.append(f"loaded: {manifest.name}@{manifest.version} in {served[path].seconds:.2f} s")
         self._refused = refused
-        self._replace(served)
+        self._publish(served)
         return changes
 
-    def _replace(self, served: dict[Path, _Served]) -> None:
-        models: dict[str, dict[int, _Served]] = {}
+    def _publish(self, served: dict[Path, _LoadedBundle]) -> None:
+        models: dict[str, dict[int, _LoadedBundle]] = {}
         for entry in served.values():
             manifest = entry.bundle.manifest
             models.setdefault(manifest.name, {})[int(manifest.version)] = entry
         self._served, self._models = served, dict(sorted(models.items()))
 
-    def _load(self, path: Path, fingerprint: Fingerprint, *, beside: Mapping[Path, _Served]) -> _Served:
+    def _load(self, path: Path, fingerprint: Fingerprint, *, others: Mapping[Path, _LoadedBundle]) -> _LoadedBundle:
         start = time.monotonic()
         load = load_file if path.is_file() else load_bundle
         try:
-            bundle = self._paced(load(path, providers=self._providers, cache=self._cache))
+            bundle = self._with_profile(load(path, providers=self._providers, cache=self._cache))
         except OSError as error:
             raise BundleError(path, "files", expected="readable files", found=error) from error
         self._names[path] = bundle.manifest.name
-        for other, served in beside.items():
-            same = served.bundle.manifest
-            if other != path and (same.name, same.version) == (bundle.manifest.name, bundle.manifest.version):
+        for other, served in others.items():
+            taken = served.bundle.manifest
+            if other != path and (taken.name, taken.version) == (bundle.manifest.name, bundle.manifest.version):
                 raise BundleError(path, "name, version", expected="one of each", found=f"the same in {other}")
-        return _Served(bundle, fingerprint, time.monotonic() - start)
+        return _LoadedBundle(bundle, fingerprint, time.monotonic() - start)
 
     def _load_variant(self, path: Path, variant: Precision) -> Bundle:
-        return self._paced(load_bundle(path, variant=variant, providers=self._providers, cache=self._cache))
+        return self._with_profile(load_bundle(path, variant=variant, providers=self._providers, cache=self._cache))
 
-    def _paced(self, bundle: Bundle) -> Bundle:
+    def _with_profile(self, bundle: Bundle) -> Bundle:
         if self._cores is None:
             return bundle
         all_cores = None
@@ -271,24 +271,24 @@ class Repository:
             all_cores = make_predictor(network, bundle.manifest.preprocessing, bundle.manifest.labels)
         return replace(bundle, profile=measure_profile(bundle.predictor, all_cores))
 
-    def _find(self) -> dict[Path, Fingerprint]:
-        """Everything that could be served, with what tells whether it has changed."""
+    def _scan(self) -> dict[Path, Fingerprint]:
+        """Return all bundle folders and files under the roots, with their fingerprints."""
         paths = []
         for root in self._roots:
             paths += [root] if root.is_file() else find_bundles(root)
         return {path: _fingerprint(path) for path in paths}
 
-    def _name(self, path: Path) -> str:
+    def _model_name(self, path: Path) -> str:
         return self._names.get(path, path.parent.name)
 
 
 def _fingerprint(path: Path) -> Fingerprint:
     files = [path] if path.is_file() else sorted(path.iterdir())
-    found = []
+    fingerprint = []
     for file in files:
         try:
-            state = file.stat()
+            stat = file.stat()
         except OSError:  # removed since it was listed
             continue
-        found.append((file.name, state.st_size, state.st_mtime_ns))
-    return tuple(found)
+        fingerprint.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return tuple(fingerprint)

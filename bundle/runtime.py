@@ -1,4 +1,4 @@
-"""ONNX Runtime behind the `Network` call of `bundle.predictors`."""
+"""ONNX Runtime sessions as the `Network` of `bundle.predictors`."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime sends usage data by default; read when it is imported
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # on by default; read when onnxruntime is imported
 
 import onnxruntime
 
@@ -19,28 +19,28 @@ from vitrine.bundle.errors import BundleError, ProviderError
 from vitrine.bundle.manifest import TensorSpec
 
 CPU = ("CPUExecutionProvider",)
-_MAPPED_GRAPH, _MAPPED_WEIGHTS, _MAPPED_OF = "graph.onnx", "weights.bin", "of"
-_MAPPED_ROOM = 4  # times its size: a mapped graph holds its weights twice, as they are and packed
+_MAPPED_GRAPH, _MAPPED_WEIGHTS, _MAPPED_SOURCE = "graph.onnx", "weights.bin", "of"
+_MAPPED_SPACE = 4  # times the file's size: a mapped graph holds its weights twice, plain and packed
 _DATATYPES = {"tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(float)": "FP32"}
 
 
 def parse_providers(text: str) -> tuple[str, ...]:
-    """ONNX Runtime's execution providers by their short names, in order of preference: "cuda,cpu".
+    """Parse a list of execution providers by short name, in order of preference: "cuda,cpu".
 
     Raises:
-        ProviderError: a name is unknown to ONNX Runtime, or its provider is not part of this installation.
+        ProviderError: ONNX Runtime does not know a name, or this installation does not have its provider.
     """
     known = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_all_providers()}
     available = onnxruntime.get_available_providers()
-    chosen: list[str] = []
+    providers: list[str] = []
     for name in (part.strip().lower() for part in text.split(",")):
         provider = known.get(name.removesuffix("executionprovider"))
         if provider is None or provider not in available:
-            here = [short for short, provider in known.items() if provider in available]
+            expected = [short for short, provider in known.items() if provider in available]
             found = "no provider of that name" if provider is None else "none in this installation of ONNX Runtime"
-            raise ProviderError(name, expected=here, found=found)
-        chosen.append(provider)
-    return tuple(chosen)
+            raise ProviderError(name, expected=expected, found=found)
+        providers.append(provider)
+    return tuple(providers)
 
 
 class OnnxNetwork:
@@ -52,25 +52,25 @@ class OnnxNetwork:
         """Load a graph.
 
         Args:
-            providers: ONNX Runtime's names of where to compute, in order of preference; all of them must work.
-            threads: cores that one call uses. Several calls with one thread each, side by side, have the higher
-                throughput; one call with all cores the lower latency.
-            cache: folder for `mapped_graph`, on the CPU: networks and processes that share it share their weights.
+            threads: cores per call. Single-threaded calls side by side have the higher throughput, one call on all
+                cores the lower latency.
+            providers: execution providers by ONNX Runtime's names, in order of preference; all must work.
+            cache: folder for `mapped_graph` (CPU only). Networks and processes with the same folder share weights.
 
         Raises:
-            BundleError: the file is no ONNX graph that this runtime can run.
-            ProviderError: a provider is not there or did not start. (ONNX Runtime itself would go on with the CPU.)
+            BundleError: the file is not an ONNX graph that this runtime can run.
+            ProviderError: a provider is missing or did not start. (ONNX Runtime would fall back to the CPU.)
         """
         self._file = file
-        options = _options(threads)
+        options = _session_options(threads)
         try:
             graph = file
             if cache is not None and tuple(providers) == CPU:
                 graph = mapped_graph(file, cache) or file
-            if graph is not file:  # it is optimised already
+            if graph is not file:  # already optimised
                 options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             self._session = onnxruntime.InferenceSession(str(graph), options, providers=list(providers))
-        except Exception as error:  # the runtime's own exception types share no base but Exception
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise BundleError(file, "graph", expected="an ONNX graph", found=str(error).splitlines()[0]) from error
         started = self._session.get_providers()
         for provider in providers:
@@ -83,17 +83,17 @@ class OnnxNetwork:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The graph's inputs as it declares them."""
+        """The inputs that the graph declares."""
         return tuple(map(self._spec, self._session.get_inputs()))
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """The graph's outputs as it declares them."""
+        """The outputs that the graph declares."""
         return tuple(map(self._spec, self._session.get_outputs()))
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the file says about itself."""
+        """The custom metadata of the file."""
         metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         return metadata
 
@@ -106,36 +106,37 @@ class OnnxNetwork:
 
 
 def mapped_graph(file: Path, cache: Path) -> Path | None:
-    """A graph as ONNX Runtime runs it on this machine, in a file that is mapped into memory instead of read.
+    """Return a copy of a graph that ONNX Runtime maps into memory instead of reading it.
 
-    It is optimised, and its weights are packed for the processor: sessions and processes that load it share one copy
-    of them, and start sooner. Made once, under `cache`; None where that fails, as without room for it.
+    The copy is optimised and its weights are packed for this processor. Sessions and processes that load it share one
+    copy of the weights and start sooner. It is written to `cache` once; None if that fails, e.g. for lack of space.
     """
-    state = _state(file)
+    state = _file_state(file)
     folder = _mapped_folder(cache, state)
     if folder.is_dir():
         return folder / _MAPPED_GRAPH
     _remove_stale(cache)
-    if shutil.disk_usage(cache).free < _MAPPED_ROOM * file.stat().st_size:
+    if shutil.disk_usage(cache).free < _MAPPED_SPACE * file.stat().st_size:
         return None
-    unfinished = Path(tempfile.mkdtemp(dir=cache))
-    options = _options(threads=1)
-    options.optimized_model_filepath = str(unfinished / _MAPPED_GRAPH)
+    temporary = Path(tempfile.mkdtemp(dir=cache))
+    options = _session_options(threads=1)
+    options.optimized_model_filepath = str(temporary / _MAPPED_GRAPH)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _MAPPED_WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
-        (unfinished / _MAPPED_OF).write_bytes(os.fsencode(state))
+        (temporary / _MAPPED_SOURCE).write_bytes(os.fsencode(state))
         onnxruntime.InferenceSession(str(file), options, providers=list(CPU))
-        unfinished.rename(folder)
-    except Exception:  # the disk is full, another process was faster, or it is no graph: who loads it will say so
-        shutil.rmtree(unfinished, ignore_errors=True)
+        temporary.rename(folder)
+    except Exception:  # disk full, another process was faster, or not a graph, which loading reports
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder / _MAPPED_GRAPH if folder.is_dir() else None
 
 
-def _state(file: Path) -> str:
-    found = file.stat()
-    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {file.resolve()}"
+def _file_state(file: Path) -> str:
+    """Inode, size, modification time and path: what identifies the content of a file."""
+    stat = file.stat()
+    return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {file.resolve()}"
 
 
 def _mapped_folder(cache: Path, state: str) -> Path:
@@ -143,18 +144,18 @@ def _mapped_folder(cache: Path, state: str) -> Path:
 
 
 def _remove_stale(cache: Path) -> None:
-    """Remove mapped graphs of files that have changed or are gone; who has mapped one keeps it to the end."""
-    for note in cache.glob(f"*/{_MAPPED_OF}"):
+    """Remove mapped graphs whose source has changed or is gone; processes that have mapped one keep it."""
+    for note in cache.glob(f"*/{_MAPPED_SOURCE}"):
         with contextlib.suppress(OSError):
             state = os.fsdecode(note.read_bytes())
-            if note.parent != _mapped_folder(cache, state):  # it is being made
+            if note.parent != _mapped_folder(cache, state):  # being written
                 continue
             source = Path(state.split(" ", 3)[3])
-            if not source.exists() or _state(source) != state:
+            if not source.exists() or _file_state(source) != state:
                 shutil.rmtree(note.parent, ignore_errors=True)
 
 
-def _options(threads: int) -> onnxruntime.SessionOptions:
+def _session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -1,4 +1,4 @@
-"""Many images: the answers of the predictors, in files that survive whatever ends the process."""
+"""Batch prediction: the predictors' answers, in files that survive any end of the process."""
 
 import csv
 import json
@@ -23,7 +23,16 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pydantic import TypeAdapter
 
-from vitrine.batch.predict import Source, Summary, ask, find_sources, picture_names, predict_files, summary_text, text
+from vitrine.batch.predict import (
+    Source,
+    Summary,
+    find_sources,
+    format_record,
+    format_summary,
+    make_query,
+    picture_names,
+    predict_files,
+)
 from vitrine.batch.results import ResultsError
 from vitrine.bundle.errors import ParameterError, VitrineError
 from vitrine.bundle.images import decode
@@ -31,7 +40,7 @@ from vitrine.bundle.loading import Bundle, load_bundle, load_file
 from vitrine.bundle.manifest import Precision
 from vitrine.bundle.predictors import Classifier, Detector
 
-ENDINGS = (".jsonl", ".csv", ".coco.json")
+SUFFIXES = (".jsonl", ".csv", ".coco.json")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +55,7 @@ def detector(tiny_bundles: Path) -> Bundle:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Eight images of several types in folders, a broken one, one of no type, and files that are no images."""
+    """Folders with eight images of several types, broken images, and files that are not images."""
     folder = tmp_path / "photos"
     random = np.random.default_rng(0)
     for i, name in enumerate(
@@ -78,8 +87,8 @@ class Stopped(Exception):
 
 
 @contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond this many bytes: as on a full disk, a write fails in the middle."""
+def file_size_limit(size: int) -> Iterator[None]:
+    """Limit the file size of this process in bytes, so that a write fails halfway, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -89,23 +98,23 @@ def largest_file(size: int) -> Iterator[None]:
 
 
 def run(bundle: Bundle, paths: Path | list[Path], out: Path | None, stop_after: int = 0, **options: Any) -> Summary:
-    """Predict, and stop when so many files are done; `annotate` and `providers` aside, options are the question's."""
+    """Predict and stop after `stop_after` files; options other than `annotate` and `providers` go to the query."""
     places = {name: options.pop(name) for name in ("annotate", "providers") if name in options}
     sources = find_sources([paths] if isinstance(paths, Path) else paths)
 
-    def each(done: int, record: object) -> None:
+    def on_result(done: int, record: object) -> None:
         if done == stop_after:
             raise Stopped
 
-    query = ask(bundle.predictor, **options)
-    return predict_files(bundle, query, sources, out=out, each=each, threads=2, **places)
+    query = make_query(bundle.predictor, **options)
+    return predict_files(bundle, query, sources, out=out, callback=on_result, threads=2, **places)
 
 
-def test_classes_are_those_of_the_classifier(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_predictions_are_those_of_the_classifier(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     summary = run(classifier, photos, out, top_k=2)
-    assert summary == Summary(answered=8, errors=2, skipped=2, before=0)
-    assert summary_text(summary) == "8 images, 2 errors, 2 other files skipped"
+    assert summary == Summary(answered=8, errors=2, skipped=2, resumed=0)
+    assert format_summary(summary) == "8 images, 2 errors, 2 other files skipped"
     found = records(out)
     assert [record["path"] for record in found] == [str(photos / name) for name in sorted(IMAGES + BROKEN)]
     assert isinstance(classifier.predictor, Classifier)
@@ -125,7 +134,7 @@ def test_classes_are_those_of_the_classifier(classifier: Bundle, photos: Path, t
     assert codes == {"broken.png": "undecodable_image", "text.jpg": "unsupported_image_type"}
 
 
-def test_objects_are_those_of_the_detector(detector: Bundle, squares: Path, tmp_path: Path) -> None:
+def test_detections_are_those_of_the_detector(detector: Bundle, squares: Path, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     run(detector, squares / "images", out, threshold=0.1, max_detections=3, labels=["red", "blue"])
     found = records(out)
@@ -155,7 +164,7 @@ def test_records_have_the_fields_of_the_service(
             assert answer.dump_python(answer.validate_python(record), mode="json") == record
 
 
-def test_one_onnx_file_answers_as_its_bundle(
+def test_a_single_onnx_file_gives_the_answers_of_its_bundle(
     classifier: Bundle, tiny_bundles: Path, photos: Path, tmp_path: Path
 ) -> None:
     alone = load_file(tiny_bundles / "colours" / "1" / "model.onnx")
@@ -182,7 +191,7 @@ def test_csv_has_a_row_for_each_class(classifier: Bundle, photos: Path, tmp_path
 
 
 def test_csv_has_a_row_for_each_object(detector: Bundle, photos: Path, tmp_path: Path) -> None:
-    os.chdir(photos / "c")  # so that the name with = begins its row
+    os.chdir(photos / "c")  # so that the row begins with "="
     try:
         run(detector, [Path("=1+2.bmp")], tmp_path / "r.csv", threshold=0.0, max_detections=4)
     finally:
@@ -197,7 +206,7 @@ def test_csv_has_a_row_for_each_object(detector: Bundle, photos: Path, tmp_path:
     assert [float(rows[0][edge]) for edge in ("x_min", "y_min", "x_max", "y_max")] == list(asdict(best.box).values())
 
 
-def test_pycocotools_reads_what_is_found(detector: Bundle, squares: Path, photos: Path, tmp_path: Path) -> None:
+def test_pycocotools_reads_the_results(detector: Bundle, squares: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "r.coco.json"
     run(detector, [squares / "images", photos], out, threshold=0.05)
     run(detector, [squares / "images", photos], tmp_path / "r.jsonl", threshold=0.05)
@@ -217,19 +226,19 @@ def test_pycocotools_reads_what_is_found(detector: Bundle, squares: Path, photos
             assert one["area"] == width * height
             assert one["iscrowd"] == 0
     assert len(coco.getAnnIds()) > 10
-    assert coco.loadRes(coco.loadAnns(coco.getAnnIds())).getAnnIds()  # and takes them as results
+    assert coco.loadRes(coco.loadAnns(coco.getAnnIds())).getAnnIds()  # and accepts them as results
     errors = json.loads(out.read_text())["errors"]
     assert [Path(error["path"]).name for error in errors] == ["broken.png", "text.jpg"]
 
 
-def test_a_classifier_has_no_boxes_for_coco(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_coco_is_rejected_for_a_classifier(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"r\.coco\.json: expected \.jsonl or \.csv for the answers of a classifier"):
         run(classifier, photos, tmp_path / "r.coco.json")
     assert list(tmp_path.iterdir()) == [photos]
 
 
 @pytest.mark.parametrize("name", ["r.txt", "r.json", "r", "r.jsonl.gz"])
-def test_an_unknown_ending_lists_the_known_ones(detector: Bundle, photos: Path, tmp_path: Path, name: str) -> None:
+def test_an_unknown_suffix_lists_the_known_ones(detector: Bundle, photos: Path, tmp_path: Path, name: str) -> None:
     found = Path(name).suffix or "no ending"
     with pytest.raises(
         ResultsError, match=rf"expected a name that ends in \.jsonl, \.csv, \.coco\.json, found {found}"
@@ -237,9 +246,9 @@ def test_an_unknown_ending_lists_the_known_ones(detector: Bundle, photos: Path, 
         run(detector, photos, tmp_path / name)
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", SUFFIXES)
 @pytest.mark.parametrize("stop_after", [1, 5, 12])
-def test_an_interrupted_run_goes_on(
+def test_an_interrupted_run_is_resumed(
     detector: Bundle, photos: Path, tmp_path: Path, ending: str, stop_after: int
 ) -> None:
     whole, out = tmp_path / f"whole{ending}", tmp_path / f"r{ending}"
@@ -249,7 +258,7 @@ def test_an_interrupted_run_goes_on(
     assert not out.exists()
     summary = run(detector, photos, out, threshold=0.1)
     assert out.read_bytes() == whole.read_bytes()
-    assert summary.before == len(
+    assert summary.resumed == len(
         [
             1
             for name in sorted([*IMAGES, *BROKEN, "notes.txt", "empty"])[:stop_after]
@@ -260,7 +269,7 @@ def test_an_interrupted_run_goes_on(
     assert {file.name for file in tmp_path.iterdir()} == {"photos", whole.name, out.name}
 
 
-def test_whatever_byte_the_partial_file_ends_at_the_results_are_the_same(
+def test_resuming_from_a_partial_file_cut_at_any_byte_gives_the_same_results(
     classifier: Bundle, photos: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole.jsonl"
@@ -284,9 +293,7 @@ def test_whatever_byte_the_partial_file_ends_at_the_results_are_the_same(
     check()
 
 
-def test_images_that_come_and_go_meanwhile_are_taken_as_they_are_now(
-    classifier: Bundle, photos: Path, tmp_path: Path
-) -> None:
+def test_added_and_removed_images_are_picked_up_on_resume(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run(classifier, photos, tmp_path / "r.jsonl", stop_after=6)
     (photos / "a.jpg").rename(photos / "z2.jpg")
@@ -301,15 +308,15 @@ def test_images_that_come_and_go_meanwhile_are_taken_as_they_are_now(
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"top_k": 2}, "top_k: expected 3, as the results in it were made, found 2"),
-        ({"labels": ["red"]}, r'labels: expected null, as the results in it were made, found \["red"\]'),
-        ({"annotate": Path("pictures")}, 'annotate: expected null, as the results in it were made, found "pictures"'),
-        ({"providers": ["other"]}, r'providers: expected \[\], as the results in it were made, found \["other"\]'),
+        ({"top_k": 2}, "top_k: expected 3, as in the results so far, found 2"),
+        ({"labels": ["red"]}, r'labels: expected null, as in the results so far, found \["red"\]'),
+        ({"annotate": Path("pictures")}, 'annotate: expected null, as in the results so far, found "pictures"'),
+        ({"providers": ["other"]}, r'providers: expected \[\], as in the results so far, found \["other"\]'),
         ({"variant": Precision.INT8_DYNAMIC}, 'variant: expected "fp32", .*, found "int8-dynamic"'),
-        ({"name": "other"}, 'name: expected "colours", as the results in it were made, found "other"'),
+        ({"name": "other"}, 'name: expected "colours", as in the results so far, found "other"'),
     ],
 )
-def test_results_that_were_made_otherwise_are_refused(
+def test_results_of_another_configuration_are_refused(
     classifier: Bundle, tiny_bundles: Path, photos: Path, tmp_path: Path, options: dict[str, Any], problem: str
 ) -> None:
     out, bundle = tmp_path / "r.jsonl", classifier
@@ -321,13 +328,13 @@ def test_results_that_were_made_otherwise_are_refused(
     if "name" in options:
         renamed = classifier.manifest.model_copy(update={"name": options.pop("name")})
         bundle = Bundle(renamed, classifier.predictor, classifier.path, classifier.variant)
-    with pytest.raises(ResultsError, match=f"r.jsonl.partial: {problem}; remove it to begin anew"):
+    with pytest.raises(ResultsError, match=f"r.jsonl.partial: {problem}; remove it to start over"):
         run(bundle, photos, out, **{"top_k": 3, **options})
     assert (tmp_path / "r.jsonl.partial").read_bytes() == before
     assert not Path("pictures").exists()
 
 
-def test_a_file_that_is_there_already_is_never_touched(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_never_touched(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     for name, problem in (("r.jsonl", "is there already"), ("s.jsonl.partial", "found another file")):
         (tmp_path / name).write_text("mine\n")
         with pytest.raises(ResultsError, match=f"{name}: .*{problem}"):
@@ -336,28 +343,29 @@ def test_a_file_that_is_there_already_is_never_touched(classifier: Bundle, photo
     assert {file.name for file in tmp_path.iterdir()} == {"photos", "r.jsonl", "s.jsonl.partial"}
 
 
-def test_a_folder_that_is_not_there_cannot_be_written_to(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_a_missing_output_folder(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match=r"r\.jsonl\.partial: cannot be written: No such file or directory$"):
         run(classifier, photos, tmp_path / "nowhere" / "r.jsonl")
 
 
-def test_two_processes_do_not_write_one_file(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_two_runs_cannot_write_one_file(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     problems = []
 
-    def each(done: int, record: object) -> None:
+    def on_result(done: int, record: object) -> None:
         if not problems:
             with pytest.raises(ResultsError) as raised:
                 run(classifier, photos, tmp_path / "r.jsonl")
             problems.append(str(raised.value))
 
-    predict_files(classifier, ask(classifier.predictor), find_sources([photos]), out=tmp_path / "r.jsonl", each=each)
+    query, sources = make_query(classifier.predictor), find_sources([photos])
+    predict_files(classifier, query, sources, out=tmp_path / "r.jsonl", callback=on_result)
     assert problems == [f"{tmp_path / 'r.jsonl.partial'}: another process is writing it at this moment"]
     assert len(records(tmp_path / "r.jsonl")) == 10
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95, 1.1])
 def test_a_full_disk_loses_nothing(classifier: Bundle, photos: Path, tmp_path: Path, share: float) -> None:
-    """Of the partial file's size, or, in the last case, when all is answered and a table of it is written."""
+    """The disk is full at a share of the final size or, in the last case, while the results file is written."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "r.jsonl"
     run(classifier, photos, whole, top_k=1)
     size = whole.stat().st_size
@@ -366,7 +374,7 @@ def test_a_full_disk_loses_nothing(classifier: Bundle, photos: Path, tmp_path: P
             run(classifier, photos, out, top_k=1, stop_after=12)
         size //= 2
     with (
-        largest_file(int(size * min(share, 1))),
+        file_size_limit(int(size * min(share, 1))),
         pytest.raises(ResultsError, match="cannot be written: File too large"),
     ):
         run(classifier, photos, out, top_k=1)
@@ -379,7 +387,7 @@ def test_a_full_disk_loses_nothing(classifier: Bundle, photos: Path, tmp_path: P
 def test_sigkill_in_the_middle(
     tiny_bundles: Path, classifier: Bundle, photos: Path, tmp_path: Path, root: Path
 ) -> None:
-    """The real command is killed while it waits for the last image, which a pipe holds back, and then run again."""
+    """The command is killed while it waits for the last image, a blocking pipe, and then run again."""
     pipe, out = tmp_path / "last.png", tmp_path / "r.jsonl"
     os.mkfifo(pipe)
     bundle = tiny_bundles / "colours" / "1"
@@ -402,7 +410,7 @@ def test_sigkill_in_the_middle(
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_ctrl_c_says_how_to_go_on(tiny_bundles: Path, photos: Path, tmp_path: Path, root: Path) -> None:
+def test_ctrl_c_reports_how_to_resume(tiny_bundles: Path, photos: Path, tmp_path: Path, root: Path) -> None:
     pipe, out = tmp_path / "last.png", tmp_path / "r.csv"
     os.mkfifo(pipe)
     bundle = tiny_bundles / "colours" / "1"
@@ -413,10 +421,10 @@ def test_ctrl_c_says_how_to_go_on(tiny_bundles: Path, photos: Path, tmp_path: Pa
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    told = process.stderr.readline()  # before the pipe's end lets the thread that reads it go
+    message = process.stderr.readline()  # before closing the pipe releases the thread that reads it
     os.close(writer)
     assert process.wait(timeout=30) == 130
-    assert re.sub(r"1[12] of", "12 of", told) == (
+    assert re.sub(r"1[12] of", "12 of", message) == (
         f"vitrine: interrupted after 12 of 13 files; they are kept, and the same command goes on to {out}\n"
     )
     assert process.stderr.read() == ""
@@ -425,7 +433,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_bundles: Path, photos: Path, tmp_path: Pa
     assert not out.exists()
 
 
-def test_pictures_lie_as_their_images_do(detector: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_pictures_keep_the_folder_structure(detector: Bundle, photos: Path, tmp_path: Path) -> None:
     pictures, out = tmp_path / "pictures", tmp_path / "r.jsonl"
     run(detector, photos, out, annotate=pictures, threshold=0.0)
     found = {str(file.relative_to(pictures)): file for file in pictures.rglob("*") if file.is_file()}
@@ -439,7 +447,7 @@ def test_pictures_lie_as_their_images_do(detector: Bundle, photos: Path, tmp_pat
     assert named[str(photos / "b" / "10.webp")] == "b/10.png"
 
 
-def test_a_picture_is_that_of_drawing(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_pictures_are_those_of_bundle_drawing(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     from vitrine.bundle.drawing import draw_classification
 
     run(classifier, [photos / "b" / "2.png"], None, annotate=tmp_path / "pictures", top_k=2)
@@ -450,19 +458,19 @@ def test_a_picture_is_that_of_drawing(classifier: Bundle, photos: Path, tmp_path
         assert picture.tobytes() == expected.tobytes()
 
 
-def test_pictures_of_one_name_do_not_overwrite_each_other() -> None:
+def test_picture_names_are_unique() -> None:
     paths = ("x/a.jpg", "y/a.jpg", "y/A.JPG", "x/a.png", "x/a.webp", "y/a-2.png", "x/a.jpeg", "x/a")
     sources = [Source(path, Path(path).name, True) for path in paths]
     names = picture_names(sources, {})
     assert list(names.values()) == [
         "a.jpg", "a-2.jpg", "A-3.JPG", "a.png", "a-2.png", "a-2-2.png", "a.jpeg", "a-3.png",
     ]  # fmt: skip
-    for made in range(len(paths)):  # the rest is named the same when an earlier run has named the first ones
-        assert picture_names(sources, dict(list(names.items())[:made])) == names
+    for count in range(len(paths)):  # a resumed run names the rest in the same way
+        assert picture_names(sources, dict(list(names.items())[:count])) == names
 
 
 @pytest.mark.parametrize("stop_after", [1, 7])
-def test_pictures_of_an_interrupted_run(detector: Bundle, photos: Path, tmp_path: Path, stop_after: int) -> None:
+def test_pictures_of_a_resumed_run(detector: Bundle, photos: Path, tmp_path: Path, stop_after: int) -> None:
     shutil.copytree(photos, tmp_path / "more")
     paths, pictures = [photos, tmp_path / "more"], tmp_path / "pictures"
     with pytest.raises(Stopped):
@@ -474,7 +482,7 @@ def test_pictures_of_an_interrupted_run(detector: Bundle, photos: Path, tmp_path
             assert (pictures / record["annotated"]).exists()
 
 
-def test_no_image_is_overwritten_by_a_picture(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_pictures_never_overwrite_images(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     before = (photos / "a.jpg").read_bytes()
     for out in (None, tmp_path / "r.jsonl"):
         with pytest.raises(ResultsError, match="photos: expected a new or an empty folder for the pictures"):
@@ -491,20 +499,20 @@ def test_no_image_is_overwritten_by_a_picture(classifier: Bundle, photos: Path, 
     assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_what_the_program_writes_is_not_read(photos: Path) -> None:
+def test_own_output_is_excluded(photos: Path) -> None:
     own = [photos / "r.jsonl", photos / "r.jsonl.partial", photos / "pictures"]
     before = find_sources([photos])
     (photos / "pictures").mkdir()
     for file in (*own[:2], photos / "pictures" / "a.png"):
         file.touch()
-    assert find_sources([photos], leave_out=own) == before
+    assert find_sources([photos], exclude=own) == before
     with pytest.raises(VitrineError, match="expected a folder of images, found one that pictures are written to"):
-        find_sources([photos / "pictures"], leave_out=own)
+        find_sources([photos / "pictures"], exclude=own)
 
 
-def test_files_are_found_in_order_and_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_found_once_and_in_order(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photos)
-    (photos / "c" / "again").symlink_to(photos / "c")  # a circle
+    (photos / "c" / "again").symlink_to(photos / "c")  # a cycle
     (photos / "b" / "gone.png").symlink_to("nowhere")
     (photos / "b" / "self").symlink_to("self")
     found = [source.path for source in find_sources([Path("z.tif"), Path("b"), Path("./b/2.png"), Path("c")])]
@@ -528,10 +536,10 @@ def test_a_folder_without_files_is_an_error(tmp_path: Path) -> None:
         find_sources([tmp_path])
 
 
-def test_a_named_file_that_is_no_image_is_an_error_of_its_own(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
+def test_an_input_file_that_is_not_an_image_is_an_error(classifier: Bundle, photos: Path, tmp_path: Path) -> None:
     paths = [photos / "notes.txt", photos / "nowhere.png", photos / "empty", photos / "a.jpg"]
     summary = run(classifier, paths, tmp_path / "r.jsonl")
-    assert summary == Summary(answered=1, errors=3, skipped=0, before=0)
+    assert summary == Summary(answered=1, errors=3, skipped=0, resumed=0)
     found = records(tmp_path / "r.jsonl")
     assert [record.get("error", {}).get("code") for record in found] == [
         "unsupported_image_type", "unreadable_file", "undecodable_image", None,
@@ -541,22 +549,22 @@ def test_a_named_file_that_is_no_image_is_an_error_of_its_own(classifier: Bundle
 
 @pytest.mark.parametrize("ending", [".jsonl", ".csv"])
 def test_a_name_that_is_not_utf_8(classifier: Bundle, photos: Path, tmp_path: Path, ending: str) -> None:
-    """CSV keeps the name's bytes; JSON, which cannot, escapes them as Python does."""
+    """CSV keeps the bytes of the name; JSON cannot, and escapes them as Python does."""
     name = os.fsdecode(b"caf\xe9.png")
     shutil.copy(photos / "b" / "2.png", tmp_path / name)
     out = tmp_path / f"r{ending}"
     with pytest.raises(Stopped):
         run(classifier, [tmp_path / name, photos], out, stop_after=2, top_k=1)
-    assert run(classifier, [tmp_path / name, photos], out, top_k=1).before == 2
+    assert run(classifier, [tmp_path / name, photos], out, top_k=1).resumed == 2
     if ending == ".csv":
         assert out.read_bytes().splitlines()[1].startswith(os.fsencode(tmp_path / name) + b",")
     else:
         record = records(out)[0]
         assert record["path"] == str(tmp_path / name)
-        assert "caf\\udce9.png: " in text(record)
+        assert "caf\\udce9.png: " in format_record(record)
 
 
-def test_parameters_are_the_tasks(classifier: Bundle, detector: Bundle) -> None:
+def test_parameters_are_checked_by_task(classifier: Bundle, detector: Bundle) -> None:
     for bundle, options, problem in (
         (classifier, {"threshold": 0.5}, "threshold: expected none: it is for a detector, found 0.5"),
         (classifier, {"max_detections": 5}, "max_detections: expected none: it is for a detector, found 5"),
@@ -566,23 +574,23 @@ def test_parameters_are_the_tasks(classifier: Bundle, detector: Bundle) -> None:
         (detector, {"labels": ["rad"]}, "labels: expected some of the model's 3 labels, such as 'red', found 'rad'"),
     ):
         with pytest.raises(ParameterError) as raised:
-            ask(bundle.predictor, **options)
+            make_query(bundle.predictor, **options)
         assert str(raised.value) == problem
 
 
-def test_only_a_few_images_are_in_work(classifier: Bundle, photos: Path) -> None:
-    """Of a thousand files, only a few for each thread are read before the first one's answer is taken."""
+def test_only_a_few_images_are_in_progress(classifier: Bundle, photos: Path) -> None:
+    """Of 1,000 files, only a few per thread are read before the first result is consumed."""
     later = [photos / f"{i}.png" for i in range(1000)]
     codes: list[str | None] = []
 
-    def each(number: int, record: Any) -> None:
+    def on_result(number: int, record: Any) -> None:
         codes.append(record.get("error", {}).get("code"))
         if number == 1:
             for path in later:
                 path.touch()
 
     sources = find_sources([photos / "a.jpg", *later])
-    predict_files(classifier, ask(classifier.predictor), sources, threads=2, each=each)
+    predict_files(classifier, make_query(classifier.predictor), sources, threads=2, callback=on_result)
     assert len(codes) == 1001
     assert set(codes[1:9]) <= {"unreadable_file", "undecodable_image"}
     assert set(codes[9:]) == {"undecodable_image"}

@@ -1,4 +1,4 @@
-"""Answers as pictures: where boxes and tags lie, in which colours, and that any size and any label can be drawn."""
+"""Drawn answers: positions and colors of boxes and tags, for any image size and any label."""
 
 import itertools
 
@@ -11,12 +11,12 @@ from vitrine.bundle.drawing import (
     LARGEST_EDGE,
     MAX_CAPTION_ROWS,
     READABLE_EDGE,
-    class_colour,
+    class_color,
     contrast,
     draw_classification,
     draw_detections,
-    enlargement,
-    text_colour,
+    text_color,
+    upscale_factor,
 )
 from vitrine.bundle.images import decode
 from vitrine.bundle.predictors import Box, Detection, Prediction
@@ -42,16 +42,16 @@ def detection(class_id: int, box: tuple[float, float, float, float], score: floa
     return Detection(label or f"class {class_id}", class_id, score, Box(*box))
 
 
-def pixels_of(picture: Image.Image, colour: tuple[int, int, int]) -> NDArray[np.bool_]:
-    return (np.asarray(picture) == colour).all(axis=-1)
+def pixels_of(picture: Image.Image, color: tuple[int, int, int]) -> NDArray[np.bool_]:
+    return (np.asarray(picture) == color).all(axis=-1)
 
 
 @pytest.mark.parametrize(
     ("size", "factor"),
     [((80, 60), 6), ((32, 32), 10), ((319, 400), 2), ((320, 400), 1), ((6000, 4000), 1), ((1, 1), 320), ((10, 900), 4)],
 )
-def test_a_small_image_is_enlarged_by_a_whole_factor(size: tuple[int, int], factor: int) -> None:
-    assert enlargement(*size) == factor
+def test_a_small_image_is_upscaled_by_an_integer_factor(size: tuple[int, int], factor: int) -> None:
+    assert upscale_factor(*size) == factor
     picture = draw_detections(Image.new("RGB", size, GREY), [detection(0, (0, 0, *size))])
     assert picture.size == (size[0] * factor, size[1] * factor)
     assert min(picture.size) >= READABLE_EDGE or max(size) * (factor + 1) > LARGEST_EDGE
@@ -64,7 +64,7 @@ def test_without_detections_the_picture_is_the_image(photograph: bytes) -> None:
     assert picture is not image
 
 
-def test_the_same_input_gives_the_same_pixels_and_leaves_the_image_alone(photograph: bytes) -> None:
+def test_drawing_is_deterministic_and_keeps_the_image(photograph: bytes) -> None:
     image = decode(photograph)
     before = image.tobytes()
     found = [detection(i, (20 * i, 15 * i, 20 * i + 200, 15 * i + 150), 1 - i / 20) for i in range(12)]
@@ -73,14 +73,14 @@ def test_the_same_input_gives_the_same_pixels_and_leaves_the_image_alone(photogr
 
 
 @pytest.mark.parametrize("size", [(80, 60), (640, 480), (1500, 1000)])
-def test_a_box_is_drawn_where_it_is(size: tuple[int, int]) -> None:
-    """The outermost coloured pixels are at the box's edges, give or take a line; its inside shows the image."""
+def test_a_box_is_drawn_at_its_coordinates(size: tuple[int, int]) -> None:
+    """The outermost colored pixels are at the box's edges, within a line width; its interior shows the image."""
     width, height = size
     box = (0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height)
     picture = draw_detections(Image.new("RGB", size, GREY), [detection(3, box)])
-    coloured = pixels_of(picture, class_colour(3))
+    colored = pixels_of(picture, class_color(3))
     factor = picture.width / width
-    rows, columns = np.nonzero(coloured[:, : picture.width // 2])[0].max(), np.nonzero(coloured.any(axis=0))[0]
+    rows, columns = np.nonzero(colored[:, : picture.width // 2])[0].max(), np.nonzero(colored.any(axis=0))[0]
     slack = max(4.0, picture.width / 150)
     assert columns.min() == pytest.approx(box[0] * factor, abs=slack)
     assert columns.max() == pytest.approx(box[2] * factor, abs=slack)
@@ -89,7 +89,7 @@ def test_a_box_is_drawn_where_it_is(size: tuple[int, int]) -> None:
     assert picture.getpixel((2, picture.height - 3)) == GREY
 
 
-def test_lines_and_letters_grow_with_the_image() -> None:
+def test_lines_and_text_scale_with_the_image() -> None:
     shares = []
     for size in ((640, 480), (6000, 4500)):
         box = (0.3 * size[0], 0.3 * size[1], 0.6 * size[0], 0.6 * size[1])
@@ -102,28 +102,28 @@ def test_lines_and_letters_grow_with_the_image() -> None:
     "box", [(0, 0, 640, 480), (600, 440, 640, 480), (-500, -500, -400, -400), (639.9, 0, 900, 2), (0, 470, 2, 480)]
 )
 def test_a_tag_stays_inside_the_picture(box: tuple[float, float, float, float]) -> None:
-    """Of a box at any edge, or of one outside, as many pixels of letters are seen as in the middle."""
+    """A tag at any edge, or of a box outside, shows as many text pixels as one in the middle."""
     letters = []
     for where in (box, (300, 200, 400, 300)):
         picture = draw_detections(Image.new("RGB", (640, 480), GREY), [detection(1, where)])
-        letters.append(pixels_of(picture, text_colour(class_colour(1))).sum())
+        letters.append(pixels_of(picture, text_color(class_color(1))).sum())
     assert letters[0] == letters[1] > 40
 
 
-def test_the_best_score_lies_on_top() -> None:
-    """Whatever the order they come in: of two equal boxes, the best one's colour is seen, and its tag is first."""
+def test_the_best_score_is_on_top() -> None:
+    """In any input order: of two equal boxes, the better one's color is visible and its tag comes first."""
     image = Image.new("RGB", (640, 480), GREY)
     box = (200.0, 150.0, 400.0, 300.0)
     best, other = detection(0, box, 0.9), detection(1, box, 0.6)
     pictures = [draw_detections(image, order) for order in ([best, other], [other, best])]
     assert pictures[0].tobytes() == pictures[1].tobytes()
-    assert pictures[0].getpixel((202, 250)) == class_colour(0)
-    assert pictures[0].getpixel((202, 145)) == class_colour(0)  # its tag stands on the box ...
-    assert pixels_of(pictures[0], class_colour(1)).sum() > 500  # ... and the other's is still seen
+    assert pictures[0].getpixel((202, 250)) == class_color(0)
+    assert pictures[0].getpixel((202, 145)) == class_color(0)  # its tag is above the box ...
+    assert pixels_of(pictures[0], class_color(1)).sum() > 500  # ... and the other's is still visible
 
 
-def test_tags_make_room_for_each_other() -> None:
-    """Four boxes of one corner: no letter is covered."""
+def test_tags_do_not_overlap() -> None:
+    """Four boxes with a common corner: no text is covered."""
     image = Image.new("RGB", (800, 600), GREY)
     found = [detection(i, (300, 200, 420 + 30 * i, 300 + 40 * i), 0.9 - 0.1 * i) for i in range(4)]
 
@@ -134,12 +134,12 @@ def test_tags_make_room_for_each_other() -> None:
     assert letters(found) == sum(letters([one]) for one in found)
 
 
-def test_classes_have_distinct_colours_with_readable_letters() -> None:
-    colours = [class_colour(class_id) for class_id in range(1000)]
-    assert len(set(colours[:200])) == 200
-    for one, other in itertools.combinations(np.array(colours[:10]), 2):
+def test_classes_have_distinct_colors_with_readable_text() -> None:
+    colors = [class_color(class_id) for class_id in range(1000)]
+    assert len(set(colors[:200])) == 200
+    for one, other in itertools.combinations(np.array(colors[:10]), 2):
         assert np.abs(one - other).sum() > 90
-    assert all(contrast(text_colour(colour), colour) >= 4.5 for colour in colours)
+    assert all(contrast(text_color(color), color) >= 4.5 for color in colors)
     assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
 
 
@@ -150,7 +150,7 @@ def test_any_label_can_be_drawn(label: str) -> None:
     draw_classification(image, [Prediction(label, 2, 0.5)])
 
 
-def test_a_label_that_the_font_cannot_write_is_its_class_id() -> None:
+def test_a_label_without_glyphs_is_shown_as_its_class_id() -> None:
     image = Image.new("RGB", (400, 400), GREY)
     drawn = {
         label: draw_detections(image, [Detection(label, 7, 0.5, Box(50, 50, 300, 300))]).tobytes()
@@ -161,7 +161,7 @@ def test_a_label_that_the_font_cannot_write_is_its_class_id() -> None:
     assert drawn["#7"] != drawn["Kase"]
 
 
-def test_only_what_is_certain_has_a_hundred_percent() -> None:
+def test_only_a_score_of_one_is_100_percent() -> None:
     image = Image.new("RGB", (400, 400), GREY)
     drawn = [draw_detections(image, [detection(0, (50, 50, 300, 300), score)]).tobytes() for score in (0.99, 0.999, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -176,7 +176,7 @@ def test_any_size_can_be_drawn(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 5, 50])
-def test_a_caption_holds_the_first_classes_below_the_image(count: int) -> None:
+def test_the_caption_lists_the_first_classes_below_the_image(count: int) -> None:
     image = Image.new("RGB", (640, 480), GREY)
     predictions = [Prediction(f"class {i}", i, 1 / (i + 2)) for i in range(count)]
     picture = draw_classification(image, predictions)
@@ -187,7 +187,7 @@ def test_a_caption_holds_the_first_classes_below_the_image(count: int) -> None:
     assert picture.tobytes() == draw_classification(image, predictions[:MAX_CAPTION_ROWS]).tobytes()
 
 
-def test_a_bar_is_as_long_as_the_probability() -> None:
+def test_bar_length_is_the_probability() -> None:
     image = Image.new("RGB", (640, 480), GREY)
     bars = [
         pixels_of(draw_classification(image, [Prediction("", 0, probability)]), (63, 63, 70)).any(axis=0).sum()
@@ -196,7 +196,7 @@ def test_a_bar_is_as_long_as_the_probability() -> None:
     assert bars == pytest.approx([0, 157, 315, 630], abs=2)
 
 
-def test_a_caption_below_a_narrow_image_has_a_margin() -> None:
+def test_a_narrow_image_gets_a_margin() -> None:
     picture = draw_classification(Image.new("RGB", (20, 3000), GREY), [Prediction("a", 0, 0.5)])
     assert picture.width > 20
     assert picture.getpixel((19, 2999)) == GREY

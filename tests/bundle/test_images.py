@@ -33,14 +33,14 @@ def encode(image: Image.Image, form: str, **options: object) -> bytes:
 
 
 def smooth(width: int, height: int) -> Image.Image:
-    """A picture of slow gradients, different in each channel and corner."""
+    """An image of smooth gradients that differ by channel and corner."""
     y, x = np.mgrid[0:height, 0:width]
     channels = (255 * x / width, 255 * y / height, 127 * (x / width + 1 - y / height))
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG that claims to be of that size and holds no pixels."""
+    """A PNG whose header states this size, without pixel data."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -110,7 +110,7 @@ def test_floating_point_tiff_is_refused() -> None:
         decode(encode(Image.new("F", (4, 4), 0.5), "TIFF"))
 
 
-# How upright rows and columns are stored under each orientation: the inverse of what a viewer does.
+# How an upright image is stored under each orientation: the inverse of what a viewer does.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -196,7 +196,7 @@ def test_max_pixels() -> None:
 VALID = {form: encode(smooth(24, 16), form) for form in FORMATS}
 
 
-def decodes_or_refuses(data: bytes) -> None:
+def decode_or_reject(data: bytes) -> None:
     try:
         image = decode(data, max_pixels=100_000)
     except ImageError:
@@ -211,7 +211,7 @@ SIGNATURES = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", b
 @given(st.sampled_from(SIGNATURES), st.binary(max_size=200))
 @settings(max_examples=150, deadline=None)
 def test_any_bytes(signature: bytes, data: bytes) -> None:
-    decodes_or_refuses(signature + data)
+    decode_or_reject(signature + data)
 
 
 @given(
@@ -220,17 +220,17 @@ def test_any_bytes(signature: bytes, data: bytes) -> None:
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
 )
 @settings(max_examples=300, deadline=None)
-@pytest.mark.filterwarnings("ignore")  # Pillow and libtiff warn of what is broken
+@pytest.mark.filterwarnings("ignore")  # Pillow and libtiff warn about broken files
 def test_any_corruption(form: str, kept: float, changes: list[tuple[float, int]]) -> None:
     data = bytearray(VALID[form])
     for place, value in changes:
         data[int(place * len(data))] = value
-    decodes_or_refuses(bytes(data[: round(kept * len(data))]))
-    decodes_or_refuses(bytes(data))
+    decode_or_reject(bytes(data[: round(kept * len(data))]))
+    decode_or_reject(bytes(data))
 
 
 def oriented(upright: Image.Image, orientation: int, form: str, **options: object) -> bytes:
-    """An image stored under an orientation."""
+    """Encode an image as stored under an orientation."""
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(upright))))
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
@@ -279,17 +279,17 @@ def test_reduced_jpeg(
     left, top, right, bottom = reduced.box
     assert 0 <= left < right <= reduced.image.width
     assert 0 <= top < bottom <= reduced.image.height
-    assert reduced.image.width - (right - left) < 1  # no more is stored than the rest of a last pixel
+    assert reduced.image.width - (right - left) < 1  # at most a partial last pixel
     assert reduced.image.height - (bottom - top) < 1
     assert found.shape == full.shape
-    if min(full.shape[:2]) >= 8:  # a stripe is all edge
-        # The same place of the picture: half a pixel to the side would be more.
+    if min(full.shape[:2]) >= 8:  # narrow stripes are all edge
+        # The same region: a shift of half a pixel would differ more.
         assert np.abs(found - full).mean() < 1
 
 
 @pytest.mark.parametrize("preprocessing", SMALL, ids=["crop", "bicubic", "squash", "detection"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_reduced_jpeg_whose_edges_no_block_divides(orientation: int, preprocessing: Preprocessing) -> None:
+def test_reduced_jpeg_with_partial_blocks(orientation: int, preprocessing: Preprocessing) -> None:
     data = oriented(smooth(401, 601), orientation, "JPEG", quality=95)
     reduced = decode_for(data, preprocessing)
     assert not reduced.is_whole
@@ -328,7 +328,7 @@ def test_reduced_jpeg_is_twice_as_large_as_needed(
     ("edge", "stored"),
     [(32, 32), (127, 127), (128, 64), (255, 128), (256, 64), (511, 128), (512, 64), (513, 65), (4096, 512)],
 )
-def test_how_far_a_jpeg_is_reduced(edge: int, stored: int) -> None:
+def test_jpeg_reduction(edge: int, stored: int) -> None:
     preprocessing = ClassificationPreprocessing(input_size=(32, 32), **CHANNELS)
     data = encode(Image.new("RGB", (edge, edge)), "JPEG")
     assert decode_for(data, preprocessing).image.size == (stored, stored)
@@ -352,8 +352,8 @@ def test_other_formats_are_decoded_in_full(form: str, orientation: int) -> None:
     np.testing.assert_array_equal(pixels_of(reduced, SMALL[0]), pixels_of(whole, SMALL[0]))
 
 
-def test_detailed_picture_at_reduced_size() -> None:
-    """Noise is the worst that there is: a photograph has little of the detail that is lost."""
+def test_noise_at_reduced_size() -> None:
+    """Noise is the worst case: photographs have little of the detail that is lost."""
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
     data = encode(Image.fromarray(noise), "JPEG", quality=95, subsampling="4:4:4")
     preprocessing = ClassificationPreprocessing(input_size=(32, 32), **CHANNELS)
@@ -368,7 +368,7 @@ def test_truncated_jpeg_at_reduced_size(kept: float) -> None:
         decode_for(data[: int(kept * len(data))], SMALL[0])
 
 
-def test_max_pixels_are_those_that_were_sent() -> None:
+def test_max_pixels_limits_the_original_size() -> None:
     data = encode(smooth(400, 300), "JPEG")
     assert decode_for(data, SMALL[0], max_pixels=120_000).width == 400
     with pytest.raises(ImageTooLargeError, match="at most 119999 pixels are accepted, found 400 x 300"):
@@ -379,7 +379,7 @@ def test_max_pixels_are_those_that_were_sent() -> None:
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_centre_crop_is_resize_then_crop(interpolation: str, width: int, height: int, crop_pct: float) -> None:
-    """The two steps of timm's and torchvision's transforms, with their rounding."""
+    """Compare with the two steps of timm's and torchvision's transforms, with their rounding."""
     image = smooth(width, height)
     preprocessing = ClassificationPreprocessing(
         input_size=(56, 56), crop_pct=crop_pct, interpolation=interpolation, **CHANNELS
@@ -404,7 +404,7 @@ def test_squash_is_a_plain_resize() -> None:
 
 
 @pytest.mark.parametrize("crop_mode", ["center", "squash"])
-def test_image_of_the_input_size_is_left_alone(crop_mode: str) -> None:
+def test_image_of_the_input_size_is_unchanged(crop_mode: str) -> None:
     image = smooth(32, 24)
     preprocessing = ClassificationPreprocessing(input_size=(24, 32), crop_mode=crop_mode, **CHANNELS)
     np.testing.assert_array_equal(to_classification_pixels(image, preprocessing), np.asarray(image))

@@ -14,22 +14,22 @@ from vitrine.bundle.manifest import Precision
 
 @pytest.fixture(params=["colours", "squares"])
 def bundle(request: pytest.FixtureRequest, tiny_bundles: Path, tmp_path: Path) -> Path:
-    """A copy of a real bundle that a test may spoil."""
+    """A copy of a bundle that a test may damage."""
     path = tmp_path / request.param / "1"
     shutil.copytree(tiny_bundles / request.param / "1", path)
     return path
 
 
-def change(path: Path, **fields: Any) -> None:
+def edit_manifest(path: Path, **fields: Any) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, **fields}))
 
 
 def rehash(path: Path, name: str) -> None:
-    """Write the hash that `name` now has into the manifest, as somebody who tampers would."""
+    """Update the hash of `name` in the manifest, as a tamperer would."""
     files = json.loads((path / "manifest.json").read_text())["files"]
     files[name] = {"sha256": hash_file(path / name), "size": (path / name).stat().st_size}
-    change(path, files=files)
+    edit_manifest(path, files=files)
 
 
 def test_a_real_bundle_loads(bundle: Path) -> None:
@@ -41,12 +41,12 @@ def test_bundles_are_found_by_name_and_ascending_version(tmp_path: Path) -> None
     for place in ("b/1", "a/10", "a/9", "a/2"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "manifest.json").touch()
-    (tmp_path / "c" / "1").mkdir(parents=True)  # no manifest, no bundle
+    (tmp_path / "c" / "1").mkdir(parents=True)  # without a manifest
     assert [str(path.relative_to(tmp_path)) for path in find_bundles(tmp_path)] == ["a/2", "a/9", "a/10", "b/1"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "a"}', "\xff"])
-def test_a_manifest_that_is_none(content: str, bundle: Path) -> None:
+def test_invalid_manifests(content: str, bundle: Path) -> None:
     (bundle / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(BundleError, match=r"manifest\.json"):
         read_manifest(bundle)
@@ -61,8 +61,8 @@ def test_a_manifest_that_is_none(content: str, bundle: Path) -> None:
         ({"colour": "blue"}, "colour: expected Extra inputs are not permitted"),
     ],
 )
-def test_a_manifest_of_something_else(fields: dict[str, Any], message: str, bundle: Path) -> None:
-    change(bundle, **fields)
+def test_inconsistent_manifests(fields: dict[str, Any], message: str, bundle: Path) -> None:
+    edit_manifest(bundle, **fields)
     with pytest.raises(BundleError, match=message):
         load_bundle(bundle)
 
@@ -84,12 +84,12 @@ def test_a_missing_or_changed_file(name: str, bundle: Path) -> None:
 
 def test_a_graph_with_other_inputs(bundle: Path) -> None:
     inputs = json.loads((bundle / "manifest.json").read_text())["inputs"]
-    change(bundle, inputs=[{**inputs[0], "name": "image"}, *inputs[1:]])
+    edit_manifest(bundle, inputs=[{**inputs[0], "name": "image"}, *inputs[1:]])
     with pytest.raises(BundleError, match=r"model.onnx: inputs: expected .*image.* found .*pixels"):
         load_bundle(bundle)
 
 
-def test_golden_answers_that_are_not_the_graphs(bundle: Path) -> None:
+def test_golden_answers_that_differ_from_the_graph(bundle: Path) -> None:
     golden = dict(np.load(bundle / "golden.npz"))
     first = read_manifest(bundle).outputs[0].name
     np.savez_compressed(bundle / "golden.npz", **{**golden, first: golden[first] + np.float32(0.01)})
@@ -99,14 +99,14 @@ def test_golden_answers_that_are_not_the_graphs(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive"])
-def test_a_golden_sample_that_cannot_be_read(content: bytes, bundle: Path) -> None:
+def test_unreadable_golden_samples(content: bytes, bundle: Path) -> None:
     (bundle / "golden.npz").write_bytes(content)
     rehash(bundle, "golden.npz")
     with pytest.raises(BundleError, match=r"golden\.npz: arrays: expected pixels"):
         load_bundle(bundle)
 
 
-def test_every_variant_loads_and_one_that_is_not_there_is_refused(bundle: Path) -> None:
+def test_every_variant_loads_and_a_missing_one_is_rejected(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert set(manifest.variants) == {Precision.FP32, Precision.FP16_WEIGHTS, Precision.INT8_DYNAMIC}
     for variant in manifest.variants:
@@ -117,7 +117,7 @@ def test_every_variant_loads_and_one_that_is_not_there_is_refused(bundle: Path) 
         load_bundle(bundle, variant=Precision.INT8_STATIC)
 
 
-def test_a_variant_with_other_answers_is_refused(bundle: Path) -> None:
+def test_a_variant_with_other_answers_is_rejected(bundle: Path) -> None:
     for file, other in (("model.int8-dynamic.onnx", "model.fp16-weights.onnx"), ("explain.onnx", "model.onnx")):
         shutil.copy(bundle / other, bundle / file)
         with pytest.raises(BundleError, match=f"{file}: (size|sha256)"):
@@ -135,7 +135,7 @@ def test_a_variant_with_other_answers_is_refused(bundle: Path) -> None:
         load_bundle(bundle, variant=Precision.INT8_DYNAMIC)
 
 
-def test_one_file_alone_answers_what_its_bundle_answers(bundle: Path, tmp_path: Path) -> None:
+def test_a_single_file_gives_the_answers_of_its_bundle(bundle: Path, tmp_path: Path) -> None:
     for variant in read_manifest(bundle).variants:
         file = tmp_path / "alone.onnx"
         shutil.copy(bundle / variant.file, file)
@@ -149,7 +149,7 @@ def test_one_file_alone_answers_what_its_bundle_answers(bundle: Path, tmp_path: 
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_file_that_says_nothing_or_something_else_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_files_with_missing_or_wrong_metadata_are_rejected(bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "alone.onnx"
     model = onnx.load(bundle / "model.onnx")
     identity = json.loads(model.metadata_props[0].value)

@@ -1,4 +1,4 @@
-"""Cores and memory as control groups limit them, on made-up file systems."""
+"""Cores and memory as limited by cgroups, on fake file systems."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from vitrine.bundle.machine import (
 GIB = 2**30
 
 
-def written(folder: Path, files: dict[str, str]) -> Path:
+def write_files(folder: Path, files: dict[str, str]) -> Path:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
@@ -57,7 +57,7 @@ def test_cores(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
-    cgroup, proc = written(tmp_path / "cgroup", files), written(tmp_path / "proc", {"self/cgroup": groups})
+    cgroup, proc = write_files(tmp_path / "cgroup", files), write_files(tmp_path / "proc", {"self/cgroup": groups})
     assert cpu_quota(cgroup, proc) == quota
     assert available_cores(cgroup, proc) == cores
 
@@ -74,32 +74,32 @@ def test_cores(
 )
 def test_memory(groups: str, files: dict[str, str], memory: int, tmp_path: Path) -> None:
     meminfo = f"MemTotal:       {16 * GIB // 1024} kB\nMemFree: 1 kB\n"
-    proc = written(tmp_path / "proc", {"self/cgroup": groups, "meminfo": meminfo})
-    assert available_memory(written(tmp_path / "cgroup", files), proc) == memory
+    proc = write_files(tmp_path / "proc", {"self/cgroup": groups, "meminfo": meminfo})
+    assert available_memory(write_files(tmp_path / "cgroup", files), proc) == memory
 
 
-def test_a_machine_says_whether_its_memory_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limited_memory_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
-    proc = written(tmp_path / "proc", {"self/cgroup": "0::/pod\n", "meminfo": f"MemTotal: {4 * GIB // 1024} kB\n"})
+    proc = write_files(tmp_path / "proc", {"self/cgroup": "0::/pod\n", "meminfo": f"MemTotal: {4 * GIB // 1024} kB\n"})
     free = this_machine(tmp_path / "nothing", proc)
     assert free == Machine(cores=3, all_cores=8, quota=None, memory=4 * GIB, memory_is_limited=False)
-    cgroup = written(tmp_path / "cgroup", {"pod/memory.max": str(GIB), "pod/cpu.max": "50000 100000"})
+    cgroup = write_files(tmp_path / "cgroup", {"pod/memory.max": str(GIB), "pod/cpu.max": "50000 100000"})
     assert this_machine(cgroup, proc) == Machine(1, 8, 0.5, GIB, True)
 
 
-def test_a_machine_without_any_of_these_files_has_its_own_cores_and_no_known_memory(tmp_path: Path) -> None:
+def test_without_cgroups_and_proc(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path, tmp_path) is None
     assert available_cores(tmp_path, tmp_path) >= 1
     assert available_memory(tmp_path, tmp_path) is None
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="of Linux")
-def test_freed_memory_goes_back_to_the_system() -> None:
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_freed_memory_is_returned_to_the_system() -> None:
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    held = [bytes(100_000) for _ in range(1000)]  # each below what the C library maps by itself
+    held = [bytes(100_000) for _ in range(1000)]  # each below the mmap threshold of the C library
     full = resident()
     last = held.pop()
     held.clear()

@@ -53,7 +53,7 @@ VALID: dict[str, Any] = {
 
 
 def changed(place: str, value: object) -> dict[str, Any]:
-    """VALID with one value set; `place` is dotted, but for file names, which follow "files:"."""
+    """Return VALID with one value changed; `place` is a dotted path, or "files:" and a file name."""
     document = copy.deepcopy(VALID)
     keys = ["files", place.removeprefix("files:")] if place.startswith("files:") else place.split(".")
     target = document
@@ -87,7 +87,7 @@ def test_preprocessing_is_chosen_by_task(preprocessing: dict[str, Any], task: Ta
 
 
 @pytest.mark.parametrize("task", list(Task))
-def test_the_main_metric_is_stated(task: Task) -> None:
+def test_the_main_metric_is_required(task: Task) -> None:
     preprocessing = {Task.CLASSIFICATION: CLASSIFICATION, Task.DETECTION: DETECTION}[task]
     metrics = {**VALID["metrics"], "values": {"top5": 0.5}}
     with pytest.raises(ValidationError, match=f"metrics: {MAIN_METRIC[task]} is not among top5"):
@@ -136,7 +136,7 @@ def test_names(name: str) -> None:
         ],
     ],
 )
-def test_refused_with_the_place_and_the_reason(place: str, value: object, message: str) -> None:
+def test_errors_name_the_field_and_the_reason(place: str, value: object, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Manifest.model_validate(changed(place, value))
 

@@ -1,4 +1,4 @@
-"""The predictors around real, hand-made ONNX graphs."""
+"""The predictors with small hand-made ONNX graphs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def network(
 
 @pytest.fixture
 def classifier(tmp_path: Path) -> Classifier:
-    """Answers each channel's share of the light: red, green, blue."""
+    """Returns the share of each channel in the total intensity: red, green, blue."""
     nodes = [
         helper.make_node("Cast", ["pixels"], ["float"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["float", "edges"], ["mean"], keepdims=0),
@@ -57,7 +57,7 @@ BOXES = np.array(
 
 @pytest.fixture
 def detector(tmp_path: Path) -> Detector:
-    """Answers the same five boxes whatever it sees."""
+    """Returns the same five boxes for any image."""
     nodes = [
         helper.make_node("Cast", ["sizes"], ["float_sizes"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["float_sizes", "zero"], ["zeros"]),
@@ -94,7 +94,7 @@ def test_ties_keep_the_order_of_the_labels(classifier: Classifier) -> None:
     assert [prediction.label for prediction in found] == ["red", "green", "blue"]
 
 
-def test_batch_answers_what_single_images_answer(classifier: Classifier) -> None:
+def test_a_batch_gives_the_answers_of_single_images(classifier: Classifier) -> None:
     images = [Image.new("RGB", (5 + i, 9), (10 * i, 20, 30)) for i in range(4)]
     batch = classifier.probabilities(images)
     assert (batch.shape, batch.dtype) == ((4, 3), np.float32)
@@ -103,12 +103,12 @@ def test_batch_answers_what_single_images_answer(classifier: Classifier) -> None
 
 
 @pytest.mark.parametrize("top_k", [0, -1])
-def test_top_k_below_one_is_refused(classifier: Classifier, top_k: int) -> None:
+def test_top_k_below_one_is_rejected(classifier: Classifier, top_k: int) -> None:
     with pytest.raises(ParameterError, match=f"top_k: expected an integer of at least 1, found {top_k}"):
         classifier.classify(Image.new("RGB", (8, 8)), top_k=top_k)
 
 
-def test_best_first_in_pixels_of_the_image(detector: Detector) -> None:
+def test_highest_score_first_in_pixels_of_the_image(detector: Detector) -> None:
     found = detector.detect(Image.new("RGB", (200, 100)))
     assert [detection.score for detection in found] == pytest.approx([0.9, 0.5, 0.5])
     assert [detection.label for detection in found] == ["cell", "platelet", "cell"]  # the tie stays in query order
@@ -118,7 +118,7 @@ def test_best_first_in_pixels_of_the_image(detector: Detector) -> None:
 
 @pytest.mark.parametrize(("threshold", "count"), [(0.0, 5), (0.3, 4), (0.31, 3), (0.5, 3), (0.9, 1), (0.91, 0), (1, 0)])
 def test_threshold(detector: Detector, threshold: float, count: int) -> None:
-    """A score equal to the threshold, as float32, counts."""
+    """A score equal to the threshold (as float32) passes."""
     found = detector.detect(Image.new("RGB", (10, 10)), threshold=float(np.float32(threshold)))
     assert len(found) == count
 
@@ -142,8 +142,8 @@ def test_max_detections_outside_its_range(detector: Detector, max_detections: in
         detector.detect(Image.new("RGB", (10, 10)), max_detections=max_detections)
 
 
-def test_images_of_different_sizes_are_answered_together_as_alone() -> None:
-    """A detector whose one box is what of the batch's pixels is valid, so that padding would show."""
+def test_a_padded_batch_gives_the_answers_of_single_images() -> None:
+    """The box of this detector depends on the mean of the valid pixels, so that padding would change it."""
 
     def network(**inputs: np.ndarray) -> list[np.ndarray]:
         pixels, sizes = inputs["pixels"], inputs["sizes"]
@@ -156,13 +156,13 @@ def test_images_of_different_sizes_are_answered_together_as_alone() -> None:
     images = [Image.new("RGB", size, (grey,) * 3) for size, grey in zip(sizes, (50, 100, 150), strict=True)]
     prepared = [detector.prepare(image) for image in images]
     assert [(image.width, image.height) for image in prepared] == list(sizes)
-    together = detector.answer(prepared, threshold=0.0, max_detections=100)
+    together = detector.predict(prepared, threshold=0.0, max_detections=100)
     assert together == [detector.detect(image, threshold=0.0) for image in images]
     assert [found[0].box.x_max / width for found, (width, _) in zip(together, sizes, strict=True)] == pytest.approx(
         [50 / 255, 100 / 255, 150 / 255], abs=0.01
     )
 
 
-def test_make_predictor_goes_by_the_preprocessing(classifier: Classifier, detector: Detector) -> None:
+def test_make_predictor_selects_by_preprocessing(classifier: Classifier, detector: Detector) -> None:
     assert type(make_predictor(classifier.network, CLASSIFICATION, "abc")) is Classifier
     assert type(make_predictor(detector.network, DETECTION, "ab")) is Detector

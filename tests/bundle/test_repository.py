@@ -23,7 +23,7 @@ def root(tiny_bundles: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_highest_version_of_each_name_by_task(root: Path) -> None:
+def test_get_returns_the_highest_version_by_name_and_task(root: Path) -> None:
     repository = Repository(root)
     assert repository.get(task=Task.CLASSIFICATION).manifest.name == "colours"
     assert repository.get("colours", task=Task.CLASSIFICATION).manifest.version == "2"
@@ -38,7 +38,7 @@ def test_the_highest_version_of_each_name_by_task(root: Path) -> None:
         (Task.DETECTION, "colours", "no object-detection model named 'colours' here; available: squares"),
     ],
 )
-def test_what_is_not_there(task: Task, name: str, message: str, root: Path) -> None:
+def test_unknown_models(task: Task, name: str, message: str, root: Path) -> None:
     with pytest.raises(UnknownModelError) as caught:
         Repository(root).get(name, task=task)
     assert str(caught.value) == message
@@ -55,7 +55,7 @@ def test_one_broken_bundle_is_refused(root: Path) -> None:
         Repository(root)
 
 
-def test_one_file_alone(root: Path) -> None:
+def test_single_file(root: Path) -> None:
     repository = Repository(root / "squares" / "1" / "model.onnx")
     assert list(repository.bundles) == ["squares"]
     assert repository.get(task=Task.DETECTION).manifest.metrics is None
@@ -76,12 +76,12 @@ def copy_version(source: Path, version: str) -> Path:
     return target
 
 
-def spoil(bundle: Path) -> None:
+def corrupt(bundle: Path) -> None:
     with (bundle / "model.onnx").open("ab") as file:
         file.write(b"x")
 
 
-def test_every_version_is_served_by_its_number(root: Path) -> None:
+def test_every_version_is_served(root: Path) -> None:
     repository = Repository(root)
     assert names(repository) == ["colours@1", "colours@2", "other@1", "squares@1"]
     assert repository.get("colours").manifest.version == "2"
@@ -102,7 +102,7 @@ def test_every_version_is_served_by_its_number(root: Path) -> None:
             repository.get(reference)
 
 
-def test_several_roots_are_one_repository(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_several_roots(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     copied = Path(shutil.copytree(root / "colours" / "1", elsewhere / "colours" / "1"))
     copy_version(copied, "7")
@@ -113,7 +113,7 @@ def test_several_roots_are_one_repository(root: Path, tmp_path_factory: pytest.T
         Repository(root, elsewhere)
 
 
-def test_a_variant_is_loaded_when_it_is_asked_for(root: Path) -> None:
+def test_variants_are_loaded_on_first_use(root: Path) -> None:
     repository = Repository(root)
     bundle = repository.get("colours")
     first = repository.variant(bundle, "int8-dynamic")
@@ -127,7 +127,7 @@ def test_a_variant_is_loaded_when_it_is_asked_for(root: Path) -> None:
         repository.variant(bundle, "fp16-weights")
 
 
-def test_what_is_new_is_loaded_and_what_is_gone_is_dropped(root: Path) -> None:
+def test_refresh_loads_new_and_drops_removed_versions(root: Path) -> None:
     repository = Repository(root)
     assert repository.refresh() == []
     copy_version(root / "colours" / "2", "3")
@@ -140,9 +140,9 @@ def test_what_is_new_is_loaded_and_what_is_gone_is_dropped(root: Path) -> None:
     assert names(repository) == ["colours@1", "colours@2", "colours@3", "squares@1"]
 
 
-def test_a_broken_new_version_is_refused_once_and_the_old_one_goes_on(root: Path) -> None:
+def test_a_broken_new_version_is_refused_once_and_the_old_one_stays(root: Path) -> None:
     repository = Repository(root)
-    spoil(copy_version(root / "colours" / "2", "3"))
+    corrupt(copy_version(root / "colours" / "2", "3"))
     (refused,) = repository.refresh()
     assert refused.startswith(f"refused: {root / 'colours' / '3' / 'model.onnx'}: size: expected")
     assert repository.refresh() == []
@@ -150,16 +150,16 @@ def test_a_broken_new_version_is_refused_once_and_the_old_one_goes_on(root: Path
     (entry,) = [entry for entry in repository.index() if not entry.ready]
     assert (entry.name, entry.version) == ("colours", "3")
     assert "size: expected" in entry.reason
-    shutil.copy(root / "colours" / "2" / "model.onnx", root / "colours" / "3" / "model.onnx")  # mended
+    shutil.copy(root / "colours" / "2" / "model.onnx", root / "colours" / "3" / "model.onnx")  # repaired
     (loaded,) = repository.refresh()
     assert loaded.startswith("loaded: colours@3")
     assert all(entry.ready for entry in repository.index())
 
 
-def test_a_bundle_that_is_overwritten_by_a_broken_one_goes_on_as_it_was(root: Path) -> None:
+def test_a_bundle_overwritten_by_a_broken_one_stays_loaded(root: Path) -> None:
     repository = Repository(root)
     before = repository.get("colours")
-    spoil(root / "colours" / "2")
+    corrupt(root / "colours" / "2")
     (refused,) = repository.refresh()
     assert refused.startswith("refused: ")
     assert repository.get("colours") is before
@@ -168,7 +168,7 @@ def test_a_bundle_that_is_overwritten_by_a_broken_one_goes_on_as_it_was(root: Pa
     assert entry.reason.startswith("its changed folder is refused: ")
 
 
-def test_a_root_that_is_gone_changes_nothing(root: Path) -> None:
+def test_a_missing_root_changes_nothing(root: Path) -> None:
     repository = Repository(root)
     root.rename(root.with_name("away"))
     with pytest.raises(BundleError, match="no such folder"):
@@ -176,7 +176,7 @@ def test_a_root_that_is_gone_changes_nothing(root: Path) -> None:
     assert len(names(repository)) == 4
 
 
-def test_an_unloaded_model_stays_away_until_it_is_loaded_and_its_users_are_served_to_the_end(root: Path) -> None:
+def test_an_unloaded_model_stays_unloaded_until_load_and_calls_in_progress_finish(root: Path) -> None:
     repository = Repository(root)
     bundle = repository.get("other")
     repository.unload("other")
@@ -196,11 +196,11 @@ def test_an_unloaded_model_stays_away_until_it_is_loaded_and_its_users_are_serve
         repository.load("cats")
 
 
-def test_load_looks_at_one_model_alone_and_refuses_it_as_a_whole(root: Path) -> None:
+def test_load_changes_all_versions_of_one_model_or_none(root: Path) -> None:
     repository = Repository(root)
     copy_version(root / "other" / "1", "2")
     copy_version(root / "colours" / "2", "3")
-    spoil(copy_version(root / "colours" / "2", "4"))
+    corrupt(copy_version(root / "colours" / "2", "4"))
     with pytest.raises(BundleError, match=r"colours/4/model\.onnx: size"):
         repository.load("colours")
     assert names(repository) == ["colours@1", "colours@2", "other@1", "squares@1"]
@@ -209,7 +209,7 @@ def test_load_looks_at_one_model_alone_and_refuses_it_as_a_whole(root: Path) -> 
     assert names(repository) == ["colours@1", "colours@2", "colours@3", "other@1", "squares@1"]
 
 
-def test_one_file_alone_is_unloaded_and_loaded_by_its_models_name(root: Path) -> None:
+def test_a_single_file_is_unloaded_and_loaded_by_its_model_name(root: Path) -> None:
     repository = Repository(root / "squares" / "1" / "model.onnx")
     with pytest.raises(ParameterError, match="variant: expected none, as one ONNX file alone is served"):
         repository.variant(repository.get(), "fp32")
@@ -219,6 +219,6 @@ def test_one_file_alone_is_unloaded_and_loaded_by_its_models_name(root: Path) ->
     assert names(repository) == ["squares@1"]
 
 
-def test_what_an_unfinished_export_leaves_is_not_seen(root: Path) -> None:
+def test_unfinished_exports_are_ignored(root: Path) -> None:
     shutil.copytree(root / "colours" / "1", root / "colours" / ".export-abc")
     assert len(names(Repository(root))) == 4

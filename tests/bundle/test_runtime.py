@@ -64,7 +64,7 @@ def test_runs_the_graph(adder: Path) -> None:
     np.testing.assert_array_equal(total, np.array([[11, 12, 13]], np.float32))
 
 
-def test_specs_are_the_graphs(adder: Path) -> None:
+def test_specs_match_the_graph(adder: Path) -> None:
     network = OnnxNetwork(adder)
     assert network.inputs == (
         TensorSpec(name="pixels", datatype="UINT8", shape=("batch", 3)),
@@ -112,19 +112,19 @@ def test_providers_by_their_short_names() -> None:
         ("", r"provider : expected one of .*cpu.*, found no provider of that name"),
     ],
 )
-def test_a_provider_that_is_not_there_is_an_error(text: str, message: str) -> None:
+def test_an_unavailable_provider_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ProviderError, match=message):
         parse_providers(text)
 
 
-def test_there_is_no_silent_step_back_to_the_cpu(adder: Path) -> None:
+def test_there_is_no_silent_fallback_to_the_cpu(adder: Path) -> None:
     with pytest.raises(
         ProviderError, match=r"provider CUDAExecutionProvider: expected .*, found one that did not start"
     ):
         OnnxNetwork(adder, providers=("CUDAExecutionProvider", "CPUExecutionProvider"))
 
 
-def test_tensors_of_other_types_are_refused(adder: Path) -> None:
+def test_unsupported_tensor_types_are_rejected(adder: Path) -> None:
     model = onnx.load(adder)
     model.graph.input[0].type.tensor_type.elem_type = TensorProto.INT8
     onnx.save(model, adder)
@@ -135,8 +135,8 @@ def test_tensors_of_other_types_are_refused(adder: Path) -> None:
 
 
 @pytest.fixture
-def weighty(tmp_path: Path) -> Path:
-    """A graph of `answer = float(pixels) @ weights`, whose weights are worth sharing."""
+def large_graph(tmp_path: Path) -> Path:
+    """A graph of `answer = float(pixels) @ weights`, with weights large enough to be mapped."""
     weights = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     nodes = [
         helper.make_node("Cast", ["pixels"], ["float"], to=TensorProto.FLOAT),
@@ -144,7 +144,7 @@ def weighty(tmp_path: Path) -> Path:
     ]
     graph = helper.make_graph(
         nodes,
-        "weighty",
+        "large",
         [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 64])],
         [helper.make_tensor_value_info("answer", TensorProto.FLOAT, ["batch", 64])],
         [onnx.numpy_helper.from_array(weights, "weights")],
@@ -156,14 +156,14 @@ def weighty(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_mapped_graph_answers_the_same_and_is_made_once(weighty: Path, tmp_path: Path) -> None:
+def test_a_mapped_graph_gives_the_same_answers_and_is_written_once(large_graph: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     pixels = np.random.default_rng(1).integers(0, 256, (3, 64), np.uint8)
-    plain, first = OnnxNetwork(weighty), OnnxNetwork(weighty, cache=cache)
+    plain, first = OnnxNetwork(large_graph), OnnxNetwork(large_graph, cache=cache)
     (made,) = cache.iterdir()
     state = made.stat()
-    second = OnnxNetwork(weighty, threads=2, cache=cache)
+    second = OnnxNetwork(large_graph, threads=2, cache=cache)
     assert list(cache.iterdir()) == [made]
     assert made.stat() == state
     for mapped in (first, second):
@@ -174,55 +174,55 @@ def test_a_mapped_graph_answers_the_same_and_is_made_once(weighty: Path, tmp_pat
         assert str(made) in maps.read_text()
 
 
-def test_a_graph_that_there_is_no_room_to_map_is_read(weighty: Path, tmp_path: Path) -> None:
+def test_a_failed_write_of_the_mapped_graph_falls_back_to_the_file(large_graph: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     pixels = np.ones((1, 64), np.uint8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        network = OnnxNetwork(weighty, cache=cache)
+        network = OnnxNetwork(large_graph, cache=cache)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(cache.iterdir()) == []
-    np.testing.assert_array_equal(network(pixels=pixels)[0], OnnxNetwork(weighty)(pixels=pixels)[0])
+    np.testing.assert_array_equal(network(pixels=pixels)[0], OnnxNetwork(large_graph)(pixels=pixels)[0])
 
 
-def test_a_graph_that_has_changed_is_mapped_anew(weighty: Path, tmp_path: Path) -> None:
+def test_a_changed_graph_is_mapped_again(large_graph: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     pixels = np.ones((1, 64), np.uint8)
-    old = OnnxNetwork(weighty, cache=cache)
+    old = OnnxNetwork(large_graph, cache=cache)
     (before,) = old(pixels=pixels)
-    other = Path(shutil.copy(weighty, tmp_path / "other.onnx"))
+    other = Path(shutil.copy(large_graph, tmp_path / "other.onnx"))
     OnnxNetwork(other, cache=cache)
-    model = onnx.load(weighty)
+    model = onnx.load(large_graph)
     model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros((64, 64), np.float32), "weights"))
-    onnx.save(model, weighty)
-    (after,) = OnnxNetwork(weighty, cache=cache)(pixels=pixels)
+    onnx.save(model, large_graph)
+    (after,) = OnnxNetwork(large_graph, cache=cache)(pixels=pixels)
     assert before.any()
     assert not after.any()
-    assert len(list(cache.iterdir())) == 2  # the new one, and the other file's
+    assert len(list(cache.iterdir())) == 2  # the new graph and the other file's
     np.testing.assert_array_equal(old(pixels=pixels)[0], before)
     other.unlink()
-    os.utime(weighty, (0, 0))
-    OnnxNetwork(weighty, cache=cache)
+    os.utime(large_graph, (0, 0))
+    OnnxNetwork(large_graph, cache=cache)
     assert len(list(cache.iterdir())) == 1
 
 
-def test_processes_that_map_a_graph_at_once_all_get_it(weighty: Path, tmp_path: Path) -> None:
+def test_concurrent_mapping_of_one_graph(large_graph: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     with ThreadPoolExecutor(4) as pool:
-        networks = list(pool.map(lambda _: OnnxNetwork(weighty, cache=cache), range(8)))
-    assert len(list(cache.iterdir())) == 1  # nothing unfinished is left
+        networks = list(pool.map(lambda _: OnnxNetwork(large_graph, cache=cache), range(8)))
+    assert len(list(cache.iterdir())) == 1  # no temporary folder is left
     answers = [network(pixels=np.ones((1, 64), np.uint8))[0] for network in networks]
     assert all(np.array_equal(answer, answers[0]) for answer in answers)
 
 
-def test_without_room_a_graph_is_loaded_as_it_is(
-    weighty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_free_space_the_graph_is_not_mapped(
+    large_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=weighty.stat().st_size))
-    assert OnnxNetwork(weighty, cache=tmp_path)(pixels=np.ones((1, 64), np.uint8))[0].any()
-    assert list(tmp_path.iterdir()) == [weighty]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=large_graph.stat().st_size))
+    assert OnnxNetwork(large_graph, cache=tmp_path)(pixels=np.ones((1, 64), np.uint8))[0].any()
+    assert list(tmp_path.iterdir()) == [large_graph]
