@@ -1,1 +1,1 @@
-"""How good a network is: metrics, calibration, mistakes and the report."""
+"""Evaluation: metrics, calibration, mistakes and the report."""

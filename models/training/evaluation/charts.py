@@ -1,7 +1,7 @@
-"""Where the lines, bars and ticks of a chart are: geometry alone, drawn as SVG by the template that shows it.
+"""Geometry of the report's charts: lines, bars and ticks, which the template draws as SVG.
 
-Positions are in the chart's own units, `WIDTH` by `HEIGHT` from the top-left corner, so that the page sets size and
-colours and the chart is readable on light and on dark.
+Positions are in chart units, `WIDTH` by `HEIGHT` from the top-left corner; the page sets the size and, for light and
+dark mode, the colors.
 """
 
 import math
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from vitrine.models.training.evaluation.calibration import Reliability
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 458, 14, 250  # of the plot
+LEFT, RIGHT, TOP, BOTTOM = 64, 458, 14, 250  # of the plot area
 _MAX_STEPS = 8
-_SMALLEST_STEP = 1e-300
-_MAX_DOTS = 40  # of a curve
+_MIN_STEP = 1e-300
+_MAX_DOTS = 40  # per curve
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A number on an axis."""
+    """A tick with its label."""
 
     at: float
     text: str
@@ -29,7 +29,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Dot:
-    """A measured point of a curve, and what it says."""
+    """A point of a curve, with its tooltip."""
 
     x: float
     y: float
@@ -47,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """An upright rectangle of some kind, and what it says."""
+    """A vertical bar, with its tooltip."""
 
     x: float
     y: float
@@ -59,7 +59,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart, ready to be drawn."""
+    """A chart, ready to draw."""
 
     title: str
     x_label: str
@@ -81,38 +81,38 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     percent: bool = False,
 ) -> Chart:
-    """Lines through the points of each curve; the ranges are those of the points, with 0 as the least y, by default."""
+    """Draw a line through the points of each curve; by default, axes cover all points and y = 0."""
     points = [point for curve in curves.values() for point in curve]
     x_low, x_high = x_range or (min(x for x, _ in points), max(x for x, _ in points))
     y_low, y_high = y_range or (min(0.0, *(y for _, y in points)), max(y for _, y in points))
     y_ticks = ticks(y_low, y_high)
     y_high = max(y_high, y_ticks[-1])
     x, y = _scale(x_low, x_high, LEFT, RIGHT), _scale(y_low, y_high, BOTTOM, TOP)
-    write = _percent if percent else _number
-    drawn = []
+    format_value = _percent if percent else _number
+    lines = []
     for name, curve in curves.items():
         places = [(x(a), y(b)) for a, b in curve]
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
         dots = [
-            Dot(*place, f"{name}: {write(b)} at {_number(a)}")
+            Dot(*place, f"{name}: {format_value(b)} at {_number(a)}")
             for place, (a, b) in zip(places, curve, strict=True)
             if len(curve) <= _MAX_DOTS
         ]
-        drawn.append(Curve(name, path, dots))
+        lines.append(Curve(name, path, dots))
     x_ticks = [Tick(x(value), _number(value)) for value in ticks(x_low, x_high) if x_low <= value <= x_high]
     return Chart(
         title,
         x_label,
         y_label,
         x_ticks,
-        [Tick(y(value), write(value)) for value in y_ticks if value >= y_low],
-        drawn,
+        [Tick(y(value), format_value(value)) for value in y_ticks if value >= y_low],
+        lines,
         [],
     )
 
 
 def reliability_chart(title: str, reliability: Reliability) -> Chart:
-    """How often answers are right (bars) by how probable they were, and what is missing to the diagonal (gaps)."""
+    """Draw accuracy by predicted probability as bars, and the gaps to the diagonal."""
     x, y = _scale(0, 1, LEFT, RIGHT), _scale(0, 1, BOTTOM, TOP)
     bins = len(reliability.counts)
     bars = []
@@ -126,13 +126,13 @@ def reliability_chart(title: str, reliability: Reliability) -> Chart:
         top, bottom = sorted((y(accuracy), y(confidence)))
         kind = "over" if confidence > accuracy else "under"
         bars.append(Bar(left, top, width, bottom - top, kind, text))
-    marks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    values = [0, 0.2, 0.4, 0.6, 0.8, 1]
     return Chart(
         title,
         "probability of the answer",
         "share that is right",
-        [Tick(x(value), _percent(value)) for value in marks],
-        [Tick(y(value), _percent(value)) for value in marks],
+        [Tick(x(value), _percent(value)) for value in values],
+        [Tick(y(value), _percent(value)) for value in values],
         [],
         bars,
         f"M{LEFT} {BOTTOM}L{RIGHT} {TOP}",
@@ -140,12 +140,12 @@ def reliability_chart(title: str, reliability: Reliability) -> Chart:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers at equal steps of 1, 2 or 5 times a power of ten, from `low` until one reaches `high`."""
-    rough = (high - low) / _MAX_STEPS
-    if not rough > _SMALLEST_STEP:
+    """Return ticks at equal steps of 1, 2 or 5 times a power of ten, from `low` until one reaches `high`."""
+    raw_step = (high - low) / _MAX_STEPS
+    if not raw_step > _MIN_STEP:
         return [low]
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    power = 10.0 ** math.floor(math.log10(raw_step))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw_step * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 

@@ -1,7 +1,7 @@
-"""Accuracy and average precision of a predictor, whatever runtime is behind it. Needs no torch.
+"""Accuracy and average precision of a predictor on any runtime. Does not need torch.
 
-In two steps: `predict` asks the predictor, `measure` compares its answers with the data. What several processes have
-predicted of their shares of the data is joined by `merge`.
+Two steps: `predict` runs the predictor, `measure` compares its predictions with the data. `merge` joins the predictions
+of several processes.
 
 Shapes: n images, K classes, m detections.
 """
@@ -26,10 +26,10 @@ from vitrine.models.training.data.dataset import ClassificationData, Data, Detec
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.evaluation.calibration import calibration_error, negative_log_likelihood
 
-MAX_DETECTIONS = 100  # of an image, as COCO counts them
-_CLASSIFIED_AT_ONCE = 64
-_DETECTED_AT_ONCE = 1  # images of different sizes are padded to the largest: no gain on a CPU
-_MAX_COLUMNS, _LONGEST_NAME, _MAX_PAIRS = 12, 20, 15  # of a confusion matrix as text
+MAX_DETECTIONS = 100  # per image, as in COCO
+_CLASSIFIER_BATCH = 64
+_DETECTOR_BATCH = 1  # images of different sizes would be padded to the largest: no gain on a CPU
+_MAX_COLUMNS, _MAX_NAME, _MAX_PAIRS = 12, 20, 15  # of a confusion matrix printed as text
 _METRICS = {"top1", "top5", "ECE", "NLL", "AP", "AP50", "AP75"}
 _AREAS = ("AP_small", "AP_medium", "AP_large")
 
@@ -38,23 +38,23 @@ Prepared = TypeVar("Prepared")
 
 @dataclass(frozen=True)
 class ClassificationPredictions:
-    """What a classifier answered to some images of a data set."""
+    """Predictions of a classifier for some images of a data set."""
 
     indices: NDArray[np.int64]  # [n], of the images in the data
     probabilities: NDArray[np.float32]  # [n, K]
-    seconds: float  # that it took
+    seconds: float  # wall-clock time
 
 
 @dataclass(frozen=True)
 class DetectionPredictions:
-    """What a detector found in some images of a data set, at most `MAX_DETECTIONS` in each."""
+    """Detections in some images of a data set, at most `MAX_DETECTIONS` in each."""
 
     indices: NDArray[np.int64]  # [n], of the images in the data
     image: NDArray[np.int64]  # [m], index in the data of the image of each detection
     scores: NDArray[np.float32]  # [m], 0 to 1
     class_ids: NDArray[np.int64]  # [m]
     boxes: NDArray[np.float32]  # [m, 4], xyxy in pixels of the upright image
-    seconds: float  # that it took
+    seconds: float  # wall-clock time
 
 
 Predictions = ClassificationPredictions | DetectionPredictions
@@ -62,17 +62,17 @@ Predictions = ClassificationPredictions | DetectionPredictions
 
 @dataclass(frozen=True)
 class Confusion:
-    """One class that was taken for another."""
+    """One class that was predicted as another."""
 
     true: str
-    answered: str
+    predicted: str
     count: int
-    share: float  # of the images of the true class
+    share: float  # fraction of the images of the true class
 
 
 @dataclass(frozen=True)
 class AveragePrecision:
-    """COCO's measures: AP is averaged over IoU thresholds 0.50:0.05:0.95, AP50 and AP75 are of one; -1 is undefined."""
+    """COCO's metrics: AP averages IoU thresholds 0.50:0.05:0.95, AP50 and AP75 use one; -1 is undefined."""
 
     summary: dict[str, float]  # AP, AP50, AP75, AP_small, AP_medium, AP_large
     by_class: NDArray[np.float64]  # [K]
@@ -81,7 +81,7 @@ class AveragePrecision:
 
 
 def evaluate(predictor: Predictor, data: Data) -> dict[str, float]:
-    """The metrics of a predictor on all of the data: `predict`, then `measure`."""
+    """Return the metrics of a predictor on all data: `predict`, then `measure`."""
     return measure(predict(predictor, data), data)
 
 
@@ -93,20 +93,20 @@ def predict(
     batch: int | None = None,
     progress: bool = True,
 ) -> Predictions:
-    """The predictor's answers to the images at `indices` of the data, all of them by default.
+    """Run the predictor on the images at `indices` of the data, by default on all of them.
 
-    The next images are decoded on threads while the network computes.
+    Threads decode the next images while the network computes.
 
     Args:
-        batch: images in one call of the network; by default 64 to classify and 1 to detect.
+        batch: images per call of the network; by default 64 for classification and 1 for detection.
 
     Raises:
-        DataError: the data's labels are not the predictor's, it is for another task, an image is broken, or the
-            network answers probabilities that are not finite.
+        DataError: the labels of the data and the predictor differ, their tasks differ, an image is broken, or the
+            network returns probabilities that are not finite.
     """
     check_labels(data, predictor.labels)
     chosen = np.arange(len(data)) if indices is None else np.asarray(indices, np.int64)
-    size = batch or (_CLASSIFIED_AT_ONCE if isinstance(predictor, Classifier) else _DETECTED_AT_ONCE)
+    size = batch or (_CLASSIFIER_BATCH if isinstance(predictor, Classifier) else _DETECTOR_BATCH)
     started = time.monotonic()
     with tqdm(total=len(chosen), desc="evaluate", leave=False, disable=None if progress else True) as bar:
         if isinstance(predictor, Classifier) and isinstance(data, ClassificationData):
@@ -119,10 +119,10 @@ def predict(
 
 
 def merge(parts: Sequence[Predictions]) -> Predictions:
-    """The predictions of several processes as one, in the order of the data; the slowest tells the time.
+    """Join the predictions of several processes in the order of the data; `seconds` is that of the slowest.
 
     Raises:
-        ValueError: there are none, they are of different tasks, or two hold the same image.
+        ValueError: there are none, their tasks differ, or two have the same image.
     """
     seconds = max((part.seconds for part in parts), default=0.0)
     indices = np.concatenate([part.indices for part in parts] or [np.zeros(0, np.int64)])
@@ -136,7 +136,7 @@ def merge(parts: Sequence[Predictions]) -> Predictions:
         return ClassificationPredictions(indices[order], probabilities[order], seconds)
     if detected and not classified:
         image = np.concatenate([part.image for part in detected])
-        by_image = np.argsort(image, kind="stable")  # each image keeps its detections in their order
+        by_image = np.argsort(image, kind="stable")  # keeps the order of detections within an image
         return DetectionPredictions(
             indices[order],
             image[by_image],
@@ -149,15 +149,15 @@ def merge(parts: Sequence[Predictions]) -> Predictions:
 
 
 def measure(predictions: Predictions, data: Data) -> dict[str, float]:
-    """The task's metrics over the predicted images.
+    """Return the metrics of the task over the predicted images.
 
     Classification: "top1" and "top5" accuracy; "ECE", the expected calibration error in 15 bins (Guo et al. 2017);
     "NLL", the negative log-likelihood in nats. Detection: COCO's "AP", "AP50", "AP75", "AP_small", "AP_medium",
-    "AP_large", and for each label "AP_<label>" and "AP50_<label>"; what is undefined (no such object) is left out.
+    "AP_large", and for each label "AP_<label>" and "AP50_<label>"; undefined values (no such object) are omitted.
     All but NLL are fractions.
 
     Raises:
-        DataError: the predictions are for another task, or there is nothing to measure with.
+        DataError: the predictions are for another task, or there are no images or boxes.
     """
     if len(predictions.indices) == 0:
         raise DataError(f"{data.name}: {data.split} has no images to measure with")
@@ -176,7 +176,7 @@ def measure(predictions: Predictions, data: Data) -> dict[str, float]:
 
 
 def precision_metrics(measured: AveragePrecision, labels: Sequence[str]) -> dict[str, float]:
-    """What `measure` gives of a detector."""
+    """Return the metrics of a detector by name, without undefined ones."""
     metrics = dict(measured.summary)
     for class_id, label in enumerate(labels):
         metrics[label_metric(label)] = float(measured.by_class[class_id])
@@ -185,52 +185,52 @@ def precision_metrics(measured: AveragePrecision, labels: Sequence[str]) -> dict
 
 
 def label_metric(label: str) -> str:
-    """The name under which `measure` gives the AP of a label: "AP_<label>", unless a range of areas is called so."""
+    """Return the metric name of a label's AP: "AP_<label>", unless that is the name of an area range."""
     return f"AP_{label}" if f"AP_{label}" not in _AREAS else f"AP_label_{label}"
 
 
 def is_metric(name: str) -> bool:
-    """Whether `measure` gives a value of that name: in the lines of metrics.jsonl, the others are of training."""
+    """Return whether `name` is a metric of `measure`; other values in metrics.jsonl are of training."""
     return name in _METRICS or name.startswith(("AP_", "AP50_"))
 
 
 def ranks(probabilities: NDArray[np.float32], class_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place of the true class among all, 0 for the first; equals are ordered as `Classifier.classify` does."""
-    own = probabilities[np.arange(len(class_ids)), class_ids][:, None]
+    """Return the rank of the true class, from 0; ties are broken as in `Classifier.classify`."""
+    true = probabilities[np.arange(len(class_ids)), class_ids][:, None]
     before = np.arange(probabilities.shape[1]) < class_ids[:, None]
-    places: NDArray[np.int64] = ((probabilities > own) | ((probabilities == own) & before)).sum(axis=1)
-    return places
+    positions: NDArray[np.int64] = ((probabilities > true) | ((probabilities == true) & before)).sum(axis=1)
+    return positions
 
 
 def confusion_matrix(predictions: ClassificationPredictions, data: ClassificationData) -> NDArray[np.int64]:
-    """How many images of each true class (rows) were answered with each class (columns), [K, K]."""
+    """Count the images of each true class (rows) by predicted class (columns), [K, K]."""
     classes = len(data.labels)
     pairs = data.class_ids[predictions.indices] * classes + predictions.probabilities.argmax(axis=1)
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def most_confused(matrix: NDArray[np.int64], labels: Sequence[str], count: int = 10) -> list[Confusion]:
-    """The `count` most frequent confusions of one class with another."""
+    """Return the `count` most frequent confusions of one class with another."""
     wrong = matrix * (1 - np.eye(len(labels), dtype=np.int64))
     images = matrix.sum(axis=1)
     largest = np.argsort(-wrong, axis=None, kind="stable")[:count]
     pairs = [divmod(int(pair), len(labels)) for pair in largest]
     return [
         Confusion(
-            labels[true], labels[answered], int(wrong[true, answered]), float(wrong[true, answered] / images[true])
+            labels[true], labels[predicted], int(wrong[true, predicted]), float(wrong[true, predicted] / images[true])
         )
-        for true, answered in pairs
-        if wrong[true, answered] > 0
+        for true, predicted in pairs
+        if wrong[true, predicted] > 0
     ]
 
 
 def confusion_text(matrix: NDArray[np.int64], labels: Sequence[str]) -> str:
-    """The confusion matrix as a table (rows true, columns answered), or its largest entries with many classes."""
+    """Format the confusion matrix as a table (rows true, columns predicted); with many classes, its largest entries."""
     if len(labels) > _MAX_COLUMNS:
         pairs = most_confused(matrix, labels, _MAX_PAIRS)
-        lines = [f"{pair.count:6}  {pair.share:6.1%}  {pair.true} as {pair.answered}" for pair in pairs]
+        lines = [f"{pair.count:6}  {pair.share:6.1%}  {pair.true} as {pair.predicted}" for pair in pairs]
         return "\n".join([" count   share  true class as answered", *lines])
-    names = [label[:_LONGEST_NAME] for label in labels]
+    names = [label[:_MAX_NAME] for label in labels]
     width = max(map(len, names))
     column = max(6, len(str(matrix.max())) + 1)
     head = "".join(f"{name[: column - 1]:>{column}}" for name in names)
@@ -241,19 +241,19 @@ def confusion_text(matrix: NDArray[np.int64], labels: Sequence[str]) -> str:
 
 
 def average_precision(predictions: DetectionPredictions, data: DetectionData) -> AveragePrecision:
-    """COCO's average precision over the predicted images, computed by pycocotools.
+    """Compute COCO's average precision over the predicted images with pycocotools.
 
     Raises:
         DataError: the images have no boxes.
     """
     evaluator = matched_detections(predictions, data)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on standard output
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         evaluator.accumulate()
-    return average_weights(evaluator.eval["precision"][..., -1])
+    return summarize_precision(evaluator.eval["precision"][..., -1])
 
 
-def average_weights(precision: NDArray[np.float64]) -> AveragePrecision:
-    """The measures of COCO's precision at each IoU threshold, recall, label and range of areas.
+def summarize_precision(precision: NDArray[np.float64]) -> AveragePrecision:
+    """Average COCO's precision at each IoU threshold, recall, label and area range.
 
     Args:
         precision: [10, 101, K, 4], for all, small, medium and large objects; -1 where undefined.
@@ -263,14 +263,14 @@ def average_weights(precision: NDArray[np.float64]) -> AveragePrecision:
         defined = values[values >= 0]
         return float(defined.mean()) if len(defined) else -1.0
 
-    of_all = precision[..., 0]
-    summary = {"AP": mean(of_all), "AP50": mean(of_all[0]), "AP75": mean(of_all[5])}
+    all_areas = precision[..., 0]
+    summary = {"AP": mean(all_areas), "AP50": mean(all_areas[0]), "AP75": mean(all_areas[5])}
     summary |= {name: mean(precision[..., area]) for area, name in enumerate(_AREAS, start=1)}
-    return AveragePrecision(summary, of_all.mean(axis=(0, 1)), of_all[0].mean(axis=0), of_all[0])
+    return AveragePrecision(summary, all_areas.mean(axis=(0, 1)), all_areas[0].mean(axis=0), all_areas[0])
 
 
 def matched_detections(predictions: DetectionPredictions, data: DetectionData) -> Any:
-    """A `COCOeval` in which the detections of each image are matched with its objects.
+    """Return a `COCOeval` in which the detections of each image are matched with its objects.
 
     Raises:
         DataError: the images have no boxes.
@@ -286,7 +286,7 @@ def matched_detections(predictions: DetectionPredictions, data: DetectionData) -
             width, height = x_max - x_min, y_max - y_min
             annotations.append(
                 {
-                    "id": len(annotations) + 1,  # 0 would count as not found
+                    "id": len(annotations) + 1,  # 0 would mean unmatched
                     "image_id": image,
                     "category_id": class_id,
                     "bbox": [x_min, y_min, width, height],
@@ -298,8 +298,8 @@ def matched_detections(predictions: DetectionPredictions, data: DetectionData) -
         raise DataError(f"{data.name}: {data.split} has no boxes to measure with")
     columns = predictions.image[:, None], predictions.boxes, predictions.scores[:, None], predictions.class_ids[:, None]
     found = np.concatenate(columns, axis=1).astype(np.float64)
-    found[:, 3:5] -= found[:, 1:3]  # COCO's boxes are x, y, width, height
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports on standard output
+    found[:, 3:5] -= found[:, 1:3]  # COCO boxes: x, y, width, height
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         coco = COCO()
         coco.dataset = {
             "images": [{"id": image} for image in predictions.indices.tolist()],
@@ -351,14 +351,14 @@ def _detection_predictions(
 
 
 def _batches(indices: NDArray[np.int64], prepare: Callable[[int], Prepared], size: int) -> Iterator[list[Prepared]]:
-    """Prepared images in order, `size` at a time, with two batches on the way on threads."""
+    """Yield prepared images in order, `size` at a time; threads prepare up to two batches ahead."""
     threads = min(8, os.cpu_count() or 1)
     pending: deque[Future[Prepared]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        coming = (pool.submit(prepare, i) for i in indices.tolist())
+        futures = (pool.submit(prepare, i) for i in indices.tolist())
         try:
             while True:
-                pending.extend(islice(coming, max(2 * size, 2 * threads) - len(pending)))
+                pending.extend(islice(futures, max(2 * size, 2 * threads) - len(pending)))
                 if not pending:
                     return
                 yield [pending.popleft().result() for _ in range(min(size, len(pending)))]

@@ -1,6 +1,6 @@
-"""`vitrine report`: how a run went and what its network gets wrong, as one HTML file that loads nothing from elsewhere.
+"""`vitrine report`: training curves, metrics and mistakes of a run in one self-contained HTML file.
 
-Figures come from the serving predictor; pictures are small JPEGs inside the file, charts are SVG.
+Metrics are computed with the serving predictor. Pictures are embedded as small JPEGs, charts as SVG.
 """
 
 import base64
@@ -37,21 +37,21 @@ from vitrine.models.training.evaluation.metrics import (
 )
 from vitrine.models.training.evaluation.mistakes import (
     DetectionMistakes,
-    WrongAnswer,
+    Misclassification,
     WrongImage,
     detection_mistakes,
-    wrong_answers,
+    misclassifications,
 )
 from vitrine.models.training.network import checkpoint_predictor, default_device, device_name
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.jinja"
-_MAX_CLASSES = 30  # of a confusion matrix that can be read
+_MAX_CLASSES = 30  # of a confusion matrix that is shown
 _MAX_CURVES = 7
-_MAX_ROWS = 12  # of weak classes and of confusions
-_ANSWERS, _IMAGES = 24, 12  # pictures of mistakes
-_ANSWER_EDGE, _IMAGE_EDGE = 160, 520  # of the pictures, in pixels
-_NO_LOSS = {"epoch", "step", "seconds", "images_per_second", "lr", "grad_norm", "temperature"}
+_MAX_ROWS = 12  # of weakest classes and of confusions
+_MAX_WRONG, _MAX_IMAGES = 24, 12  # of mistakes
+_WRONG_EDGE, _IMAGE_EDGE = 160, 520  # of their pictures, in pixels
+_NOT_LOSSES = {"epoch", "step", "seconds", "images_per_second", "lr", "grad_norm", "temperature"}
 _TILES = ("top1", "top5", "ECE", "NLL", "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 Line = dict[str, Any]
@@ -59,40 +59,40 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image of the data, small, inside the page."""
+    """A thumbnail of an image, embedded in the page."""
 
     uri: str  # data:image/jpeg
-    width: int  # of the image in the data, in pixels
+    width: int  # of the original image, in pixels
     height: int
     name: str
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """How well one label is recognised."""
+    """Recall and precision of one label."""
 
     label: str
     count: int  # of images
-    recall: float  # share of them that got the label
-    precision: float | None  # share of right ones among those that got it; None where none did
+    recall: float  # fraction of them with this prediction
+    precision: float | None  # fraction of correct predictions; None without predictions
 
 
 @dataclass(frozen=True)
 class ClassificationResult:
-    """What the page shows of a classifier."""
+    """The page's content for a classifier."""
 
-    matrix: list[list[int]] | None  # rows true, columns answered; None with too many classes
-    precision: list[float | None]  # of the columns
+    matrix: list[list[int]] | None  # rows true, columns predicted; None with too many classes
+    precision: list[float | None]  # per column
     weakest: list[ClassResult]
     confused: list[Confusion]
     calibration: list[Chart]
     calibration_notes: list[str]
-    worst: list[tuple[WrongAnswer, Picture]]
+    worst: list[tuple[Misclassification, Picture]]
 
 
 @dataclass(frozen=True)
 class LabelPrecision:
-    """Average precision of one label, None where it has no objects."""
+    """Average precision of one label; None without objects."""
 
     label: str
     count: int  # of objects
@@ -102,7 +102,7 @@ class LabelPrecision:
 
 @dataclass(frozen=True)
 class DetectionResult:
-    """What the page shows of a detector."""
+    """The page's content for a detector."""
 
     classes: list[LabelPrecision]  # best first
     curves: Chart
@@ -114,8 +114,8 @@ def write_report(run: Path, out: Path | None = None, *, data_path: Path | None =
     """Write the report of a run and return its file, by default `report.html` in the run's folder.
 
     Args:
-        data_path: the data set; by default where it was when the run was trained.
-        split: the part that mistakes are looked for in; `val` is what training held out where the data has none.
+        data_path: the data set; by default its path at training.
+        split: the split to evaluate; `val` is the data held out in training if the data set has no such split.
 
     Raises:
         CheckpointError, DataError: the run or its data cannot be read.
@@ -147,7 +147,7 @@ def write_report(run: Path, out: Path | None = None, *, data_path: Path | None =
         part=part,
         tiles={name: metrics[name] for name in _TILES if name in metrics},
         facts=_facts(checkpoint, run, lines, speed),
-        settings=_flat(checkpoint.progress.recipe) if checkpoint.progress else _flat(checkpoint.settings),
+        settings=_flatten(checkpoint.progress.recipe) if checkpoint.progress else _flatten(checkpoint.settings),
         curves=learning_curves(lines),
         classified=classified,
         detected=detected,
@@ -164,7 +164,7 @@ def write_report(run: Path, out: Path | None = None, *, data_path: Path | None =
 
 
 def read_metrics(file: Path) -> list[Line]:
-    """The lines of a metrics.jsonl, none where there is no such file; a line that a crash cut off is left out."""
+    """Read metrics.jsonl, empty if there is none; a line truncated by a crash is skipped."""
     if not file.is_file():
         return []
     lines: dict[int, Line] = {}
@@ -174,18 +174,18 @@ def read_metrics(file: Path) -> list[Line]:
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("epoch"), int):
-            lines[line["epoch"]] = line  # an epoch that was repeated after a crash replaces the first
+            lines[line["epoch"]] = line  # an epoch repeated after a crash replaces the first
     return [lines[epoch] for epoch in sorted(lines)]
 
 
 def learning_curves(lines: list[Line]) -> list[Chart]:
-    """Charts of what changed over the epochs: loss, its parts, the validation metrics, learning rate."""
+    """Chart the loss, its parts, the validation metrics and the learning rate over the epochs."""
     values: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():
             if isinstance(value, int | float) and np.isfinite(value):
                 values.setdefault(name, []).append((line["epoch"], float(value)))
-    parts = {name: points for name, points in values.items() if name not in _NO_LOSS and not is_metric(name)}
+    parts = {name: points for name, points in values.items() if name not in _NOT_LOSSES and not is_metric(name)}
     drawn = []
     if "loss" in parts:
         drawn.append(line_chart("Training loss", {"loss": parts.pop("loss")}, x_label="epoch"))
@@ -246,32 +246,35 @@ def _classification(
     predictions: ClassificationPredictions, data: ClassificationData, temperature: float
 ) -> ClassificationResult:
     matrix = confusion_matrix(predictions, data)
-    right, true, answered = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    precision = [float(right[i] / count) if count else None for i, count in enumerate(answered.tolist())]
+    right, true, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    precision = [float(right[i] / count) if count else None for i, count in enumerate(predicted.tolist())]
     classes = [
         ClassResult(label, int(true[i]), float(right[i] / true[i]), precision[i])
         for i, label in enumerate(data.labels)
         if true[i]
     ]
-    drawn, notes = _calibration(predictions.probabilities, data.class_ids[predictions.indices], temperature)
+    diagrams, notes = _calibration(predictions.probabilities, data.class_ids[predictions.indices], temperature)
     return ClassificationResult(
         matrix.tolist() if len(data.labels) <= _MAX_CLASSES else None,
         precision,
         sorted(classes, key=lambda result: result.recall)[:_MAX_ROWS],
         most_confused(matrix, data.labels, _MAX_ROWS),
-        drawn,
+        diagrams,
         notes,
-        [(wrong, _picture(data, wrong.index, _ANSWER_EDGE)) for wrong in wrong_answers(predictions, data, _ANSWERS)],
+        [
+            (wrong, _picture(data, wrong.index, _WRONG_EDGE))
+            for wrong in misclassifications(predictions, data, _MAX_WRONG)
+        ],
     )
 
 
 def _calibration(
     probabilities: NDArray[np.float32], class_ids: NDArray[np.int64], temperature: float
 ) -> tuple[list[Chart], list[str]]:
-    """Reliability without and with the run's temperature, or with one that is fitted here where it has none."""
+    """Chart reliability without and with the run's temperature, or one fitted here if the run has none."""
     if temperature != 1:
         before, after = apply_temperature(probabilities, 1 / temperature), probabilities.astype(np.float64)
-        named = f"temperature {temperature:.3g}, as served"
+        title = f"With temperature {temperature:.3g}, as served"
         note = "The temperature was fitted on the images that training held out; on those this error is optimistic."
     else:
         before, after = probabilities.astype(np.float64), probabilities.astype(np.float64)
@@ -280,31 +283,30 @@ def _calibration(
         for fit, use in (halves, halves[::-1]):
             fitted.append(fit_temperature(before[fit], class_ids[fit]))
             after[use] = apply_temperature(before[use], fitted[-1])
-        named = f"temperature {np.mean(fitted):.3g}, as it could be"
+        title = f"With temperature {np.mean(fitted):.3g}, as it could be"
         note = (
             "The run has no temperature. The one shown was fitted here: on every second image for the others, "
             "so that no image is measured with a temperature that it was fitted with."
         )
-    both = {"Without temperature": reliability(before, class_ids), f"With {named}": reliability(after, class_ids)}
-    return [reliability_chart(f"{title}: ECE {of.error:.2%}", of) for title, of in both.items()], [note]
+    results = {"Without temperature": reliability(before, class_ids), title: reliability(after, class_ids)}
+    return [reliability_chart(f"{title}: ECE {result.error:.2%}", result) for title, result in results.items()], [note]
 
 
 def _detection(predictions: DetectionPredictions, data: DetectionData) -> DetectionResult:
-    measured = average_precision(predictions, data)
+    precision = average_precision(predictions, data)
     counts = np.bincount(
         np.concatenate([data.class_ids[i] for i in predictions.indices.tolist()]), minlength=len(data.labels)
     )
     classes = [
-        LabelPrecision(label, int(counts[i]), *(float(ap[i]) if counts[i] else None for ap in both))
-        for both in [(measured.by_class, measured.by_class_50)]
-        for i, label in enumerate(data.labels)
+        LabelPrecision(label, int(count), *((float(ap), float(ap50)) if count else (None, None)))
+        for label, count, ap, ap50 in zip(data.labels, counts, precision.by_class, precision.by_class_50, strict=True)
     ]
-    found = detection_mistakes(predictions, data, _IMAGES)
-    most = [int(i) for i in np.argsort(-counts, kind="stable")[:_MAX_CURVES] if counts[i]]
-    recalls = np.linspace(0, 1, len(measured.precision_50)).tolist()
-    curves = {data.labels[i]: list(zip(recalls, measured.precision_50[:, i].tolist(), strict=True)) for i in most}
-    if len(most) > 1:
-        mean = measured.precision_50[:, counts > 0].mean(axis=1).tolist()
+    mistakes = detection_mistakes(predictions, data, _MAX_IMAGES)
+    largest = [int(i) for i in np.argsort(-counts, kind="stable")[:_MAX_CURVES] if counts[i]]
+    recalls = np.linspace(0, 1, len(precision.precision_50)).tolist()
+    curves = {data.labels[i]: list(zip(recalls, precision.precision_50[:, i].tolist(), strict=True)) for i in largest}
+    if len(largest) > 1:
+        mean = precision.precision_50[:, counts > 0].mean(axis=1).tolist()
         curves = {"all labels": list(zip(recalls, mean, strict=True)), **curves}
     return DetectionResult(
         sorted(classes, key=lambda result: -1 if result.ap is None else result.ap, reverse=True),
@@ -317,27 +319,27 @@ def _detection(predictions: DetectionPredictions, data: DetectionData) -> Detect
             y_range=(0, 1),
             percent=True,
         ),
-        found,
-        [(wrong, _picture(data, wrong.index, _IMAGE_EDGE)) for wrong in found.worst],
+        mistakes,
+        [(wrong, _picture(data, wrong.index, _IMAGE_EDGE)) for wrong in mistakes.worst],
     )
 
 
 def _picture(data: Data, index: int, edge: int) -> Picture:
     image = data.image(index)
-    small = image.copy()
-    small.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+    thumbnail = image.copy()
+    thumbnail.thumbnail((edge, edge), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85, subsampling=0 if max(small.size) <= 64 else -1)
+    thumbnail.save(stream, "JPEG", quality=85, subsampling=0 if max(thumbnail.size) <= 64 else -1)
     uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
     return Picture(uri, image.width, image.height, Path(data.names[index]).name)
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as `vitrine train` takes them: {"model.depth": "6"}."""
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Flatten nested settings to the keys of `vitrine train`: {"model.depth": "6"}."""
     flat: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat

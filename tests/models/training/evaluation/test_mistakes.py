@@ -11,25 +11,25 @@ from vitrine.models.training.evaluation.metrics import (
     DetectionPredictions,
     average_precision,
 )
-from vitrine.models.training.evaluation.mistakes import detection_mistakes, iou, match_objects, wrong_answers
+from vitrine.models.training.evaluation.mistakes import detection_mistakes, iou, match_objects, misclassifications
 
 Box = tuple[float, float, float, float]
 
 
-def test_the_surest_wrong_answers_come_first() -> None:
+def test_the_most_confident_misclassifications_come_first() -> None:
     data = ClassificationData("d", "val", ("a", "b"), [""] * 4, [b""] * 4, np.array([0, 0, 1, 1]))
     probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.8, 0.2], [0.3, 0.7]], np.float32)
     predictions = ClassificationPredictions(np.arange(4), probabilities, 1.0)
-    worst = wrong_answers(predictions, data, 10)
-    assert [(wrong.index, wrong.true, wrong.answered) for wrong in worst] == [(2, "b", "a"), (1, "a", "b")]
+    worst = misclassifications(predictions, data, 10)
+    assert [(wrong.index, wrong.true, wrong.predicted) for wrong in worst] == [(2, "b", "a"), (1, "a", "b")]
     assert (worst[0].probability, worst[0].true_probability) == pytest.approx((0.8, 0.2))
-    assert wrong_answers(predictions, data, 1) == worst[:1]
+    assert misclassifications(predictions, data, 1) == worst[:1]
 
 
 def test_answers_are_those_of_the_images_that_were_asked() -> None:
     data = ClassificationData("d", "val", ("a", "b"), [""] * 9, [b""] * 9, np.array([1] * 8 + [0]))
     predictions = ClassificationPredictions(np.array([8]), np.array([[0.1, 0.9]], np.float32), 1.0)
-    assert [(wrong.index, wrong.true) for wrong in wrong_answers(predictions, data, 3)] == [(8, "a")]
+    assert [(wrong.index, wrong.true) for wrong in misclassifications(predictions, data, 3)] == [(8, "a")]
 
 
 def objects(*images: list[tuple[int, Box]]) -> DetectionData:
@@ -90,7 +90,7 @@ def as_list(predictions: DetectionPredictions) -> list[tuple[int, float, int, Bo
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def test_a_duplicate_is_told() -> None:
+def test_a_duplicate_is_counted_as_one() -> None:
     mistakes = detection_mistakes(found(1, (0, 0.9, 0, LEFT), (0, 0.9, 0, LEFT)), objects([(0, LEFT)]), 1)
     assert mistakes.false == {"duplicate": 1}
 
