@@ -1,1 +1,1 @@
-"""The image routes: images in, labels or boxes out, and the documents that describe them."""
+"""The image and model routes, and the documents that describe the API."""

@@ -1,8 +1,8 @@
-"""The forms of an answer that a client may ask for by `Accept`: JSON, a table, or the picture with its boxes."""
+"""Content negotiation and the JSON and CSV responses of the image routes."""
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 
 import orjson
@@ -17,10 +17,10 @@ DETECTION_COLUMNS = ("label", "class_id", "score", "x_min", "y_min", "x_max", "y
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str:
-    """The offered media type that a client likes best, the first of equals (RFC 9110, section 12.5.1).
+    """Return the offered media type that the client prefers, the first of equals (RFC 9110, section 12.5.1).
 
     Raises:
-        NotAcceptableError: it accepts none of them.
+        NotAcceptableError: the client accepts none of them.
     """
     if not (accept or "").strip():
         return offered[0]
@@ -29,13 +29,13 @@ def negotiate(accept: str | None, offered: Sequence[str]) -> str:
     best, best_quality = "", 0.0
     for media_type in offered:
         kind = media_type.partition("/")[0]
-        fitting = [
+        matches = [
             (specificity, quality)
             for specificity, names in enumerate((("*/*", "*"), (f"{kind}/*",), (media_type,)))
             for name, quality in ranges
             if name in names
         ]
-        quality = max(fitting)[1] if fitting else 0.0  # of the most specific range
+        quality = max(matches)[1] if matches else 0.0  # of the most specific range
         if quality > best_quality:
             best, best_quality = media_type, quality
     if not best:
@@ -55,32 +55,27 @@ def _media_range(text: str) -> tuple[str, float]:
     return name, 1.0
 
 
-def json_response(answer: object) -> Response:
-    """An answer as JSON: dataclasses, dictionaries, lists, texts and numbers, NumPy's included."""
-    return Response(orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
-
-
-def rows(answer: ImageClassification | ImageDetections | ErrorAnswer) -> list[list[object]]:
-    """The rows of one image in a table."""
-    if isinstance(answer, ImageClassification):
-        return [[entry.label, entry.class_id, entry.probability] for entry in answer.predictions]
-    if isinstance(answer, ImageDetections):
-        found = answer.detections
-        return [[entry.label, entry.class_id, entry.score, *astuple(entry.box)] for entry in found]
-    return []
+def json_response(content: object) -> Response:
+    """Serialize dataclasses, dicts, lists, strings, numbers and NumPy arrays as JSON."""
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type=JSON)
 
 
 def csv_response(
-    columns: Sequence[str], answers: Sequence[ImageClassification | ImageDetections | ErrorAnswer], *, several: bool
+    columns: Sequence[str], results: Sequence[ImageClassification | ImageDetections | ErrorAnswer], *, several: bool
 ) -> Response:
-    """A table: of several images each row begins with the image's number, from 0, and ends with its error."""
-    header = ["image", *columns, "error"] if several else [*columns]
-    lines: list[Iterable[object]] = [header]
-    for number, answer in enumerate(answers):
-        if isinstance(answer, ErrorAnswer):
-            lines.append([number, *("" for _ in columns), answer.error.message])
+    """Format results as CSV; with several images, each row starts with the image's index and ends with its error."""
+    rows: list[Sequence[object]] = [["image", *columns, "error"] if several else columns]
+    for index, result in enumerate(results):
+        if isinstance(result, ErrorAnswer):
+            rows.append([index, *("" for _ in columns), result.error.message])
         else:
-            lines += [[number, *row, ""] if several else row for row in rows(answer)]
+            rows += [[index, *row, ""] if several else row for row in _rows(result)]
     buffer = io.StringIO()
-    csv.writer(buffer).writerows(lines)
+    csv.writer(buffer).writerows(rows)
     return Response(buffer.getvalue(), media_type=f"{CSV}; charset=utf-8")
+
+
+def _rows(result: ImageClassification | ImageDetections) -> list[list[object]]:
+    if isinstance(result, ImageClassification):
+        return [[entry.label, entry.class_id, entry.probability] for entry in result.predictions]
+    return [[entry.label, entry.class_id, entry.score, *astuple(entry.box)] for entry in result.detections]

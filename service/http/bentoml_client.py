@@ -1,4 +1,4 @@
-"""What BentoML's own client (`bentoml.SyncHTTPClient`) asks for first: the schema of the routes that it calls."""
+"""The schema that BentoML's client (`bentoml.SyncHTTPClient`) fetches first, to learn the routes."""
 
 import json
 from functools import cache
@@ -10,7 +10,7 @@ from vitrine.service.http.parameters import CLASSIFY_PARAMETERS, DETECT_PARAMETE
 
 
 async def schema(request: Request) -> Response:
-    """`GET /schema.json`, which BentoML would answer with the typed methods of the service: it has none.
+    """`GET /schema.json`. BentoML's own would list the typed methods of the service, which has none.
 
     The fields are those that `_bentoml_impl.client` reads: name, route, input and output of each method.
     """
@@ -19,7 +19,7 @@ async def schema(request: Request) -> Response:
 
 @cache
 def client_schema() -> str:
-    """The document as JSON."""
+    """Return the schema as JSON."""
     routes = [_route("classify", CLASSIFY_PARAMETERS), _route("detect", DETECT_PARAMETERS)]
     return json.dumps({"name": "vitrine", "type": "service", "routes": routes})
 

@@ -1,9 +1,10 @@
-"""`POST /classify` and `POST /detect`: images in, labels or boxes out."""
+"""`POST /classify` and `POST /detect`: predictions for images."""
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from vitrine.bundle.errors import ImageError, ParameterError
 from vitrine.bundle.images import decode, decode_for
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import Task
-from vitrine.bundle.predictors import Classifier, Detection, Detector, Predictor, PreparedImage, Row
+from vitrine.bundle.predictors import Classifier, Predictor, PreparedImage, Row
 from vitrine.service.errors import Error, ErrorAnswer, NotAcceptableError
 from vitrine.service.http import schemas
 from vitrine.service.http.answers import (
@@ -38,144 +39,147 @@ from vitrine.service.http.parameters import (
     THRESHOLD,
     TOP_K,
     VARIANT,
+    Parameter,
 )
-from vitrine.service.http.requests import encoded, read_image_request
-from vitrine.service.http.schemas import (
-    Classification,
-    Classifications,
-    Detections,
-    DetectionsOfSeveral,
-    ImageClassification,
-    ImageDetections,
-    Model,
-)
+from vitrine.service.http.requests import ImageRequest, image_bytes, read_image_request
 from vitrine.service.observability.request_record import RequestRecord
-from vitrine.service.runtime.scheduler import Work, gather
+from vitrine.service.runtime.scheduler import gather
 from vitrine.service.runtime.serving import Deadline, Serving, get_record, get_serving
 
-CLASSIFY_MEDIA_TYPES = (JSON, CSV)
-DETECT_MEDIA_TYPES = (JSON, CSV, PNG, JPEG)
-_MAX_JPEG_PIXELS = 65_535  # of an edge: the format has 16 bits for it
+_MAX_JPEG_EDGE = 65_535  # pixels; the format stores edges in 16 bits
 
-_UNSEEN = schemas.Image(width=0, height=0)
 
-A = TypeVar("A")
+class _ImageRoute(NamedTuple):
+    """What differs between `/classify` and `/detect`."""
+
+    task: Task
+    parameters: Sequence[Parameter]
+    media_types: Sequence[str]
+    columns: Sequence[str]  # of the CSV table
+    image_result: Callable[[schemas.Image, list[Any]], Any]  # from the predictions for an image
+    single: Callable[[schemas.Model, Any], object]  # response body for one image result
+    several: Callable[[schemas.Model, list[Any]], object]  # response body for a list of image results
+
+
+_CLASSIFY = _ImageRoute(
+    Task.CLASSIFICATION,
+    CLASSIFY_PARAMETERS,
+    (JSON, CSV),
+    CLASSIFICATION_COLUMNS,
+    schemas.ImageClassification,
+    lambda model, result: schemas.Classification(model, result.image, result.predictions),
+    schemas.Classifications,
+)
+_DETECT = _ImageRoute(
+    Task.DETECTION,
+    DETECT_PARAMETERS,
+    (JSON, CSV, PNG, JPEG),
+    DETECTION_COLUMNS,
+    schemas.ImageDetections,
+    lambda model, result: schemas.Detections(model, result.image, result.detections),
+    schemas.DetectionsOfSeveral,
+)
 
 
 async def classify(request: Request) -> Response:
     """`POST /classify`."""
-    serving, record = get_serving(request), get_record(request)
-    form = negotiate(request.headers.get("accept"), CLASSIFY_MEDIA_TYPES)
-    await serving.admit()
-    async with Deadline(request, serving.settings.timeout_seconds) as deadline:
-        asked = await read_image_request(request, CLASSIFY_PARAMETERS, serving.settings)
-        deadline.body_received()
-        reference, variant = asked.text(MODEL), asked.text(VARIANT)
-        bundle = await serving.find(reference, record, task=Task.CLASSIFICATION, variant=variant)
-        classifier = cast(Classifier, bundle.predictor)
-        top_k, labels = asked.integer(TOP_K), asked.labels(classifier.labels)
-        classifier.check(top_k=top_k, labels=labels)
-
-        def classified(image: _Image[ImageClassification], row: Row) -> ImageClassification:
-            return ImageClassification(image.size, classifier.best(row[0], top_k=top_k, labels=labels))
-
-        works = [_Image(sent, serving, record, classifier, classified) for sent in asked.images]
-        answers = await _each(serving, record, bundle, works, several=asked.several)
-        if form == CSV:
-            return csv_response(CLASSIFICATION_COLUMNS, answers, several=asked.several)
-        if asked.several:
-            return json_response(Classifications(Model.of(bundle), answers))
-        (answer,) = cast(list[ImageClassification], answers)
-        return json_response(Classification(Model.of(bundle), answer.image, answer.predictions))
+    return await _predict(request, _CLASSIFY)
 
 
 async def detect(request: Request) -> Response:
     """`POST /detect`."""
+    return await _predict(request, _DETECT)
+
+
+async def _predict(request: Request, route: _ImageRoute) -> Response:
     serving, record = get_serving(request), get_record(request)
-    form = negotiate(request.headers.get("accept"), DETECT_MEDIA_TYPES)
+    media_type = negotiate(request.headers.get("accept"), route.media_types)
     await serving.admit()
     async with Deadline(request, serving.settings.timeout_seconds) as deadline:
-        asked = await read_image_request(request, DETECT_PARAMETERS, serving.settings)
+        image_request = await read_image_request(request, route.parameters, serving.settings)
         deadline.body_received()
-        reference, variant = asked.text(MODEL), asked.text(VARIANT)
-        bundle = await serving.find(reference, record, task=Task.DETECTION, variant=variant)
-        detector = cast(Detector, bundle.predictor)
-        threshold, max_detections = asked.number(THRESHOLD), asked.integer(MAX_DETECTIONS)
-        labels = asked.labels(detector.labels)
-        detector.check(threshold=threshold, max_detections=max_detections, labels=labels)
-        if asked.several and form in (PNG, JPEG):
-            raise NotAcceptableError(offered=f"{JSON}, {CSV} for several images", found=form)
+        reference, variant = image_request.text(MODEL), image_request.text(VARIANT)
+        bundle = await serving.find(reference, record, task=route.task, variant=variant)
+        postprocess = _make_postprocess(bundle.predictor, image_request)
+        several, drawn = image_request.several, media_type in (PNG, JPEG)
+        if several and drawn:
+            raise NotAcceptableError(offered=f"{JSON}, {CSV} for several images", found=media_type)
 
-        def found(image: _Image[A], row: Row) -> list[Detection]:
-            prepared = cast(PreparedImage, image.prepared)
-            return detector.objects(row, prepared, threshold=threshold, max_detections=max_detections, labels=labels)
+        def to_result(work: _ImageWork, row: Row) -> Any:
+            predictions = postprocess(row, work.prepared)
+            if drawn:
+                return _draw(work.decoded, predictions, media_type)
+            return route.image_result(work.size, predictions)
 
-        def detected(image: _Image[ImageDetections], row: Row) -> ImageDetections:
-            return ImageDetections(image.size, found(image, row))
+        images = image_request.images
+        works = [_ImageWork(image, serving, record, bundle.predictor, to_result, drawn) for image in images]
+        results = await gather([_run(work, bundle, several=several) for work in works])
+        if drawn:
+            return cast(Response, results[0])
+        if media_type == CSV:
+            return csv_response(route.columns, results, several=several)
+        model = schemas.Model.of(bundle)
+        return json_response(route.several(model, results) if several else route.single(model, results[0]))
 
-        def drawn(image: _Image[Response], row: Row) -> Response:
-            assert image.decoded is not None
-            picture, buffer = draw_detections(image.decoded, found(image, row)), io.BytesIO()
-            if form == JPEG and max(picture.size) > _MAX_JPEG_PIXELS:
-                raise NotAcceptableError(offered=f"{JSON}, {CSV}, {PNG} for so large an image", found=form)
-            picture.save(buffer, "PNG") if form == PNG else picture.save(buffer, "JPEG", quality=90)
-            return Response(buffer.getvalue(), media_type=form)
 
-        if form in (PNG, JPEG):
-            picture = _Image(asked.images[0], serving, record, detector, drawn, keep=True)
-            return await serving.scheduler.run(picture, bundle, record)
-        works = [_Image(sent, serving, record, detector, detected) for sent in asked.images]
-        answers = await _each(serving, record, bundle, works, several=asked.several)
-        if form == CSV:
-            return csv_response(DETECTION_COLUMNS, answers, several=asked.several)
-        if asked.several:
-            return json_response(DetectionsOfSeveral(Model.of(bundle), answers))
-        (answer,) = cast(list[ImageDetections], answers)
-        return json_response(Detections(Model.of(bundle), answer.image, answer.detections))
+def _make_postprocess(predictor: Predictor, request: ImageRequest) -> Callable[[Row, Any], list[Any]]:
+    """Check the request's parameters; return a function from the network's output and prepared image to predictions.
+
+    Raises:
+        ParameterError: a parameter is invalid.
+    """
+    if isinstance(predictor, Classifier):
+        top_k, labels = request.integer(TOP_K), request.labels(predictor.labels)
+        predictor.check_parameters(top_k=top_k, labels=labels)
+        return lambda row, _: predictor.postprocess(row[0], top_k=top_k, labels=labels)
+    threshold, max_detections = request.number(THRESHOLD), request.integer(MAX_DETECTIONS)
+    labels = request.labels(predictor.labels)
+    predictor.check_parameters(threshold=threshold, max_detections=max_detections, labels=labels)
+    return partial(predictor.postprocess, threshold=threshold, max_detections=max_detections, labels=labels)
 
 
 @dataclass(eq=False)
-class _Image(Generic[A]):
-    """An image of a request on its way through a computing thread (`scheduler.Work`)."""
+class _ImageWork:
+    """The work on one image of a request (`scheduler.Work`)."""
 
-    sent: object  # see `requests.encoded`
+    image: object  # see `requests.image_bytes`
     serving: Serving
     record: RequestRecord
     predictor: Predictor
-    answer: "Callable[[_Image[A], Row], A]"
-    keep: bool = False  # the decoded image, to draw in it
-    decoded: Image.Image | None = None
-    size: schemas.Image = _UNSEEN
-    prepared: NDArray[np.uint8] | PreparedImage | None = None
+    to_result: "Callable[[_ImageWork, Row], Any]"
+    keep_decoded: bool
+    decoded: Image.Image = field(init=False)  # only with `keep_decoded`
+    size: schemas.Image = field(init=False)
+    prepared: NDArray[np.uint8] | PreparedImage = field(init=False)
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
-        """From bytes to the network's pixels."""
         with self.record.stage("decode"):
-            data, max_pixels = encoded(self.sent), self.serving.settings.max_pixels
+            data, max_pixels = image_bytes(self.image), self.serving.settings.max_pixels
             image = decode_for(data, self.predictor.preprocessing, max_pixels=max_pixels)
             self.record.add_image(image.width * image.height)
             self.size = schemas.Image(image.width, image.height)
-            if self.keep:
+            if self.keep_decoded:
                 self.decoded = image.image if image.is_whole else decode(data, max_pixels=max_pixels)
             self.prepared = self.predictor.prepare(image)
         return self.prepared
 
-    def finish(self, row: Row) -> A:
-        """From what the network says to the answer."""
-        return self.answer(self, row)
+    def postprocess(self, row: Row) -> Any:
+        return self.to_result(self, row)
 
 
-async def _each(
-    serving: Serving, record: RequestRecord, bundle: Bundle, works: Sequence[Work[A]], *, several: bool
-) -> list[A | ErrorAnswer]:
-    """The answers to all images, in their order; of several, those that are no good are answered by their error."""
+def _draw(image: Image.Image, detections: list[Any], media_type: str) -> Response:
+    drawing, buffer = draw_detections(image, detections), io.BytesIO()
+    if media_type == JPEG and max(drawing.size) > _MAX_JPEG_EDGE:
+        raise NotAcceptableError(offered=f"{JSON}, {CSV}, {PNG} for so large an image", found=media_type)
+    drawing.save(buffer, "PNG") if media_type == PNG else drawing.save(buffer, "JPEG", quality=90)
+    return Response(buffer.getvalue(), media_type=media_type)
 
-    async def answer(work: Work[A]) -> A | ErrorAnswer:
-        try:
-            return await serving.scheduler.run(work, bundle, record)
-        except (ImageError, ParameterError) as error:
-            if not several:
-                raise
-            return ErrorAnswer(Error(code=error.code, message=str(error)))
 
-    return await gather([answer(work) for work in works])
+async def _run(work: _ImageWork, bundle: Bundle, *, several: bool) -> Any:
+    """Run the work; with several images, return the error of an invalid one instead of raising it."""
+    try:
+        return await work.serving.scheduler.run(work, bundle, work.record)
+    except (ImageError, ParameterError) as error:
+        if not several:
+            raise
+        return ErrorAnswer(Error(code=error.code, message=str(error)))

@@ -1,4 +1,4 @@
-"""`GET /models`: what is served."""
+"""`GET /models`: the served models."""
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -9,14 +9,14 @@ from vitrine.service.runtime.serving import get_serving
 
 
 async def list_models(request: Request) -> Response:
-    """`GET /models`: every model, by name."""
+    """`GET /models`: all models, by name."""
     repository = get_serving(request).repository
-    described = [ModelDescription.of(repository.versions(name)) for name in repository.bundles]
-    return Response(ModelList(models=described).model_dump_json(), media_type=JSON)
+    models = [ModelDescription.of(repository.versions(name)) for name in repository.bundles]
+    return Response(ModelList(models=models).model_dump_json(), media_type=JSON)
 
 
 async def describe_model(request: Request) -> Response:
-    """`GET /models/{name}` or `/models/{name}@{version}`: its whole manifest."""
+    """`GET /models/{name}` or `/models/{name}@{version}`: the model's manifest."""
     repository = get_serving(request).repository
     bundle = repository.get(request.path_params["name"])
     versions = [other.manifest.version for other in repository.versions(bundle.manifest.name)]

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of all routes, built from the schemas that the answers are made with."""
+"""The OpenAPI 3.1 document of all routes, built from the schemas that the responses are made with."""
 
 import json
 from functools import cache
@@ -20,23 +20,6 @@ from vitrine.service.http.schemas import (
 
 Json = dict[str, Any]
 
-_ERRORS = {
-    400: "A parameter, a field or the body is missing, unknown, of the wrong type or outside its range.",
-    401: "The API key is missing or unknown.",
-    403: "The operator has not allowed it.",
-    404: "There is no such model, or none for this task.",
-    406: "The answer exists in no form that `Accept` names.",
-    413: "The body has too many bytes, or an image too many pixels.",
-    415: "The bytes are not of a supported image type.",
-    422: "The image is broken.",
-    500: "A bug of the server.",
-    503: "Too many images wait already, or the model's files cannot be used.",
-    504: "Not answered in time.",
-}
-_IMAGE_ERRORS = (400, 401, 404, 406, 413, 415, 422, 500, 503, 504)
-_INFER_ERRORS = (400, 401, 404, 413, 415, 422, 500, 503, 504)
-_OPEN: list[Json] = [{}]  # no key needed
-
 _SCHEMAS = (
     Classification,
     Classifications,
@@ -47,13 +30,34 @@ _SCHEMAS = (
     ModelList,
     ProtocolErrorAnswer,
 )
-_ROW = {"type": "string", "description": "A table: a header line, then a line for each answer."}
-_BINARY = {"type": "string", "format": "binary"}
+_ERRORS = {
+    400: "A parameter, a field or the body is missing, unknown, of the wrong type or out of range.",
+    401: "The API key is missing or unknown.",
+    403: "The operator has disabled this operation.",
+    404: "There is no such model, or none for this task.",
+    406: "`Accept` names no available media type.",
+    413: "The body has too many bytes, or an image too many pixels.",
+    415: "The bytes are not of a supported image type.",
+    422: "The image is corrupt.",
+    500: "Internal server error.",
+    503: "The queue is full, or the model's files are damaged.",
+    504: "Timeout.",
+}
+_HEADERS: Json = {
+    "X-Request-ID": {"description": "The request's own id, or a new one.", "schema": {"type": "string"}},
+    "Server-Timing": {
+        "description": "Milliseconds of decode, queue and inference, summed over images processed in parallel.",
+        "schema": {"type": "string"},
+    },
+    "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}},
+    "WWW-Authenticate": {"description": "How to send the key.", "schema": {"type": "string"}},
+}
+_SECURITY: list[Json] = [{}, {"bearer": []}, {"apiKey": []}]  # keys only if the operator has set them
 
 
 @cache
 def openapi_document() -> str:
-    """The document as JSON."""
+    """Return the document as JSON."""
     _, definitions = TypeAdapter.json_schemas(
         [(schema, "serialization", TypeAdapter(schema)) for schema in _SCHEMAS],
         ref_template="#/components/schemas/{model}",
@@ -65,10 +69,10 @@ def openapi_document() -> str:
             "version": "1",
             "description": "Image classification and object detection with vision transformers.",
         },
-        "security": [{}, {"bearer": []}, {"apiKey": []}],  # keys only where the operator has set them
+        "security": _SECURITY,
         "tags": [
-            {"name": "images", "description": "Images in, labels or boxes out."},
-            {"name": "models", "description": "What is served."},
+            {"name": "images", "description": "Predictions for images."},
+            {"name": "models", "description": "The served models."},
             {"name": "protocol", "description": "Open Inference Protocol (KServe v2), also over gRPC."},
             {"name": "operation", "description": "Health and metrics."},
         ],
@@ -85,389 +89,274 @@ def openapi_document() -> str:
     return json.dumps(document)
 
 
-_HEADERS: Json = {
-    "X-Request-ID": {"description": "The request's own, or a new one.", "schema": {"type": "string"}},
-    "Server-Timing": {
-        "description": "Milliseconds of decode, queue and inference; images are worked on side by side.",
-        "schema": {"type": "string"},
-    },
-    "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}},
-    "WWW-Authenticate": {"description": "How to send the key.", "schema": {"type": "string"}},
-}
-
-
-def _image_paths() -> Json:
-    classify = _image_route("classify", "Classify images", CLASSIFY_PARAMETERS, ("Classification", "Classifications"))
-    detect = _image_route("detect", "Find objects in images", DETECT_PARAMETERS, ("Detections", "DetectionsOfSeveral"))
-    detect["responses"]["200"]["content"] |= {"image/png": {"schema": _BINARY}, "image/jpeg": {"schema": _BINARY}}
-    detect["description"] += " A picture (`Accept: image/png`, `image/jpeg`) is drawn of one image only."
-    return {"/classify": {"post": classify}, "/detect": {"post": detect}}
-
-
-def _image_route(operation: str, summary: str, parameters: tuple[Parameter, ...], answers: tuple[str, str]) -> Json:
-    properties = {parameter.name: parameter.schema for parameter in parameters}
-    image = {**_BINARY, "description": f"One of {', '.join(SUPPORTED_FORMATS)}, told by its bytes."}
-    text = {"type": "string", "description": "Base64 or a data URL. Other URLs are not fetched."}
-    json_body = {
-        "type": "object",
-        "properties": {"image": text, "images": {"type": "array", "items": text, "minItems": 1}, **properties},
-        "oneOf": [{"required": ["image"]}, {"required": ["images"]}],
-        "additionalProperties": False,
-    }
-    form = {
-        "type": "object",
-        "required": ["image"],
-        "properties": {"image": {"type": "array", "items": image, "minItems": 1}, **properties},
-        "additionalProperties": False,
-    }
+def _operation(operation_id: str, tag: str, summary: str, ok: Json, errors: tuple[int, ...], **fields: Any) -> Json:
+    """Return an operation object: `ok` is its response with status 200."""
+    error = {"application/json": {"schema": _reference("ProtocolErrorAnswer" if tag == "protocol" else "ErrorAnswer")}}
+    headers = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
+    responses = {str(status): _response(_ERRORS[status], error, *headers.get(status, ())) for status in errors}
     return {
-        "operationId": operation,
-        "tags": ["images"],
-        "summary": summary,
-        "description": (
-            "The images are multipart fields `image`, or base64 in JSON, or the body is one image. Parameters are "
-            "query, form or JSON fields. One image gets one answer; several (two fields `image`, or `images` in JSON) "
-            "get `results` in their order, where an image that is no good has an error."
-        ),
-        "parameters": [
-            {"name": parameter.name, "in": "query", "schema": parameter.schema, "style": "form", "explode": True}
-            for parameter in parameters
-        ],
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": form},
-                "application/json": {"schema": json_body},
-                "image/*": {"schema": _BINARY},
-                "application/octet-stream": {"schema": _BINARY},
-            },
-        },
-        "responses": {
-            "200": {
-                "description": "The answer.",
-                "headers": _headers("X-Request-ID", "Server-Timing"),
-                "content": {
-                    "application/json": {"schema": {"oneOf": [_reference(name) for name in answers]}},
-                    "text/csv": {"schema": _ROW},
-                },
-            },
-            **_errors(_IMAGE_ERRORS),
-        },
-    }
-
-
-def _model_paths() -> Json:
-    name = _path_parameter("name", "`name` (its highest version) or `name@version`.")
-    return {
-        "/models": {"get": _get("listModels", "models", "The served models", _reference("ModelList"), (401, 500))},
-        "/models/{name}": {
-            "get": _get(
-                "describeModel",
-                "models",
-                "A model's manifest: labels, measured metrics, preprocessing, variants, provenance",
-                _reference("ModelDetail"),
-                (401, 404, 500),
-                parameters=[name],
-            )
-        },
-    }
-
-
-_NAMED: Json = {"name": {"type": "string"}, "version": {"type": "string"}}
-_DATATYPE = {"enum": ["UINT8", "INT64", "FP32", "BYTES"]}
-_PROTOCOL_SCHEMAS: Json = {
-    "Parameters": {
-        "type": "object",
-        "additionalProperties": {"type": ["string", "integer", "number", "boolean"]},
-    },
-    "TensorMetadata": {
-        "type": "object",
-        "required": ["name", "datatype", "shape"],
-        "properties": {
-            "name": {"type": "string"},
-            "datatype": _DATATYPE,
-            "shape": {"type": "array", "items": {"type": "integer"}, "description": "-1: any length."},
-        },
-    },
-    "RequestInput": {
-        "type": "object",
-        "required": ["name", "datatype", "shape"],
-        "properties": {
-            "name": {"type": "string", "description": "`image` (encoded images), or the tensors of the model."},
-            "datatype": _DATATYPE,
-            "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
-            "data": {"type": "array", "description": "Flat or nested; of BYTES base64 or data URLs."},
-            "parameters": {"$ref": "#/components/schemas/Parameters"},
-        },
-    },
-    "RequestOutput": {
-        "type": "object",
-        "required": ["name"],
-        "properties": {"name": {"type": "string"}, "parameters": {"$ref": "#/components/schemas/Parameters"}},
-    },
-    "InferenceRequest": {
-        "type": "object",
-        "required": ["inputs"],
-        "properties": {
-            "id": {"type": "string"},
-            "parameters": {"$ref": "#/components/schemas/Parameters"},
-            "inputs": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/RequestInput"}},
-            "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/RequestOutput"}},
-        },
-    },
-    "InferenceResponse": {
-        "type": "object",
-        "required": ["model_name", "outputs"],
-        "properties": {
-            "model_name": {"type": "string"},
-            "model_version": {"type": "string"},
-            "id": {"type": "string"},
-            "parameters": {"$ref": "#/components/schemas/Parameters"},
-            "outputs": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "required": ["name", "datatype", "shape"],
-                    "properties": {
-                        "name": {"type": "string"},
-                        "datatype": _DATATYPE,
-                        "shape": {"type": "array", "items": {"type": "integer"}},
-                        "data": {"type": "array"},
-                        "parameters": {"$ref": "#/components/schemas/Parameters"},
-                    },
-                },
-            },
-        },
-    },
-    "ServerMetadata": {
-        "type": "object",
-        "required": ["name", "version", "extensions"],
-        "properties": {**_NAMED, "extensions": {"type": "array", "items": {"type": "string"}}},
-    },
-    "ModelMetadata": {
-        "type": "object",
-        "required": ["name", "versions", "platform", "inputs", "outputs"],
-        "properties": {
-            "name": {"type": "string"},
-            "versions": {"type": "array", "items": {"type": "string"}},
-            "platform": {"type": "string"},
-            "inputs": {"type": "array", "items": {"$ref": "#/components/schemas/TensorMetadata"}},
-            "outputs": {"type": "array", "items": {"$ref": "#/components/schemas/TensorMetadata"}},
-        },
-    },
-    "RepositoryIndex": {
-        "type": "array",
-        "items": {
-            "type": "object",
-            "required": ["name", "version", "state", "reason"],
-            "properties": {
-                **_NAMED,
-                "state": {"enum": ["READY", "UNAVAILABLE"]},
-                "reason": {"type": "string"},
-            },
-        },
-    },
-}
-
-
-def _protocol_paths() -> Json:
-    name = _path_parameter("name", "Name of a model.")
-    version = _path_parameter("version", "One of its versions.")
-    paths: Json = {
-        "/v2": {
-            "get": _protocol_get(
-                "serverMetadata", "The server's name, version and extensions", "ServerMetadata", (401,)
-            )
-        },
-        "/v2/health/live": {"get": _probe("serverLive", "Does every computing thread get on?", protocol=True)},
-        "/v2/health/ready": {"get": _probe("serverReady", "Are all models loaded?", protocol=True)},
-        "/v2/repository/index": {"post": _repository_index()},
-    }
-    for operation, path, parameters in (
-        ("model", "/v2/models/{name}", [name]),
-        ("modelVersion", "/v2/models/{name}/versions/{version}", [name, version]),
-    ):
-        metadata = _protocol_get(f"{operation}Metadata", "Its tensors", "ModelMetadata", (401, 404), parameters)
-        ready: Json = {
-            "operationId": f"{operation}Ready",
-            "tags": ["protocol"],
-            "summary": "Is it loaded?",
-            "parameters": parameters,
-            "responses": {"200": {"description": "Yes."}, **_errors((401, 404), protocol=True)},
-        }
-        paths[path] = {"get": metadata}
-        paths[f"{path}/ready"] = {"get": ready}
-        paths[f"{path}/infer"] = {"post": _infer(f"{operation}Infer", parameters)}
-    for operation in ("load", "unload"):
-        paths[f"/v2/repository/models/{{name}}/{operation}"] = {
-            "post": {
-                "operationId": f"{operation}Model",
-                "tags": ["protocol"],
-                "summary": f"{operation.capitalize()} a model in every worker",
-                "parameters": [name],
-                "requestBody": {
-                    "required": False,
-                    "content": {"application/json": {"schema": {"type": "object"}}},
-                },
-                "responses": {
-                    "200": {"description": "Done."},
-                    **_errors((400, 401, 403, 404, 413, 500, 503), protocol=True),
-                },
-            }
-        }
-    return paths
-
-
-def _repository_index() -> Json:
-    body = {"type": "object", "properties": {"ready": {"type": "boolean", "default": False}}}
-    return {
-        "operationId": "repositoryIndex",
-        "tags": ["protocol"],
-        "summary": "The state of every version of every model",
-        "requestBody": {"required": False, "content": {"application/json": {"schema": body}}},
-        "responses": {
-            "200": {
-                "description": "The index.",
-                "content": {"application/json": {"schema": _reference("RepositoryIndex")}},
-            },
-            **_errors((400, 401, 413, 500), protocol=True),
-        },
-    }
-
-
-def _infer(operation: str, parameters: list[Json]) -> Json:
-    length = {
-        "name": "Inference-Header-Content-Length",
-        "in": "header",
-        "schema": {"type": "integer", "minimum": 0},
-        "description": "Bytes of the JSON document, behind which tensors stand in binary form.",
-    }
-    return {
-        "operationId": operation,
-        "tags": ["protocol"],
-        "summary": "Ask a model",
-        "description": (
-            "Tensors as JSON or, by the binary tensor data extension, as bytes behind the JSON document. "
-            "`parameters.variant` chooses a graph of the model."
-        ),
-        "parameters": [*parameters, length],
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {"schema": _reference("InferenceRequest")},
-                "application/octet-stream": {"schema": _BINARY},
-            },
-        },
-        "responses": {
-            "200": {
-                "description": "The answer.",
-                "headers": _headers("X-Request-ID", "Server-Timing"),
-                "content": {
-                    "application/json": {"schema": _reference("InferenceResponse")},
-                    "application/octet-stream": {"schema": _BINARY},
-                },
-            },
-            **_errors(_INFER_ERRORS, protocol=True),
-        },
-    }
-
-
-def _operation_paths() -> Json:
-    metrics: Json = {
-        "operationId": "metrics",
-        "tags": ["operation"],
-        "summary": "Prometheus metrics",
-        "security": [{}, {"bearer": []}, {"apiKey": []}],
-        "responses": {
-            "200": {"description": "The metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-            **_errors((401, 500)),
-        },
-    }
-    return {
-        "/livez": {"get": _probe("livez", "Does every computing thread get on?")},
-        "/healthz": {"get": _probe("healthz", "The same as /livez")},
-        "/readyz": {"get": _probe("readyz", "Are all models loaded?")},
-        "/metrics": {"get": metrics},
-    }
-
-
-def _probe(operation: str, summary: str, *, protocol: bool = False) -> Json:
-    yes: Json = {"description": "Yes."}
-    if not protocol:
-        yes["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    return {
-        "operationId": operation,
-        "tags": ["protocol" if protocol else "operation"],
-        "summary": summary,
-        "security": _OPEN,
-        "responses": {"200": yes, **_errors((500, 503), protocol=protocol)},
-    }
-
-
-def _protocol_get(
-    operation: str, summary: str, schema: str, errors: tuple[int, ...], parameters: list[Json] | None = None
-) -> Json:
-    return _get(operation, "protocol", summary, _reference(schema), errors, parameters=parameters, protocol=True)
-
-
-def _get(
-    operation: str,
-    tag: str,
-    summary: str,
-    schema: Json,
-    errors: tuple[int, ...],
-    *,
-    parameters: list[Json] | None = None,
-    protocol: bool = False,
-) -> Json:
-    return {
-        "operationId": operation,
+        "operationId": operation_id,
         "tags": [tag],
         "summary": summary,
-        "parameters": parameters or [],
-        "responses": {
-            "200": {
-                "description": "The answer.",
-                "headers": _headers("X-Request-ID"),
-                "content": {"application/json": {"schema": schema}},
-            },
-            **_errors(errors, protocol=protocol),
-        },
+        **fields,
+        "responses": {"200": ok, **responses},
     }
 
 
-def _errors(statuses: tuple[int, ...], *, protocol: bool = False) -> Json:
-    schema = _reference("ProtocolErrorAnswer" if protocol else "ErrorAnswer")
-    special = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
-    return {
-        str(status): {
-            "description": _ERRORS[status],
-            "headers": _headers("X-Request-ID", *special.get(status, ())),
-            "content": {"application/json": {"schema": schema}},
-        }
-        for status in statuses
-    }
-
-
-def _headers(*names: str) -> Json:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
-
-
-def _path_parameter(name: str, description: str) -> Json:
-    return {
-        "name": name,
-        "in": "path",
-        "required": True,
-        "schema": {"type": "string"},
+def _response(description: str, content: Json | None = None, *headers: str) -> Json:
+    names = ("X-Request-ID", *headers)
+    response: Json = {
         "description": description,
+        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
     }
+    return response if content is None else {**response, "content": content}
+
+
+def _json_content(schema: Json) -> Json:
+    return {"application/json": {"schema": schema}}
 
 
 def _reference(name: str) -> Json:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-# BentoML serves the files of Swagger UI under /static_content; its own page would load a tag manager besides.
+def _object(required: Json, **optional: Json) -> Json:
+    return {"type": "object", "required": [*required], "properties": {**required, **optional}}
+
+
+def _array(items: Json, **fields: Any) -> Json:
+    return {"type": "array", "items": items, **fields}
+
+
+def _path_parameter(name: str, description: str) -> Json:
+    return {"name": name, "in": "path", "required": True, "schema": _STRING, "description": description}
+
+
+_STRING: Json = {"type": "string"}
+_BINARY: Json = {"type": "string", "format": "binary"}
+_TEXT_CONTENT: Json = {"text/plain": {"schema": _STRING}}
+_BINARY_CONTENT: Json = {"application/octet-stream": {"schema": _BINARY}}
+_TABLE = {"type": "string", "description": "A table: a header line, then a line for each prediction."}
+
+
+def _image_paths() -> Json:
+    classify = _image_route("classify", "Classify images", CLASSIFY_PARAMETERS, ("Classification", "Classifications"))
+    detect = _image_route("detect", "Detect objects", DETECT_PARAMETERS, ("Detections", "DetectionsOfSeveral"))
+    detect["responses"]["200"]["content"] |= {"image/png": {"schema": _BINARY}, "image/jpeg": {"schema": _BINARY}}
+    detect["description"] += " A drawing (`Accept: image/png` or `image/jpeg`) is available for a single image only."
+    return {"/classify": {"post": classify}, "/detect": {"post": detect}}
+
+
+def _image_route(operation_id: str, summary: str, parameters: tuple[Parameter, ...], schemas: tuple[str, str]) -> Json:
+    properties = {parameter.name: parameter.schema for parameter in parameters}
+    image = {**_BINARY, "description": f"One of {', '.join(SUPPORTED_FORMATS)}, detected from its bytes."}
+    text = {**_STRING, "description": "Base64 or a data URL. Other URLs are not fetched."}
+    json_body = {
+        "type": "object",
+        "properties": {"image": text, "images": _array(text, minItems=1), **properties},
+        "oneOf": [{"required": ["image"]}, {"required": ["images"]}],
+        "additionalProperties": False,
+    }
+    form = {**_object({"image": _array(image, minItems=1)}, **properties), "additionalProperties": False}
+    content = {
+        **_json_content({"oneOf": [_reference(name) for name in schemas]}),
+        "text/csv": {"schema": _TABLE},
+    }
+    return _operation(
+        operation_id,
+        "images",
+        summary,
+        _response("Predictions.", content, "Server-Timing"),
+        (400, 401, 404, 406, 413, 415, 422, 500, 503, 504),
+        description=(
+            "Images are multipart fields `image`, or base64 in JSON, or the body is a single image. Parameters are "
+            "query, form or JSON fields. The response to several images (two fields `image`, or `images` in JSON) has "
+            "`results` in their order, with an error for each invalid image."
+        ),
+        parameters=[
+            {"name": parameter.name, "in": "query", "schema": parameter.schema, "style": "form", "explode": True}
+            for parameter in parameters
+        ],
+        requestBody={
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": form},
+                **_json_content(json_body),
+                "image/*": {"schema": _BINARY},
+                **_BINARY_CONTENT,
+            },
+        },
+    )
+
+
+def _model_paths() -> Json:
+    models = _response("The models.", _json_content(_reference("ModelList")))
+    model = _response("The model.", _json_content(_reference("ModelDetail")))
+    name = _path_parameter("name", "`name` (its highest version) or `name@version`.")
+    summary = "A model's manifest: labels, measured metrics, preprocessing, variants, provenance"
+    return {
+        "/models": {"get": _operation("listModels", "models", "The served models", models, (401, 500))},
+        "/models/{name}": {
+            "get": _operation("describeModel", "models", summary, model, (401, 404, 500), parameters=[name])
+        },
+    }
+
+
+_DATATYPE = {"enum": ["UINT8", "INT64", "FP32", "BYTES"]}
+_SHAPE = _array({"type": "integer"})
+_PARAMETERS = _reference("Parameters")
+_PROTOCOL_SCHEMAS: Json = {
+    "Parameters": {
+        "type": "object",
+        "additionalProperties": {"type": ["string", "integer", "number", "boolean"]},
+    },
+    "TensorMetadata": _object(
+        {"name": _STRING, "datatype": _DATATYPE, "shape": {**_SHAPE, "description": "-1: any length."}}
+    ),
+    "RequestInput": _object(
+        {
+            "name": {**_STRING, "description": "`image` (encoded images), or the tensors of the model."},
+            "datatype": _DATATYPE,
+            "shape": _array({"type": "integer", "minimum": 0}),
+        },
+        data={"type": "array", "description": "Flat or nested; for BYTES, base64 or data URLs."},
+        parameters=_PARAMETERS,
+    ),
+    "RequestOutput": _object({"name": _STRING}, parameters=_PARAMETERS),
+    "InferenceRequest": _object(
+        {"inputs": _array(_reference("RequestInput"), minItems=1)},
+        id=_STRING,
+        parameters=_PARAMETERS,
+        outputs=_array(_reference("RequestOutput")),
+    ),
+    "ResponseOutput": _object(
+        {"name": _STRING, "datatype": _DATATYPE, "shape": _SHAPE}, data={"type": "array"}, parameters=_PARAMETERS
+    ),
+    "InferenceResponse": _object(
+        {"model_name": _STRING, "outputs": _array(_reference("ResponseOutput"))},
+        model_version=_STRING,
+        id=_STRING,
+        parameters=_PARAMETERS,
+    ),
+    "ServerMetadata": _object({"name": _STRING, "version": _STRING, "extensions": _array(_STRING)}),
+    "ModelMetadata": _object(
+        {
+            "name": _STRING,
+            "versions": _array(_STRING),
+            "platform": _STRING,
+            "inputs": _array(_reference("TensorMetadata")),
+            "outputs": _array(_reference("TensorMetadata")),
+        }
+    ),
+    "RepositoryIndex": _array(
+        _object({"name": _STRING, "version": _STRING, "state": {"enum": ["READY", "UNAVAILABLE"]}, "reason": _STRING})
+    ),
+}
+
+
+def _protocol_operation(
+    operation_id: str, summary: str, schema: str | None, errors: tuple[int, ...], **fields: Any
+) -> Json:
+    ok = _response("Success.", _json_content(_reference(schema)) if schema else None)
+    return _operation(operation_id, "protocol", summary, ok, errors, **fields)
+
+
+def _optional_body(schema: Json) -> Json:
+    return {"required": False, "content": _json_content(schema)}
+
+
+def _protocol_paths() -> Json:
+    name = _path_parameter("name", "Name of a model.")
+    version = _path_parameter("version", "One of its versions.")
+    index_body = _optional_body({"type": "object", "properties": {"ready": {"type": "boolean", "default": False}}})
+    paths: Json = {
+        "/v2": {
+            "get": _protocol_operation(
+                "serverMetadata", "The server's name, version and extensions", "ServerMetadata", (401,)
+            )
+        },
+        "/v2/health/live": {"get": _probe("serverLive", "protocol", _LIVE)},
+        "/v2/health/ready": {"get": _probe("serverReady", "protocol", _READY)},
+        "/v2/repository/index": {
+            "post": _protocol_operation(
+                "repositoryIndex",
+                "The state of every version of every model",
+                "RepositoryIndex",
+                (400, 401, 413, 500),
+                requestBody=index_body,
+            )
+        },
+    }
+    for prefix, path, parameters in (
+        ("model", "/v2/models/{name}", [name]),
+        ("modelVersion", "/v2/models/{name}/versions/{version}", [name, version]),
+    ):
+        metadata = ("The model's tensors", "ModelMetadata", (401, 404))
+        paths[path] = {"get": _protocol_operation(f"{prefix}Metadata", *metadata, parameters=parameters)}
+        ready = ("Is the model loaded?", None, (401, 404))
+        paths[f"{path}/ready"] = {"get": _protocol_operation(f"{prefix}Ready", *ready, parameters=parameters)}
+        paths[f"{path}/infer"] = {"post": _infer(f"{prefix}Infer", parameters)}
+    for action in ("load", "unload"):
+        paths[f"/v2/repository/models/{{name}}/{action}"] = {
+            "post": _protocol_operation(
+                f"{action}Model",
+                f"{action.capitalize()} a model in every worker",
+                None,
+                (400, 401, 403, 404, 413, 500, 503),
+                parameters=[name],
+                requestBody=_optional_body({"type": "object"}),
+            )
+        }
+    return paths
+
+
+def _infer(operation_id: str, parameters: list[Json]) -> Json:
+    length = {
+        "name": "Inference-Header-Content-Length",
+        "in": "header",
+        "schema": {"type": "integer", "minimum": 0},
+        "description": "Bytes of the JSON document; binary tensors follow it.",
+    }
+    content = {**_json_content(_reference("InferenceResponse")), **_BINARY_CONTENT}
+    return _operation(
+        operation_id,
+        "protocol",
+        "Run inference",
+        _response("The outputs.", content, "Server-Timing"),
+        (400, 401, 404, 413, 415, 422, 500, 503, 504),
+        description=(
+            "Tensors are JSON or, by the binary tensor data extension, bytes after the JSON document. "
+            "`parameters.variant` chooses a variant of the model."
+        ),
+        parameters=[*parameters, length],
+        requestBody={
+            "required": True,
+            "content": {**_json_content(_reference("InferenceRequest")), **_BINARY_CONTENT},
+        },
+    )
+
+
+_LIVE, _READY = "Are all computing threads making progress?", "Are all models loaded?"
+
+
+def _operation_paths() -> Json:
+    metrics = _response("The metrics.", _TEXT_CONTENT)
+    return {
+        "/livez": {"get": _probe("livez", "operation", _LIVE)},
+        "/healthz": {"get": _probe("healthz", "operation", "The same as /livez")},
+        "/readyz": {"get": _probe("readyz", "operation", _READY)},
+        "/metrics": {
+            "get": _operation("metrics", "operation", "Prometheus metrics", metrics, (401, 500), security=_SECURITY)
+        },
+    }
+
+
+def _probe(operation_id: str, tag: str, summary: str) -> Json:
+    ok = _response("Yes.", _TEXT_CONTENT if tag == "operation" else None)  # BentoML's probes have a body
+    return _operation(operation_id, tag, summary, ok, (500, 503), security=[{}])  # needs no key
+
+
+# BentoML serves the files of Swagger UI under /static_content; its own page would also load a tag manager.
 DOCS_PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -1,4 +1,4 @@
-"""The parameters of the image routes: the one place of their names, defaults, ranges and meanings."""
+"""The parameters of the image routes: names, defaults, ranges and descriptions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Parameter:
-    """A query, form or JSON field."""
+    """A parameter, sent as query, form or JSON field."""
 
     name: str
     schema: dict[str, Any]  # JSON schema (2020-12)
 
     @property
     def default(self) -> Any:
-        """Its value where it is not sent."""
+        """The value if the client sends none."""
         return self.schema.get("default")
 
 
@@ -29,7 +29,7 @@ VARIANT = Parameter(
     "variant",
     {
         "type": "string",
-        "description": "Graph of the model, such as `int8-dynamic`; by default the one that its manifest names.",
+        "description": "Variant of the model, such as `int8-dynamic`; by default the one that its manifest names.",
     },
 )
 LABELS = Parameter(
@@ -38,19 +38,25 @@ LABELS = Parameter(
         "type": "array",
         "items": {"type": "string"},
         "minItems": 1,
-        "description": "Answer these classes only. Text with commas is split, unless it is a label as a whole.",
+        "description": "Return these classes only. A string is split at commas, unless it is a label itself.",
     },
 )
 TOP_K = Parameter(
-    "top_k", {"type": "integer", "minimum": 1, "default": 5, "description": "How many classes to answer."}
+    "top_k", {"type": "integer", "minimum": 1, "default": 5, "description": "Number of classes to return."}
 )
 THRESHOLD = Parameter(
     "threshold",
-    {"type": "number", "minimum": 0, "maximum": 1, "default": 0.5, "description": "Smallest score to answer."},
+    {
+        "type": "number",
+        "minimum": 0,
+        "maximum": 1,
+        "default": 0.5,
+        "description": "Minimum score of returned objects.",
+    },
 )
 MAX_DETECTIONS = Parameter(
     "max_detections",
-    {"type": "integer", "minimum": 1, "default": 100, "description": "Largest number of objects to answer."},
+    {"type": "integer", "minimum": 1, "default": 100, "description": "Maximum number of returned objects."},
 )
 
 CLASSIFY_PARAMETERS = (MODEL, VARIANT, LABELS, TOP_K)

@@ -66,7 +66,7 @@ class SharedCounters:
 
     def read(self) -> dict[Key, list[float]]:
         """Return the numbers of all keys."""
-        return {key: self._numbers[at : at + self._lengths[key]].tolist() for key, at in self._offsets.items()}
+        return {key: list(self._numbers[at : at + self._lengths[key]]) for key, at in self._offsets.items()}
 
     def _allocate(self, key: Key, length: int) -> int:
         offset = self._used
@@ -95,5 +95,5 @@ def read_shared_counters(folder: Path) -> dict[int, dict[Key, list[float]]]:
         lines = file.read_bytes().splitlines()  # keys first: their numbers exist by then
         numbers = memoryview(file.with_suffix(_NUMBERS).read_bytes()).cast("d")
         entries = (orjson.loads(line) for line in lines)
-        counters[int(file.stem)] = {tuple(key): numbers[at : at + length].tolist() for at, length, key in entries}
+        counters[int(file.stem)] = {tuple(key): list(numbers[at : at + length]) for at, length, key in entries}
     return counters

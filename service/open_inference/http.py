@@ -1,4 +1,4 @@
-"""`/v2`: the Open Inference Protocol over HTTP, with binary tensors and the model repository."""
+"""`/v2`: the Open Inference Protocol over HTTP, with the binary tensor and model repository extensions."""
 
 import asyncio
 import re
@@ -13,22 +13,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrine import __version__
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
 from vitrine.service.errors import UnavailableError, preview
 from vitrine.service.http.requests import read_body
 from vitrine.service.open_inference.inference import (
-    EXTENSIONS,
-    PLATFORM,
-    SERVER,
+    SERVER_METADATA,
     InferenceRequest,
     InferenceResponse,
     RequestedOutput,
     Tensor,
     UndecodedElements,
+    check_classification,
+    check_variant,
     infer,
+    load_model,
     model_metadata,
-    reference,
+    model_reference,
+    repository_index,
     tensor_from_bytes,
     tensor_from_values,
     tensor_to_bytes,
@@ -41,11 +42,11 @@ Json = dict[str, Any]
 
 async def server_metadata(request: Request) -> Response:
     """`GET /v2`."""
-    return _json({"name": SERVER, "version": __version__, "extensions": list(EXTENSIONS)})
+    return _json_response(SERVER_METADATA)
 
 
 async def server_health(request: Request) -> Response:
-    """`GET /v2/health/live` and `/v2/health/ready`. (Nothing is answered before all models are loaded.)"""
+    """`GET /v2/health/live` and `/v2/health/ready`; a worker accepts no requests before all models are loaded."""
     if not get_serving(request).live():
         raise UnavailableError("a computing thread is stuck")
     return Response()
@@ -53,13 +54,7 @@ async def server_health(request: Request) -> Response:
 
 async def metadata(request: Request) -> Response:
     """`GET /v2/models/{name}[/versions/{version}]`."""
-    found = model_metadata(get_serving(request), _reference(request))
-    inputs, outputs = (
-        [{"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape} for tensor in tensors]
-        for tensors in (found.inputs, found.outputs)
-    )
-    known = {"name": found.name, "versions": found.versions, "platform": PLATFORM}
-    return _json({**known, "inputs": inputs, "outputs": outputs})
+    return _json_response(model_metadata(get_serving(request), _reference(request)))
 
 
 async def model_ready(request: Request) -> Response:
@@ -76,40 +71,23 @@ async def model_infer(request: Request) -> Response:
         body = await _body(request, serving.settings.max_body_bytes)
         deadline.body_received()
         header_length = request.headers.get(HEADER_LENGTH)
-        asked, binary = await asyncio.to_thread(parse, _reference(request), body, header_length)
-        answer = await infer(serving, record, asked)
-        return await asyncio.to_thread(_response, answer, asked, binary)
+        parsed, binary = await asyncio.to_thread(parse, _reference(request), body, header_length)
+        response = await infer(serving, record, parsed)
+        return await asyncio.to_thread(_infer_response, response, parsed, binary)
 
 
-async def repository_index(request: Request) -> Response:
+async def index(request: Request) -> Response:
     """`POST /v2/repository/index`."""
     serving = get_serving(request)
     document = await _optional_json(request, serving.settings.max_body_bytes)
-    ready = document.get("ready", False)
-    if not isinstance(ready, bool):
-        raise ParameterError("ready", expected="true or false", found=preview(ready))
-    return _json(
-        [
-            {
-                "name": entry.name,
-                "version": entry.version,
-                "state": "READY" if entry.ready else "UNAVAILABLE",
-                "reason": entry.reason,
-            }
-            for entry in serving.repository.index()
-            if entry.ready or not ready
-        ]
-    )
+    return _json_response(repository_index(serving, ready_only=_flag(document, "ready", False)))
 
 
 async def load(request: Request) -> Response:
     """`POST /v2/repository/models/{name}/load`."""
     serving = get_serving(request)
     document = await _optional_json(request, serving.settings.max_body_bytes)
-    if document.get("parameters"):
-        found = ", ".join(document["parameters"])[:100] if isinstance(document["parameters"], dict) else "others"
-        raise ParameterError("parameters", expected="none: a model is configured by its bundle", found=found)
-    await serving.load(request.path_params["name"])
+    await load_model(serving, request.path_params["name"], document.get("parameters"))
     return Response()
 
 
@@ -131,25 +109,25 @@ PROTOCOL_ROUTES = (
     ("/v2/models/{name}/versions/{version}/ready", model_ready, "GET"),
     ("/v2/models/{name}/infer", model_infer, "POST"),
     ("/v2/models/{name}/versions/{version}/infer", model_infer, "POST"),
-    ("/v2/repository/index", repository_index, "POST"),
+    ("/v2/repository/index", index, "POST"),
     ("/v2/repository/models/{name}/load", load, "POST"),
     ("/v2/repository/models/{name}/unload", unload, "POST"),
 )
 
 
 def protocol_routes(route: type[Route]) -> list[Route]:
-    """The routes under /v2, as routes of that class."""
+    """Return the routes under /v2 as instances of the class `route`."""
     return [route(path, endpoint, methods=[method]) for path, endpoint, method in PROTOCOL_ROUTES]
 
 
-def parse(model: str, body: bytes, header_length: str | None) -> tuple[InferenceRequest, bool]:
-    """Read a request: a JSON document and, behind its first `header_length` bytes, tensors in binary form.
+def parse(reference: str, body: bytes, header_length: str | None) -> tuple[InferenceRequest, bool]:
+    """Parse a request: a JSON document of `header_length` bytes, followed by binary tensors.
 
     Returns:
-        The request, and whether outputs that it does not name are wanted in binary form.
+        The request, and whether outputs are binary by default.
 
     Raises:
-        ParameterError: it is not as the protocol says.
+        ParameterError: the request does not follow the protocol.
     """
     length = len(body)
     if header_length is not None:
@@ -162,9 +140,9 @@ def parse(model: str, body: bytes, header_length: str | None) -> tuple[Inference
     data = memoryview(body)
     for entry in _objects(document.get("inputs"), "inputs"):
         name, datatype, shape = _text(entry, "name"), _text(entry, "datatype"), _shape(entry)
-        own = _object(entry.get("parameters", {}), f"input {name[:100]}: parameters")
-        if "binary_data_size" in own:
-            size = own["binary_data_size"]
+        input_parameters = _object(entry.get("parameters", {}), f"input {name[:100]}: parameters")
+        if "binary_data_size" in input_parameters:
+            size = input_parameters["binary_data_size"]
             if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(data) - start:
                 expected = f"0 to {len(data) - start}, the bytes that are left"
                 raise ParameterError(f"input {name[:100]}: binary_data_size", expected=expected, found=preview(size))
@@ -178,21 +156,17 @@ def parse(model: str, body: bytes, header_length: str | None) -> tuple[Inference
         raise ParameterError("body", expected="as many bytes as its tensors", found=f"{len(body) - start} more")
     binary = _flag(parameters, "binary_data_output", False)
     requested = [_requested_output(entry, binary) for entry in _objects(document.get("outputs", []), "outputs")]
-    variant, number = parameters.get("variant"), document.get("id", "")
-    if variant is not None and not isinstance(variant, str):
-        raise ParameterError("variant", expected="text", found=preview(variant))
-    if not isinstance(number, str):
-        raise ParameterError("id", expected="text", found=preview(number))
-    return InferenceRequest(model, inputs, requested, number, variant), binary
+    variant, request_id = check_variant(parameters.get("variant")), document.get("id", "")
+    if not isinstance(request_id, str):
+        raise ParameterError("id", expected="text", found=preview(request_id))
+    return InferenceRequest(reference, inputs, requested, request_id, variant), binary
 
 
 def _requested_output(entry: Json, binary: bool) -> RequestedOutput:
     name = _text(entry, "name")
     parameters = _object(entry.get("parameters", {}), f"output {name[:100]}: parameters")
-    classes = parameters.get("classification", 0)
-    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 0:
-        raise ParameterError("classification", expected="a number of classes", found=preview(classes))
-    return RequestedOutput(name, classes, _flag(parameters, "binary_data", binary))
+    classification = check_classification(parameters.get("classification", 0))
+    return RequestedOutput(name, classification, _flag(parameters, "binary_data", binary))
 
 
 def _flag(parameters: Json, name: str, default: bool) -> bool:
@@ -202,26 +176,26 @@ def _flag(parameters: Json, name: str, default: bool) -> bool:
     return value
 
 
-def _response(answer: InferenceResponse, asked: InferenceRequest, binary: bool) -> Response:
-    binaries = {output.name: output.binary for output in asked.outputs}
+def _infer_response(response: InferenceResponse, request: InferenceRequest, binary: bool) -> Response:
+    is_binary = {output.name: output.binary for output in request.outputs}
     outputs, parts = [], []
-    for tensor in answer.outputs:
+    for tensor in response.outputs:
         entry: Json = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
-        if binaries.get(tensor.name, binary):
+        if is_binary.get(tensor.name, binary):
             parts.append(tensor_to_bytes(tensor))
             entry["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
             entry["data"] = _values(tensor)
         outputs.append(entry)
-    manifest = answer.bundle.manifest
+    manifest = response.bundle.manifest
     document: Json = {"model_name": manifest.name, "model_version": manifest.version}
-    if answer.id:
-        document["id"] = answer.id
-    head = orjson.dumps({**document, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+    if response.id:
+        document["id"] = response.id
+    header = orjson.dumps({**document, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not parts:
-        return Response(head, media_type="application/json")
-    headers = {HEADER_LENGTH: str(len(head))}
-    return Response(b"".join((head, *parts)), headers=headers, media_type="application/octet-stream")
+        return Response(header, media_type="application/json")
+    headers = {HEADER_LENGTH: str(len(header))}
+    return Response(b"".join((header, *parts)), headers=headers, media_type="application/octet-stream")
 
 
 def _values(tensor: Tensor) -> NDArray[np.generic] | list[str]:
@@ -232,7 +206,7 @@ def _values(tensor: Tensor) -> NDArray[np.generic] | list[str]:
 
 
 def _reference(request: Request) -> str:
-    return reference(request.path_params["name"], request.path_params.get("version", ""))
+    return model_reference(request.path_params["name"], request.path_params.get("version", ""))
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
@@ -242,19 +216,19 @@ async def _body(request: Request, max_bytes: int) -> bytes:
         return body
     if encoding not in ("gzip", "deflate"):
         raise ParameterError("Content-Encoding", expected="gzip or deflate", found=repr(encoding[:50]))
-    return await asyncio.to_thread(_decompressed, body, max_bytes)
+    return await asyncio.to_thread(_decompress, body, max_bytes)
 
 
-def _decompressed(body: bytes, max_bytes: int) -> bytes:
-    reader = zlib.decompressobj(wbits=47)  # of gzip and zlib alike
+def _decompress(body: bytes, max_bytes: int) -> bytes:
+    decompressor = zlib.decompressobj(wbits=47)  # detects gzip and zlib headers
     try:
-        plain = reader.decompress(body, max_bytes + 1)
+        plain = decompressor.decompress(body, max_bytes + 1)
     except zlib.error as error:
         raise ParameterError("body", expected="what Content-Encoding says", found=error) from error
     if len(plain) > max_bytes:
         raise ImageTooLargeError(limit=max_bytes, unit="bytes", found="more once decompressed")
-    if not reader.eof or reader.unused_data:
-        found = "more behind its end" if reader.eof else "an early end"
+    if not decompressor.eof or decompressor.unused_data:
+        found = "more behind its end" if decompressor.eof else "an early end"
         raise ParameterError("body", expected="what Content-Encoding says", found=found)
     return plain
 
@@ -297,5 +271,5 @@ def _shape(entry: Json) -> Sequence[int]:
     return shape
 
 
-def _json(document: object) -> Response:
+def _json_response(document: object) -> Response:
     return Response(orjson.dumps(document), media_type="application/json")

@@ -1,123 +1,172 @@
-"""The Open Inference Protocol (KServe v2) without a transport: what its requests mean and how they are answered.
+"""The Open Inference Protocol (KServe v2), independent of the transport.
 
-A model takes either its own tensors (`pixels`, of a detector also `sizes`; see the manifest) or `image`, BYTES[n]:
-encoded images, which are decoded and resized as those of `/classify` and `/detect` are. The outputs are those of the
-graph; boxes are normalised to the image (of `pixels`: to the valid region). The rows of a batch are computed side by
-side.
+A model takes either its own tensors (`pixels`, for a detector also `sizes`; see the manifest) or `image`, BYTES[n]:
+encoded images, which are decoded and resized as for `/classify` and `/detect`. The outputs are those of the graph;
+boxes are normalized to the image (for `pixels`: to the valid region). The images of a batch run in parallel.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitrine import __version__
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
 from vitrine.bundle.images import decode_for
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import DetectionPreprocessing, TensorSpec
 from vitrine.bundle.predictors import Classifier, PreparedImage, Row
 from vitrine.service.errors import preview
-from vitrine.service.http.requests import encoded
+from vitrine.service.http.requests import image_bytes
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import Work
 from vitrine.service.runtime.serving import Serving
 
-SERVER = "vitrine"
-PLATFORM = "onnxruntime_onnx"
-EXTENSIONS = ("binary_tensor_data", "classification", "model_repository", "model_repository(unload_dependents)")
+SERVER_METADATA: dict[str, Any] = {
+    "name": "vitrine",
+    "version": __version__,
+    "extensions": [
+        "binary_tensor_data",
+        "classification",
+        "model_repository",
+        "model_repository(unload_dependents)",
+    ],
+}
 IMAGE = "image"
 DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 
 
 @dataclass(frozen=True)
 class UndecodedElements:
-    """BYTES as a client sent them. They are read once it is known how many there may be."""
+    """BYTES as sent by the client. They are decoded after their number has been checked."""
 
-    elements: object  # a memoryview of lengths and bytes, or what should be a list: of bytes, or of base64 text
+    elements: object  # memoryview of lengths and bytes; or unchecked, expected a list of bytes or base64 strings
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output."""
+    """An input or output tensor."""
 
     name: str
-    datatype: str  # KServe's
+    datatype: str  # of the protocol
     shape: tuple[int, ...]
     data: NDArray[np.generic] | Sequence[bytes] | UndecodedElements
 
 
 @dataclass(frozen=True)
 class RequestedOutput:
-    """An output that the client names."""
+    """An output requested by the client."""
 
     name: str
-    classification: int = 0  # above 0: the best classes as BYTES "score:index:label" (Triton's extension)
-    binary: bool = False  # of HTTP
+    classification: int = 0  # number of top classes, as BYTES "score:index:label" (Triton's extension); 0: the tensor
+    binary: bool = False  # HTTP only
 
 
 @dataclass(frozen=True)
 class InferenceRequest:
-    """What a client asks a model."""
+    """An inference request."""
 
     reference: str  # `name` or `name@version`
     inputs: Sequence[Tensor]
-    outputs: Sequence[RequestedOutput] = ()  # none: all
+    outputs: Sequence[RequestedOutput] = ()  # empty: all
     id: str = ""
     variant: str | None = None
 
 
 @dataclass(frozen=True)
 class InferenceResponse:
-    """What the model answers."""
+    """An inference response."""
 
     bundle: Bundle
     outputs: Sequence[Tensor]
     id: str = ""
 
 
-@dataclass(frozen=True)
-class ModelMetadata:
-    """What a client has to know to ask a model; -1 stands for any length."""
-
-    name: str
-    versions: Sequence[str]
-    inputs: Sequence[Tensor]  # without data
-    outputs: Sequence[Tensor]
+def model_reference(name: str, version: str) -> str:
+    """Return the reference that `Repository.get` takes; an empty version means the highest."""
+    return f"{name}@{version}" if version else name
 
 
-def reference(name: str, number: str) -> str:
-    """A model's name and version as `Repository.get` takes them; without a version the highest is meant."""
-    return f"{name}@{number}" if number else name
-
-
-def model_metadata(serving: Serving, model: str) -> ModelMetadata:
-    """The metadata of a served model.
+def model_metadata(serving: Serving, reference: str) -> dict[str, Any]:
+    """Return the metadata of a served model, with the fields of the protocol; a length of -1 stands for any.
 
     Raises:
-        UnknownModelError: there is none of that name and version.
+        UnknownModelError: there is no model of that name and version.
     """
-    bundle = serving.repository.get(model)
-    manifest = bundle.manifest
-    versions = [other.manifest.version for other in serving.repository.versions(manifest.name)]
-    inputs, outputs = ([_described(spec) for spec in specs] for specs in (manifest.inputs, manifest.outputs))
-    return ModelMetadata(manifest.name, versions, [*inputs, Tensor(IMAGE, "BYTES", (-1,), [])], outputs)
+    manifest = serving.repository.get(reference).manifest
+    return {
+        "name": manifest.name,
+        "versions": [bundle.manifest.version for bundle in serving.repository.versions(manifest.name)],
+        "platform": "onnxruntime_onnx",
+        "inputs": [*map(_tensor_metadata, manifest.inputs), {"name": IMAGE, "datatype": "BYTES", "shape": [-1]}],
+        "outputs": [*map(_tensor_metadata, manifest.outputs)],
+    }
 
 
-def _described(spec: TensorSpec) -> Tensor:
-    return Tensor(spec.name, spec.datatype, tuple(edge if isinstance(edge, int) else -1 for edge in spec.shape), [])
+def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
+    shape = [edge if isinstance(edge, int) else -1 for edge in spec.shape]
+    return {"name": spec.name, "datatype": spec.datatype, "shape": shape}
+
+
+def repository_index(serving: Serving, *, ready_only: bool) -> list[dict[str, str]]:
+    """Return the state of every version of every model, with the fields of the protocol."""
+    return [
+        {
+            "name": entry.name,
+            "version": entry.version,
+            "state": "READY" if entry.ready else "UNAVAILABLE",
+            "reason": entry.reason,
+        }
+        for entry in serving.repository.index()
+        if entry.ready or not ready_only
+    ]
+
+
+async def load_model(serving: Serving, name: str, parameters: object) -> None:
+    """Load a model, see `Serving.load`.
+
+    Raises:
+        ParameterError: there are parameters, which Triton would take for the model's configuration.
+    """
+    if parameters:
+        found = ", ".join(parameters)[:100] if isinstance(parameters, Mapping) else "others"
+        raise ParameterError("parameters", expected="none: a model is configured by its bundle", found=found)
+    await serving.load(name)
+
+
+def check_variant(value: object) -> str | None:
+    """Return the request parameter `variant`.
+
+    Raises:
+        ParameterError: it is neither missing nor a string.
+    """
+    if value is not None and not isinstance(value, str):
+        raise ParameterError("variant", expected="text", found=preview(value))
+    return value
+
+
+def check_classification(value: object) -> int:
+    """Return the output parameter `classification`.
+
+    Raises:
+        ParameterError: it is not a number of classes.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ParameterError("classification", expected="a number of classes", found=preview(value))
+    return value
 
 
 async def infer(serving: Serving, record: RequestRecord, request: InferenceRequest) -> InferenceResponse:
-    """Answer an inference request.
+    """Run an inference request.
 
     Raises:
-        UnknownModelError, BundleError: no model can answer it.
+        UnknownModelError, BundleError: the model or variant is unknown, or its files are damaged.
         ParameterError: a tensor or an output is missing, unknown, or of another type or shape than the model's.
-        ImageError: an image cannot be used.
-        OverloadedError: too much is waiting.
+        ImageError: an image is invalid.
+        OverloadedError: see `Scheduler.check_capacity`.
     """
     bundle = await serving.find(request.reference, record, variant=request.variant)
     requested = _requested_outputs(bundle, request.outputs)
@@ -125,85 +174,89 @@ async def infer(serving: Serving, record: RequestRecord, request: InferenceReque
     if len(inputs) != len(request.inputs):
         raise ParameterError("inputs", expected="each name once", found=", ".join(t.name for t in request.inputs)[:200])
     if set(inputs) == {IMAGE}:
-        works: Sequence[Work[Row]] = _encoded_images(serving, record, bundle, inputs[IMAGE])
+        works: Sequence[Work[Row]] = _encoded_image_works(serving, record, bundle, inputs[IMAGE])
     else:
-        works = _pixels(serving, record, bundle, inputs)
+        works = _pixel_works(serving, record, bundle, inputs)
     try:
         rows = await serving.scheduler.run_all(works, bundle, record)
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        found = str(error).splitlines()[0][:300]  # a size, say, that the network's strides do not take
+        found = str(error).splitlines()[0][:300]  # such as an image size that the network's strides do not support
         raise ParameterError("inputs", expected="tensors that the network can compute with", found=found) from error
     names = [spec.name for spec in bundle.manifest.outputs]
     outputs = dict(zip(names, (np.stack(arrays) for arrays in zip(*rows, strict=True)), strict=True))
-    tensors = [_output(bundle, output, outputs[output.name]) for output in requested]
+    tensors = [_output_tensor(bundle, output, outputs[output.name]) for output in requested]
     return InferenceResponse(bundle, tensors, request.id)
 
 
-def _requested_outputs(bundle: Bundle, wanted: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
-    known = [spec.name for spec in bundle.manifest.outputs]
-    if len({output.name for output in wanted}) != len(wanted):
-        raise ParameterError("outputs", expected="each name once", found=", ".join(w.name for w in wanted)[:200])
-    for output in wanted:
-        if output.name not in known:
-            raise ParameterError("outputs", expected=f"some of {', '.join(known)}", found=repr(output.name[:100]))
+def _requested_outputs(bundle: Bundle, outputs: Sequence[RequestedOutput]) -> Sequence[RequestedOutput]:
+    names = [spec.name for spec in bundle.manifest.outputs]
+    if len({output.name for output in outputs}) != len(outputs):
+        raise ParameterError("outputs", expected="each name once", found=", ".join(o.name for o in outputs)[:200])
+    for output in outputs:
+        if output.name not in names:
+            raise ParameterError("outputs", expected=f"some of {', '.join(names)}", found=repr(output.name[:100]))
         if output.classification and not isinstance(bundle.predictor, Classifier):
             raise ParameterError("classification", expected="an output that has classes", found=output.name)
-    return wanted or [RequestedOutput(name) for name in known]
+    return outputs or [RequestedOutput(name) for name in names]
 
 
 @dataclass(eq=False)
-class _EncodedImage:
-    """An image that is to be decoded (`scheduler.Work`)."""
+class _EncodedImageWork:
+    """The work on an encoded image (`scheduler.Work`)."""
 
-    sent: object  # a memoryview, or see `requests.encoded`
+    image: object  # a memoryview, or see `requests.image_bytes`
     serving: Serving
     record: RequestRecord
     bundle: Bundle
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
         with self.record.stage("decode"):
-            data = bytes(self.sent) if isinstance(self.sent, memoryview) else encoded(self.sent)
+            data = bytes(self.image) if isinstance(self.image, memoryview) else image_bytes(self.image)
             predictor = self.bundle.predictor
             decoded = decode_for(data, predictor.preprocessing, max_pixels=self.serving.settings.max_pixels)
             self.record.add_image(decoded.width * decoded.height)
             return predictor.prepare(decoded)
 
-    def finish(self, row: Row) -> Row:
+    def postprocess(self, row: Row) -> Row:
         return row
 
 
 @dataclass(eq=False)
-class _Pixels:
-    """An image that a client has prepared itself (`scheduler.Work`)."""
+class _PixelWork:
+    """The work on an image that the client has already prepared (`scheduler.Work`)."""
 
     prepared: NDArray[np.uint8] | PreparedImage
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
         return self.prepared
 
-    def finish(self, row: Row) -> Row:
+    def postprocess(self, row: Row) -> Row:
         return row
 
 
-def _encoded_images(serving: Serving, record: RequestRecord, bundle: Bundle, tensor: Tensor) -> list[_EncodedImage]:
+def _encoded_image_works(
+    serving: Serving, record: RequestRecord, bundle: Bundle, tensor: Tensor
+) -> list[_EncodedImageWork]:
     if not isinstance(tensor.data, UndecodedElements):
         raise ParameterError(f"input {IMAGE}: datatype", expected="BYTES", found=tensor.datatype[:20])
     if tensor.shape[1:] not in ((), (1,)) or not tensor.shape:
         found = str(list(tensor.shape))[:100]
         raise ParameterError(f"input {IMAGE}: shape", expected="[number of images]", found=found)
     _check_count(serving, tensor.shape[0])
-    images = _elements(tensor.data, tensor.shape[0])
-    return [_EncodedImage(image, serving, record, bundle) for image in images]
+    images = _decode_elements(tensor.data, tensor.shape[0])
+    return [_EncodedImageWork(image, serving, record, bundle) for image in images]
 
 
-def _pixels(serving: Serving, record: RequestRecord, bundle: Bundle, inputs: Mapping[str, Tensor]) -> list[_Pixels]:
+def _pixel_works(
+    serving: Serving, record: RequestRecord, bundle: Bundle, inputs: Mapping[str, Tensor]
+) -> list[_PixelWork]:
     specs = bundle.manifest.inputs
     if set(inputs) != {spec.name for spec in specs}:
         expected = f"{' and '.join(spec.name for spec in specs)}, or {IMAGE} alone"
         raise ParameterError("inputs", expected=expected, found=", ".join(inputs)[:200] or "none")
-    arrays = {spec.name: _checked(inputs[spec.name], spec) for spec in specs}
+    arrays = {spec.name: _to_array(inputs[spec.name], spec) for spec in specs}
     pixels = cast(NDArray[np.uint8], arrays["pixels"])
     count, height, width = pixels.shape[:3]
     _check_count(serving, count)
@@ -223,10 +276,10 @@ def _pixels(serving: Serving, record: RequestRecord, bundle: Bundle, inputs: Map
     for _ in range(count):
         record.add_image(height * width)
     if sizes is None:
-        return [_Pixels(image) for image in pixels]
-    # Each without its padding: the answers are the same, for less work.
+        return [_PixelWork(image) for image in pixels]
+    # Without padding: the outputs are the same, at less cost.
     return [
-        _Pixels(PreparedImage(image[:h, :w], width=w, height=h))
+        _PixelWork(PreparedImage(image[:h, :w], width=w, height=h))
         for image, (h, w) in zip(pixels, sizes.tolist(), strict=True)
     ]
 
@@ -236,35 +289,37 @@ def _check_count(serving: Serving, count: int) -> None:
         raise ParameterError("inputs", expected=f"1 to {serving.settings.max_images} images", found=count)
 
 
-def _checked(tensor: Tensor, spec: TensorSpec) -> NDArray[np.generic]:
-    """A tensor as the array that the graph takes."""
+def _to_array(tensor: Tensor, spec: TensorSpec) -> NDArray[np.generic]:
+    """Return a tensor as the array that the graph takes."""
     if tensor.datatype != spec.datatype:
         raise ParameterError(f"input {spec.name}: datatype", expected=spec.datatype, found=tensor.datatype[:20])
     fits = len(tensor.shape) == len(spec.shape) and all(
-        wanted in (found, -1) or isinstance(wanted, str) for found, wanted in zip(tensor.shape, spec.shape, strict=True)
+        expected in (found, -1) or isinstance(expected, str)
+        for found, expected in zip(tensor.shape, spec.shape, strict=True)
     )
     if not fits:
         expected = f"[{', '.join(map(str, spec.shape))}]"
         raise ParameterError(f"input {spec.name}: shape", expected=expected, found=str(list(tensor.shape))[:100])
     assert isinstance(tensor.data, np.ndarray)
-    # Numbers of eight bytes may begin anywhere in a body; the runtime expects them where the processor does.
+    # Binary tensors may start at any byte of the body; ONNX Runtime needs aligned arrays.
     return np.require(tensor.data.reshape(tensor.shape), requirements="A")
 
 
-def _output(bundle: Bundle, output: RequestedOutput, array: NDArray[np.generic]) -> Tensor:
+def _output_tensor(bundle: Bundle, output: RequestedOutput, array: NDArray[np.generic]) -> Tensor:
     if not output.classification:
         (datatype,) = [spec.datatype for spec in bundle.manifest.outputs if spec.name == output.name]
         return Tensor(output.name, datatype, array.shape, array)
     labels = bundle.predictor.labels
     count = min(output.classification, len(labels))
-    best = np.argsort(-array.astype(np.float32), axis=1, kind="stable")[:, :count]
-    texts = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(array, best, strict=True) for i in order]
+    top = np.argsort(-array.astype(np.float32), axis=1, kind="stable")[:, :count]
+    texts = [f"{row[i]:f}:{i}:{labels[i]}".encode() for row, order in zip(array, top, strict=True) for i in order]
     return Tensor(output.name, "BYTES", (len(array), count), texts)
 
 
 def tensor_from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
-    """A tensor in binary form: numbers little-endian in row-major order; of BYTES each element after its length
-    (four bytes, little-endian). Numbers are not copied.
+    """Return a tensor given in binary form; numbers are not copied.
+
+    Numbers are little-endian, in row-major order. Each element of BYTES follows its length (four bytes, little-endian).
 
     Raises:
         ParameterError: the datatype is unknown, or there are too few or too many bytes.
@@ -280,35 +335,35 @@ def tensor_from_bytes(name: str, datatype: str, shape: Sequence[int], data: memo
 
 
 def tensor_from_values(name: str, datatype: str, shape: Sequence[int], values: object) -> Tensor:
-    """A tensor of a list of numbers (of BYTES: of texts or bytes), flat or nested.
+    """Return a tensor given as a flat or nested list of numbers (for BYTES: of strings or bytes).
 
     Raises:
-        ParameterError: they are not of the datatype or the shape.
+        ParameterError: the values do not match the datatype or the shape.
     """
     shape = _shape(name, shape)
     if datatype == "BYTES":
         return Tensor(name, datatype, shape, UndecodedElements(values))
-    whole = _dtype(name, datatype) is not np.float32
+    is_integer = _dtype(name, datatype) is not np.float32
     try:
-        # As objects: NumPy would make room for the longest text as many times as there are elements.
+        # As objects: otherwise NumPy would allocate the length of the longest string for each element.
         flat = np.asarray(values, dtype=object).ravel().tolist()
     except ValueError as error:
         raise ParameterError(f"{_input(name)}: data", expected="a list of numbers", found=error) from error
-    kinds = set(map(type, flat)) - ({int} if whole else {int, float})
-    if kinds:  # `true` would be taken for 1, "1" for 1, and 1.5 cut off
-        found = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise ParameterError(f"{_input(name)}: data", expected="integers" if whole else "numbers", found=found)
+    wrong_types = set(map(type, flat)) - ({int} if is_integer else {int, float})
+    if wrong_types:  # NumPy would convert `true` and "1" to 1, and truncate 1.5
+        found = ", ".join(sorted(wrong_type.__name__ for wrong_type in wrong_types))
+        raise ParameterError(f"{_input(name)}: data", expected="integers" if is_integer else "numbers", found=found)
     try:
-        return tensor_from_array(name, datatype, shape, np.array(flat, np.int64 if whole else np.float64))
+        return tensor_from_array(name, datatype, shape, np.array(flat, np.int64 if is_integer else np.float64))
     except OverflowError as error:
         raise ParameterError(f"{_input(name)}: data", expected=f"values of {datatype}", found=error) from error
 
 
 def tensor_from_array(name: str, datatype: str, shape: Sequence[int], array: NDArray[np.generic]) -> Tensor:
-    """A tensor of numbers of some wider type.
+    """Return a tensor given as an array of a wider type.
 
     Raises:
-        ParameterError: they are not of the datatype or the shape.
+        ParameterError: the values do not match the datatype or the shape.
     """
     dtype, shape = _dtype(name, datatype), _shape(name, shape)
     if array.size != math.prod(shape):
@@ -324,7 +379,7 @@ def tensor_from_array(name: str, datatype: str, shape: Sequence[int], array: NDA
 
 
 def tensor_to_bytes(tensor: Tensor) -> bytes:
-    """A tensor in binary form, see `tensor_from_bytes`."""
+    """Return the binary form of a tensor, see `tensor_from_bytes`."""
     if isinstance(tensor.data, np.ndarray):
         return tensor.data.tobytes()
     assert not isinstance(tensor.data, UndecodedElements)
@@ -349,14 +404,14 @@ def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _elements(undecoded: UndecodedElements, count: int) -> list[object]:
-    """The elements of the input `image`: parts of the memoryview, or bytes or text."""
+def _decode_elements(undecoded: UndecodedElements, count: int) -> list[object]:
+    """Return the elements of the input `image`: slices of the memoryview, or bytes or strings."""
     data, field = undecoded.elements, f"input {IMAGE}: data"
     if not isinstance(data, memoryview):
         if not isinstance(data, list) or len(data) != count:
             found = f"{len(data)}" if isinstance(data, list) else preview(data)
             raise ParameterError(field, expected=f"a list of {count} images", found=found)
-        # of the shape [n, 1] each stands in a list of its own
+        # With shape [n, 1], each element is nested in a list.
         values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in data]
         for value in values:
             if not isinstance(value, (bytes, str)):

@@ -1,1 +1,1 @@
-"""What runs the models: processes and threads, the queue, loading and unloading."""
+"""Running the models: sizing, the scheduler, loading and unloading."""

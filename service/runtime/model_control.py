@@ -1,8 +1,9 @@
-"""Loading and unloading while serving: done by one worker, followed by all others, answered when all have followed.
+"""Loading and unloading models while serving, in step across all workers.
 
-The workers of a server share a folder. A change is done in one worker first, under a lock; only if it succeeds is it
-written to a journal, which every worker reads and repeats. A worker that joins later begins at the journal's end, with
-the models that stand there as unloaded left out and what was loaded while it started itself.
+The workers of a server share a folder. One worker applies a change first, under a lock; if it succeeds, the worker
+appends it to a journal, which all others read and replay. The request is answered when all have done so. A worker that
+joins later starts at the end of the journal: it unloads the models that the journal unloaded, and loads those that were
+loaded while it was starting.
 """
 
 import asyncio
@@ -24,166 +25,167 @@ from vitrine.service.errors import WorkerError
 
 _log = logging.getLogger("bentoml.vitrine")
 
-_POLL_SECONDS = 0.1  # between looks at the journal's size
-_FOLLOW_TIMEOUT_SECONDS = 30.0  # that the other workers get to follow
+_POLL_SECONDS = 0.1  # polling interval of the journal
+_REPLAY_TIMEOUT_SECONDS = 30.0  # for the other workers to replay a change
 
 
 @dataclass(frozen=True)
 class _Change:
-    do: Literal["load", "unload", "refresh"]
+    action: Literal["load", "unload", "refresh"]
     name: str = ""
 
 
 @dataclass(frozen=True)
 class _WorkerState:
-    changes: int  # of the journal
-    error: str = ""  # of the last of them
+    change_count: int  # replayed changes of the journal
+    error: str = ""  # error of the last change
 
 
 class ModelControl:
-    """The changes of one worker's repository, in step with those of the other workers."""
+    """Loads and unloads models of this worker's repository in step with the other workers."""
 
     def __init__(self, repository: Repository, folder: Path, *, poll_seconds: float = 0.0) -> None:
         """Join the workers that share `folder`.
 
         Args:
-            poll_seconds: between looks at the bundles' folders, by one of the workers; 0: never.
+            poll_seconds: interval at which one of the workers polls the bundle folders; 0: never.
         """
         self._repository, self._folder, self._poll_seconds = repository, folder, poll_seconds
         self._journal = folder / "journal"
-        self._own = folder / f"worker-{os.getpid()}"
-        self._following = threading.Lock()
-        self._followed = 0
-        self._read = 0  # bytes of the journal
+        self._state_file = folder / f"worker-{os.getpid()}"
+        self._apply_lock = threading.Lock()
+        self._change_count = 0  # replayed changes of the journal
+        self._offset = 0  # replayed bytes of the journal
         folder.mkdir(parents=True, exist_ok=True)
         unloaded: set[str] = set()
         with self._locked("journal.lock"):
-            for change in self._new_changes():
-                unloaded = unloaded | {change.name} if change.do == "unload" else unloaded - {change.name}
+            for change in self._read_journal():
+                unloaded = unloaded | {change.name} if change.action == "unload" else unloaded - {change.name}
             for name in unloaded:
-                with contextlib.suppress(VitrineError):  # it is not there any more
+                with contextlib.suppress(VitrineError):  # no longer in the folders
                     repository.unload(name)
-            if self._followed:
+            if self._change_count:
                 self._refresh()
-            self._report("")
+            self._write_state()
 
     async def load(self, name: str) -> None:
-        """`Repository.load` in every worker.
+        """Load a model, or reload it, in every worker. See `Repository.load`.
 
         Raises:
-            UnknownModelError, BundleError: as `Repository.load`; nothing has changed then.
-            WorkerError: another worker could not follow.
+            UnknownModelError, BundleError: see `Repository.load`; no worker has changed.
+            WorkerError: another worker could not replay the change.
         """
         await self._change(_Change("load", name))
 
     async def unload(self, name: str) -> None:
-        """`Repository.unload` in every worker.
+        """Unload a model in every worker. See `Repository.unload`.
 
         Raises:
-            UnknownModelError: it is not served.
-            WorkerError: another worker did not follow.
+            UnknownModelError: the model is not served.
+            WorkerError: another worker could not replay the change.
         """
         await self._change(_Change("unload", name))
 
     async def watch(self) -> None:
-        """Follow the other workers and, if this one is to, look for changed folders, for ever."""
+        """Replay the other workers' changes and, in one of the workers, poll the bundle folders; never returns."""
         next_poll = time.monotonic() + self._poll_seconds
         with contextlib.ExitStack() as stack:
             polls = False
             while True:
                 await asyncio.sleep(_POLL_SECONDS)
                 try:
-                    if self._journal_size() > self._read:
-                        await asyncio.to_thread(self._follow)
+                    if self._journal_size() > self._offset:
+                        await asyncio.to_thread(self._replay)
                     if self._poll_seconds and time.monotonic() >= next_poll:
                         next_poll = time.monotonic() + self._poll_seconds
-                        polls = polls or self._try_lock(stack, "poll.lock")  # if this worker ends, another one polls
+                        polls = polls or self._try_lock(stack, "poll.lock")  # released when this worker ends
                         if polls:
                             await asyncio.to_thread(self._poll)
-                except Exception:  # a full disk, say: what is loaded goes on answering
+                except Exception:  # such as a full disk: keep serving what is loaded
                     _log.exception("looking for changed bundles failed")
 
     def close(self) -> None:
         """Leave the other workers."""
-        self._own.unlink(missing_ok=True)
+        self._state_file.unlink(missing_ok=True)
 
     async def _change(self, change: _Change) -> None:
-        number = await asyncio.to_thread(self._do_first, change)
-        deadline = time.monotonic() + _FOLLOW_TIMEOUT_SECONDS
-        for other in self._folder.glob("worker-*"):
-            pid = int(other.name.removeprefix("worker-"))
-            while (followed := _read(other)) is not None and followed.changes < number and _is_alive(pid):
+        number = await asyncio.to_thread(self._apply_first, change)
+        deadline = time.monotonic() + _REPLAY_TIMEOUT_SECONDS
+        for file in self._folder.glob("worker-*"):
+            pid = int(file.name.removeprefix("worker-"))
+            while (state := _read_state(file)) is not None and state.change_count < number and _is_alive(pid):
                 if time.monotonic() > deadline:
-                    raise WorkerError(pid, f"nothing after {_FOLLOW_TIMEOUT_SECONDS:.0f} s")
+                    raise WorkerError(pid, f"nothing after {_REPLAY_TIMEOUT_SECONDS:.0f} s")
                 await asyncio.sleep(_POLL_SECONDS / 5)
-            if followed is not None and followed.changes == number and followed.error and _is_alive(pid):
-                raise WorkerError(pid, followed.error)
+            if state is not None and state.change_count == number and state.error and _is_alive(pid):
+                raise WorkerError(pid, state.error)
 
-    def _do_first(self, change: _Change) -> int:
-        """Make a change that no worker has made yet; its number in the journal."""
+    def _apply_first(self, change: _Change) -> int:
+        """Apply a new change and append it to the journal; return its number there."""
         with self._locked("journal.lock"):
-            self._follow()
-            with self._following:
-                self._do(change)
-                return self._publish(change)
+            self._replay()
+            with self._apply_lock:
+                self._apply(change)
+                return self._append(change)
 
     def _poll(self) -> None:
         with self._locked("journal.lock"):
-            self._follow()
-            with self._following:
+            self._replay()
+            with self._apply_lock:
                 if self._refresh():
-                    self._publish(_Change("refresh"))
+                    self._append(_Change("refresh"))
 
     def _refresh(self) -> list[str]:
-        """`Repository.refresh`, said in the log; without the folders everything stays as it is."""
+        """Refresh the repository and log the changes; if a bundle folder is missing, change nothing."""
         try:
             changes = self._repository.refresh()
         except VitrineError as error:
             _log.warning("bundles stay as they are: %s", error)
             return []
-        for sentence in changes:
-            _log.warning(sentence) if sentence.startswith("refused") else _log.info(sentence)
+        for change in changes:
+            _log.warning(change) if change.startswith("refused") else _log.info(change)
         return changes
 
-    def _do(self, change: _Change) -> None:
-        if change.do == "refresh":
+    def _apply(self, change: _Change) -> None:
+        if change.action == "refresh":
             self._repository.refresh()
-        elif change.do == "load":
+        elif change.action == "load":
             self._repository.load(change.name)
         else:
             self._repository.unload(change.name)
-        _log.info("%s", f"{change.do}: {change.name}".rstrip(": "))
+        _log.info("%s", f"{change.action}: {change.name}".rstrip(": "))
 
-    def _publish(self, change: _Change) -> int:
+    def _append(self, change: _Change) -> int:
         with self._journal.open("a") as journal:
             journal.write(json.dumps(asdict(change)) + "\n")
-        self._read = self._journal_size()
-        self._followed += 1
-        self._report("")
-        return self._followed
+        self._offset = self._journal_size()
+        self._change_count += 1
+        self._write_state()
+        return self._change_count
 
-    def _follow(self) -> None:
-        """Repeat what other workers have changed."""
-        with self._following:
-            for change in self._new_changes():
+    def _replay(self) -> None:
+        """Apply the new changes of other workers."""
+        with self._apply_lock:
+            for change in self._read_journal():
                 error = ""
                 try:
-                    self._do(change)
+                    self._apply(change)
                 except VitrineError as caught:
                     error = str(caught)
                     _log.warning("cannot follow another worker: %s", error)
-                self._report(error)
+                self._write_state(error)
 
-    def _new_changes(self) -> Iterator[_Change]:
+    def _read_journal(self) -> Iterator[_Change]:
+        """Yield the changes that were appended since the last call."""
         if not self._journal.exists():
             return
         with self._journal.open() as journal:
-            journal.seek(self._read)
+            journal.seek(self._offset)
             lines = journal.read()
         for line in lines.splitlines(keepends=True):
-            if line.endswith("\n"):  # else it is being written
-                self._read += len(line.encode())
-                self._followed += 1
+            if line.endswith("\n"):  # else it is still being written
+                self._offset += len(line.encode())
+                self._change_count += 1
                 yield _Change(**json.loads(line))
 
     def _journal_size(self) -> int:
@@ -192,10 +194,10 @@ class ModelControl:
         except FileNotFoundError:
             return 0
 
-    def _report(self, error: str) -> None:
-        partial = self._own.with_name(f".{self._own.name}")
-        partial.write_text(json.dumps(asdict(_WorkerState(self._followed, error))))
-        partial.rename(self._own)
+    def _write_state(self, error: str = "") -> None:
+        partial = self._state_file.with_name(f".{self._state_file.name}")
+        partial.write_text(json.dumps(asdict(_WorkerState(self._change_count, error))))
+        partial.rename(self._state_file)
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
@@ -214,10 +216,10 @@ class ModelControl:
         return True
 
 
-def _read(worker: Path) -> _WorkerState | None:
+def _read_state(file: Path) -> _WorkerState | None:
     try:
-        return _WorkerState(**json.loads(worker.read_text()))
-    except FileNotFoundError:  # it has ended
+        return _WorkerState(**json.loads(file.read_text()))
+    except FileNotFoundError:  # the worker has ended
         return None
 
 

@@ -1,4 +1,4 @@
-"""What the routes of both transports share while a process serves."""
+"""The state that the routes of both transports share while a process serves."""
 
 import asyncio
 import time
@@ -16,12 +16,12 @@ from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.settings import Settings
 
-_POLL_SECONDS = 0.05  # between looks whether somebody still waits for the answer
+_POLL_SECONDS = 0.05  # timer interval until the request is watched for a disconnect
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Settings, models, and the threads that compute."""
+    """Settings, models, scheduler and API keys of a worker."""
 
     settings: Settings
     repository: Repository
@@ -30,11 +30,11 @@ class Serving:
     keys: Keys
 
     def live(self) -> bool:
-        """Whether every computing thread gets on: none is at one piece of work for longer than `stuck_seconds`."""
+        """Whether no computing thread is stuck, that is, busy with one batch for `stuck_seconds` or longer."""
         return self.scheduler.longest_running() < self.settings.stuck_seconds
 
     async def admit(self) -> None:
-        """Refuse a request that would wait too long, before its body is read.
+        """Check that there is capacity for a request, before its body is read.
 
         Raises:
             OverloadedError: see `Scheduler.check_capacity`.
@@ -48,14 +48,14 @@ class Serving:
     async def find(
         self, reference: str | None, record: RequestRecord, *, task: Task | None = None, variant: str | None = None
     ) -> Bundle:
-        """The bundle that answers a request.
+        """Return the bundle for a request and note it in the record.
 
         Args:
-            reference: `name` or `name@version`; None: the first for the task.
-            variant: one of its graphs; None: the one that its manifest names.
+            reference: `name` or `name@version`; None: the first model for the task.
+            variant: variant of its graph; None: the default of its manifest.
 
         Raises:
-            UnknownModelError, ParameterError, BundleError: as `Repository.get` and `Repository.variant`.
+            UnknownModelError, ParameterError, BundleError: see `Repository.get` and `Repository.variant`.
         """
         bundle = self.repository.get(reference, task=task)
         if variant is not None:
@@ -64,23 +64,21 @@ class Serving:
         return bundle
 
     async def load(self, name: str) -> None:
-        """Load a model, or load it again, in every worker. See `Repository.load`.
+        """Load a model, or reload it, in every worker.
 
         Raises:
-            ForbiddenError: the operator has not allowed it.
-            UnknownModelError, BundleError: as `Repository.load`; nothing has changed then.
-            WorkerError: another worker could not follow.
+            ForbiddenError: the operator has not enabled model control.
+            UnknownModelError, BundleError, WorkerError: see `ModelControl.load`.
         """
         self._check_control()
         await self.control.load(name)
 
     async def unload(self, name: str) -> None:
-        """Serve a model no more, in every worker. See `Repository.unload`.
+        """Unload a model in every worker.
 
         Raises:
-            ForbiddenError: the operator has not allowed it.
-            UnknownModelError: it is not served.
-            WorkerError: another worker did not follow.
+            ForbiddenError: the operator has not enabled model control.
+            UnknownModelError, WorkerError: see `ModelControl.unload`.
         """
         self._check_control()
         await self.control.unload(name)
@@ -91,65 +89,66 @@ class Serving:
 
 
 class Deadline:
-    """How long a request is worked on: `async with` ends its block when time is up or the client has left.
+    """Cancels the `async with` block of a request on timeout or when the client disconnects.
 
-    Most answers take so little time that nothing but one timer is ever made.
+    Most requests are so short that this costs a single timer.
 
     Raises:
         TimeoutError: the block took longer than `seconds`.
-        ClientDisconnectedError: the client has closed its connection; noticed from `body_received` on.
+        ClientDisconnectedError: the client closed its connection; only detected after `body_received`.
     """
 
     def __init__(self, request: Request, seconds: float) -> None:
         self._receive, self._expires = request.receive, time.monotonic() + seconds
-        self._is_read = False
-        self._left = self._late = False
+        self._body_received = self._disconnected = self._timed_out = False
         self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Deadline":
         task = asyncio.current_task()
         assert task is not None
         self._task, self._loop = task, asyncio.get_running_loop()
-        self._timer = self._loop.call_later(min(_POLL_SECONDS, self._expires - time.monotonic()), self._look)
+        self._timer = self._loop.call_later(min(_POLL_SECONDS, self._expires - time.monotonic()), self._on_timer)
         return self
 
     def body_received(self) -> None:
-        """From now on, what is received can only be the news that the client has left."""
-        self._is_read = True
+        """Start to watch for a disconnect, the only message that can follow the body."""
+        self._body_received = True
 
-    def _look(self) -> None:
-        left = self._expires - time.monotonic()
-        if left <= 0:
-            self._late = True
+    def _on_timer(self) -> None:
+        remaining = self._expires - time.monotonic()
+        if remaining <= 0:
+            self._timed_out = True
             self._task.cancel()
             return
-        if self._is_read and self._watcher is None:
-            self._watcher = self._loop.create_task(self._watch())
-        self._timer = self._loop.call_later(min(left, _POLL_SECONDS) if self._watcher is None else left, self._look)
+        if self._body_received and self._watcher is None:
+            self._watcher = self._loop.create_task(self._watch_disconnect())
+        delay = min(remaining, _POLL_SECONDS) if self._watcher is None else remaining
+        self._timer = self._loop.call_later(delay, self._on_timer)
 
-    async def _watch(self) -> None:
+    async def _watch_disconnect(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self._left = True
+        self._disconnected = True
         self._task.cancel()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._timer.cancel()
         if self._watcher is not None:
             self._watcher.cancel()
-        if (self._late or self._left) and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
-            raise (TimeoutError if self._late else ClientDisconnectedError) from error
+        cancelled_here = self._timed_out or self._disconnected
+        if cancelled_here and self._task.uncancel() == 0 and kind is asyncio.CancelledError:
+            raise (TimeoutError if self._timed_out else ClientDisconnectedError) from error
 
 
 def get_serving(request: Request) -> Serving:
-    """The serving state of the application that got the request."""
+    """Return the serving state of the request's application."""
     serving = request.app.state.serving
     assert isinstance(serving, Serving)
     return serving
 
 
 def get_record(request: Request) -> RequestRecord:
-    """The observation of a request."""
+    """Return the record of a request."""
     record = request.scope["vitrine.record"]
     assert isinstance(record, RequestRecord)
     return record

@@ -1,7 +1,7 @@
-"""How many processes and threads serve on this machine.
+"""The number of worker processes and threads on this machine.
 
-Threads compute: decoding and ONNX Runtime release Python's lock, so that one process can keep several cores busy. What
-a process cannot spread is its event loop, so that on many cores several processes share the work.
+Decoding and ONNX Runtime release the GIL, so the threads of one process can keep several cores busy. Its event loop
+runs on one core only, so on many cores several processes share the load.
 """
 
 import math
@@ -14,13 +14,13 @@ from vitrine.bundle.machine import Machine, this_machine
 from vitrine.bundle.manifest import MODEL_FILE
 from vitrine.service.settings import Settings
 
-CORES_A_WORKER = 4
-"""One process answers about 1300 requests with an image a second, whatever its network costs. On four cores that is
-enough for all that needs 3 ms or more to compute; DETR and ViT at 224 pixels need 20 and more."""
+CORES_PER_WORKER = 4
+"""One process handles at most about 1300 single-image requests per second, whatever the network costs. On four cores
+that suffices for networks that take 3 ms or more per image; DETR and ViT at 224 pixels take 20 ms and more."""
 
-# As measured: BentoML's own process has 80 MiB of its own and a worker 120, what they share counts once. ONNX Runtime
-# takes 1.5 bytes for a byte of float32 weights. Photographs of 12 megapixels took less than 10 MiB a thread; a PNG of
-# 49 megapixels took 200 (4 bytes a pixel), which is not counted here: `VITRINE_MAX_PIXELS` bounds it.
+# Measured: BentoML's own process has 80 MiB of private memory and a worker 120; shared memory counts once. ONNX Runtime
+# takes 1.5 bytes per byte of float32 weights. Photographs of 12 megapixels took less than 10 MiB per thread; a PNG of
+# 49 megapixels took 200 (4 bytes per pixel), which is not included here: `VITRINE_MAX_PIXELS` bounds it.
 SERVER_BYTES = 100 * 2**20
 WORKER_BYTES = 160 * 2**20
 THREAD_BYTES = 16 * 2**20
@@ -29,58 +29,60 @@ LOADED_FACTOR = 2
 
 @dataclass(frozen=True)
 class Sizing:
-    """Processes, threads of each, and why."""
+    """Number of processes, threads of each, and the reason."""
 
     workers: int
     threads: int
     reason: str
-    warning: str = ""  # of what may go wrong with it
+    warning: str = ""  # such as too little memory
 
 
 def size(settings: Settings) -> Sizing:
-    """The settings' workers and threads; what they leave open is chosen by this process's cores and memory."""
+    """Return the workers and threads of the settings; unset ones are chosen by this process's cores and memory."""
     return choose(settings.workers, settings.threads, machine=this_machine(), models=model_bytes(settings.bundles))
 
 
 def choose(workers: int | None, threads: int | None, *, machine: Machine, models: int) -> Sizing:
-    """See `size`. `models` are the bytes of all graphs that are loaded.
+    """Choose workers and threads, see `size`. If only threads are set, there is one worker.
 
-    Who sets threads alone gets them in one process.
+    Args:
+        models: bytes of all loaded graphs.
     """
-    most = 1 if threads is not None else math.ceil(machine.cores / CORES_A_WORKER)
-    chosen = workers or next(
-        (count for count in range(most, 1, -1) if _fits(count, _threads(count, threads, machine), machine, models)), 1
+    most = 1 if threads is not None else math.ceil(machine.cores / CORES_PER_WORKER)
+    counts = range(most, 1, -1)
+    workers_chosen = workers or next(
+        (count for count in counts if _fits(count, _threads(count, threads, machine), machine, models)), 1
     )
-    each = _threads(chosen, threads, machine)
-    need = _need(chosen, each, models)
+    threads_chosen = _threads(workers_chosen, threads, machine)
+    need = _memory_need(workers_chosen, threads_chosen, models)
     memory = ""
     if machine.memory is not None:
         limit = " (cgroup)" if machine.memory_is_limited else ""
         memory = f", {_mib(need)} of {_mib(machine.memory)} memory{limit}"
-    set_by = [name for name, value in (("workers", workers), ("threads", threads)) if value is not None]
-    as_set = f", {' and '.join(set_by)} as set" if set_by else ""
-    reason = f"{_plural(each, 'thread')} in {_plural(chosen, 'worker')}: {_cores(machine)}{memory}{as_set}"
+    names = [name for name, value in (("workers", workers), ("threads", threads)) if value is not None]
+    as_set = f", {' and '.join(names)} as set" if names else ""
+    threads_text, workers_text = _plural(threads_chosen, "thread"), _plural(workers_chosen, "worker")
+    reason = f"{threads_text} in {workers_text}: {_cores(machine)}{memory}{as_set}"
     warning = ""
-    if not _fits(chosen, each, machine, models):
-        assert machine.memory is not None
+    if machine.memory is not None and need > machine.memory:
         warning = (
-            f"memory may not be enough: expected about {_mib(need)} for {_plural(chosen, 'worker')} with "
-            f"{_plural(each, 'thread')} each, found {_mib(machine.memory)}"
+            f"memory may not be enough: expected about {_mib(need)} for {workers_text} with {threads_text} each, "
+            f"found {_mib(machine.memory)}"
         )
-    return Sizing(chosen, each, reason, warning)
+    return Sizing(workers_chosen, threads_chosen, reason, warning)
 
 
 def _threads(workers: int, threads: int | None, machine: Machine) -> int:
     return threads or max(1, machine.cores // workers)
 
 
-def _need(workers: int, threads: int, models: int) -> int:
-    """Bytes of memory, about."""
+def _memory_need(workers: int, threads: int, models: int) -> int:
+    """Estimate the memory, in bytes."""
     return SERVER_BYTES + workers * (WORKER_BYTES + LOADED_FACTOR * models + threads * THREAD_BYTES)
 
 
 def _fits(workers: int, threads: int, machine: Machine, models: int) -> bool:
-    return machine.memory is None or _need(workers, threads, models) <= machine.memory
+    return machine.memory is None or _memory_need(workers, threads, models) <= machine.memory
 
 
 def _cores(machine: Machine) -> str:
@@ -100,7 +102,7 @@ def _mib(size: int) -> str:
 
 
 def model_bytes(roots: Iterable[Path]) -> int:
-    """Bytes of the graphs under the roots; what cannot be read counts nothing (loading will say why)."""
+    """Return the bytes of all graphs under the roots; unreadable ones count 0 (loading reports them)."""
     total = 0
     for root in roots:
         if root.is_file():

@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError, VitrineError
 from vitrine.service.http.parameters import CLASSIFY_PARAMETERS, MODEL, TOP_K
-from vitrine.service.http.requests import ImageRequest, encoded, read_image_request
+from vitrine.service.http.requests import ImageRequest, image_bytes, read_image_request
 from vitrine.service.settings import Settings
 
 SETTINGS = Settings(max_body_bytes=4096, max_images=3)
@@ -60,7 +60,7 @@ def test_any_json_is_read_or_refused(document: object) -> None:
     with readable_errors():
         asked = read(json.dumps(document).encode(), "application/json")
         for image in asked.images:
-            encoded(image)
+            image_bytes(image)
         asked.integer(TOP_K)
         asked.labels(["a"])
 
@@ -75,7 +75,7 @@ def test_a_document_that_is_nested_without_end_is_refused(name: str) -> None:
         asked.text(MODEL)
         asked.integer(TOP_K)
         asked.labels(["a"])
-        encoded(asked.images[0])
+        image_bytes(asked.images[0])
 
 
 @given(st.binary(max_size=300), st.sampled_from(["multipart/form-data; boundary=x", "application/json", "image/png"]))
@@ -89,7 +89,7 @@ def test_base64_and_data_urls_give_the_bytes_back(data: bytes, width: int) -> No
     text = base64.b64encode(data).decode()
     wrapped = "\n".join(text[i : i + width] for i in range(0, len(text), width))
     for form in (text, wrapped, f"data:image/png;base64,{text}", f"data:;base64,{text}"):
-        assert encoded(form) == data
+        assert image_bytes(form) == data
 
 
 @given(st.lists(st.sampled_from(["a", "b, c", "d"]), min_size=1, max_size=3), st.booleans())

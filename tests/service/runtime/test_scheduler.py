@@ -54,7 +54,7 @@ class Value:
         self.before()
         return np.full((1, 1, 3), self.value, np.uint8)
 
-    def finish(self, row: Row) -> int:
+    def postprocess(self, row: Row) -> int:
         return int(row[0][0])
 
 
