@@ -103,7 +103,7 @@ class Keys:
                 self._hashes = self._fixed + read_keys(self._file)
                 _log.info("API keys: %d in %s", len(self._hashes) - len(self._fixed), self._file)
             except KeysError as error:
-                _log.error("API keys stay as they were: %s", error)
+                _log.error("API keys not reloaded: %s", error)
 
 
 def _file_state(file: Path) -> tuple[int, int, int] | None:

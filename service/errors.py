@@ -70,7 +70,7 @@ class ForbiddenError(VitrineError):
     code = "forbidden"
 
     def __init__(self, what: str, *, setting: str) -> None:
-        super().__init__(f"{what} is switched off here; {setting} switches it on")
+        super().__init__(f"{what} is disabled; {setting} enables it")
 
 
 class NotAcceptableError(VitrineError):
@@ -90,7 +90,7 @@ class OverloadedError(VitrineError):
     def __init__(self, waiting: int, seconds: float) -> None:
         """Args: the number of waiting images, and the time to process them."""
         self.retry_after = max(1, math.ceil(seconds))
-        super().__init__(f"{waiting} images wait already, about {seconds:.1f} s of work; try again later")
+        super().__init__(f"{waiting} images are waiting, about {seconds:.1f} s of work; try again later")
 
 
 class ClientDisconnectedError(Exception):
@@ -109,7 +109,7 @@ class WorkerError(VitrineError):
     code = "worker_behind"
 
     def __init__(self, pid: int, found: str) -> None:
-        super().__init__(f"worker {pid}: expected it to follow the change, found {found}; the others have changed")
+        super().__init__(f"worker {pid}: expected it to replay the change, found {found}; the other workers have")
 
 
 STATUS: dict[type[VitrineError], HTTPStatus] = {

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp
 
 from vitrine.service.access import AccessMiddleware, Keys
 from vitrine.service.app import HOT_ROUTES, create_app, start_loading
+from vitrine.service.dispatcher import Dispatcher
 from vitrine.service.errors import ErrorShapeMiddleware
-from vitrine.service.front import Front
 from vitrine.service.launch import shared_folder
 from vitrine.service.observability.logs import configure
 from vitrine.service.observability.middleware import RequestRecordMiddleware
@@ -34,7 +34,9 @@ if _is_first:  # once, not in every worker
     if _sizing.warning:
         _log.warning("%s", _sizing.warning)
     if not (_settings.loopback_only or _keys.needed):
-        _log.warning("everybody who reaches %s may ask: no VITRINE_API_KEYS are set", _settings.host)
+        _log.warning(
+            "VITRINE_API_KEYS is not set: anyone who can reach %s can send requests", _settings.host
+        )
 _app = create_app(_settings, _sizing, _keys, shared_folder())
 
 
@@ -52,7 +54,7 @@ class Vitrine:
 
 def _front(bentoml_app: ASGIApp) -> ASGIApp:
     """Return both applications behind the middleware of all requests; the last line is the outermost."""
-    app: ASGIApp = Front(_app, bentoml_app, HOT_ROUTES)
+    app: ASGIApp = Dispatcher(_app, bentoml_app, HOT_ROUTES)
     app = AccessMiddleware(app, keys=_keys, metrics_need_key=_settings.metrics_need_key)
     if _settings.cors_origins:  # outside of `AccessMiddleware`: preflight requests have no key
         app = CORSMiddleware(

@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     @classmethod
     def _another_port(cls, value: int, info: ValidationInfo) -> int:
         if value == info.data.get("port"):
-            raise ValueError("expected another port than that of HTTP")
+            raise ValueError("expected a port other than that of HTTP")
         return value
 
     @field_validator("bundles", mode="before")
@@ -139,7 +139,7 @@ class Settings(BaseSettings):
         parts = _split(value, ",")
         if info.field_name == "api_keys" and isinstance(value, str) and not parts:
             # Keys were intended but the secret is empty: this must not open the server to everyone.
-            raise ValueError("expected at least one key, found none; leave it out to let everybody in")
+            raise ValueError("expected at least one key, found none; unset it to disable authentication")
         return parts
 
     @field_validator("api_keys")

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ TESTED_ELSEWHERE = {
     "errors.py",
     "objectives.py",
     "tolerances.py",
-    *("app.py", "front.py", "parameters.py", "paths.py", "schemas.py", "service.py", "version.py"),
+    *("app.py", "dispatcher.py", "parameters.py", "paths.py", "schemas.py", "service.py", "version.py"),
     *("open_inference_pb2.py", "open_inference_pb2_grpc.py"),
 }
 WITHOUT_MODULE = {"anywhere.py", "operations.py"}  # other runtimes; every operation of the OpenAPI document
@@ -65,3 +66,9 @@ def test_one_lock_feeds_makefile_dockerfile_and_bentofile(root: Path) -> None:
     lock = (root / "requirements" / "serve.txt").read_text()
     assert "torch" not in lock
     assert "torch==2.13.0" in (root / "requirements" / "train.txt").read_text().splitlines()
+
+
+def test_the_picture_of_the_floors_is_drawn_from_this_code(root: Path) -> None:
+    program = "import sys; sys.path.insert(0, 'docs'); import floors; assert floors.FILE.read_text() == floors.draw()"
+    result = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"run `make picture`\n{result.stderr}"

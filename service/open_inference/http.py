@@ -144,7 +144,7 @@ def parse(reference: str, body: bytes, header_length: str | None) -> tuple[Infer
         if "binary_data_size" in input_parameters:
             size = input_parameters["binary_data_size"]
             if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(data) - start:
-                expected = f"0 to {len(data) - start}, the bytes that are left"
+                expected = f"0 to {len(data) - start}, the remaining bytes"
                 raise ParameterError(f"input {name[:100]}: binary_data_size", expected=expected, found=preview(size))
             inputs.append(tensor_from_bytes(name, datatype, shape, data[start : start + size]))
             start += size
@@ -224,12 +224,12 @@ def _decompress(body: bytes, max_bytes: int) -> bytes:
     try:
         plain = decompressor.decompress(body, max_bytes + 1)
     except zlib.error as error:
-        raise ParameterError("body", expected="what Content-Encoding says", found=error) from error
+        raise ParameterError("body", expected="data in its Content-Encoding", found=error) from error
     if len(plain) > max_bytes:
         raise ImageTooLargeError(limit=max_bytes, unit="bytes", found="more once decompressed")
     if not decompressor.eof or decompressor.unused_data:
-        found = "more behind its end" if decompressor.eof else "an early end"
-        raise ParameterError("body", expected="what Content-Encoding says", found=found)
+        found = "more after its end" if decompressor.eof else "an early end"
+        raise ParameterError("body", expected="data in its Content-Encoding", found=found)
     return plain
 
 

@@ -423,7 +423,7 @@ def _decode_elements(undecoded: UndecodedElements, count: int) -> list[object]:
         end = start + 4 + int.from_bytes(data[start : start + 4], "little")
         if start + 4 > len(data) or end > len(data):
             expected = "each element after its length in four bytes"
-            raise ParameterError(field, expected=expected, found=f"an end in element {len(elements)}")
+            raise ParameterError(field, expected=expected, found=f"the end in element {len(elements)}")
         elements.append(data[start + 4 : end])
         start = end
     if start != len(data) or len(elements) != count:

@@ -102,7 +102,7 @@ class ModelControl:
                         if polls:
                             await asyncio.to_thread(self._poll)
                 except Exception:  # such as a full disk: keep serving what is loaded
-                    _log.exception("looking for changed bundles failed")
+                    _log.exception("following the other workers or polling the bundles failed")
 
     def close(self) -> None:
         """Leave the other workers."""
@@ -140,7 +140,7 @@ class ModelControl:
         try:
             changes = self._repository.refresh()
         except VitrineError as error:
-            _log.warning("bundles stay as they are: %s", error)
+            _log.warning("bundles not refreshed: %s", error)
             return []
         for change in changes:
             _log.warning(change) if change.startswith("refused") else _log.info(change)
@@ -172,7 +172,7 @@ class ModelControl:
                     self._apply(change)
                 except VitrineError as caught:
                     error = str(caught)
-                    _log.warning("cannot follow another worker: %s", error)
+                    _log.warning("cannot replay another worker's change: %s", error)
                 self._write_state(error)
 
     def _read_journal(self) -> Iterator[_Change]:

@@ -440,7 +440,7 @@ def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_answered(
         assert int(refused.headers["retry-after"]) >= 1
         error = refused.json()["error"]
         assert error["code"] == "overloaded"
-        assert re.fullmatch(r"2 images wait already, about [0-9.]+ s of work; try again later", error["message"])
+        assert re.fullmatch(r"2 images are waiting, about [0-9.]+ s of work; try again later", error["message"])
         assert httpx.post(f"{url}/classify", content=bright(0)).status_code == 200
 
 

@@ -136,7 +136,7 @@ def test_errors_are_the_protocols_statuses_with_one_sentence(
     ]
     for found, expected in cases:
         assert found.startswith(expected)
-    with pytest.raises(InferenceServerException, match="VITRINE_MODEL_CONTROL=true switches it on") as caught:
+    with pytest.raises(InferenceServerException, match="VITRINE_MODEL_CONTROL=true enables it") as caught:
         client.unload_model("colours")
     assert caught.value.status() == "StatusCode.PERMISSION_DENIED"
 

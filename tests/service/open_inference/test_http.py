@@ -181,7 +181,7 @@ def pixels_entry(**changes: object) -> dict[str, object]:
         ({"inputs": [pixels_entry(data=None)]}, "input pixels: expected data or binary_data_size, found neither"),
         (
             {"inputs": [pixels_entry(data=None, parameters={"binary_data_size": 10})]},
-            "input pixels: binary_data_size: expected 0 to 0, the bytes that are left, found 10",
+            "input pixels: binary_data_size: expected 0 to 0, the remaining bytes, found 10",
         ),
         (
             {"inputs": [pixels_entry()], "outputs": [{"name": "x"}]},
@@ -227,13 +227,13 @@ COMPRESSED = gzip.compress(b"{}", mtime=0)  # the names of the tests are made of
         (b"{}", {"Inference-Header-Content-Length": "x"}, 400, "Inference-Header-Content-Length: expected 0 to 2"),
         (b'{"inputs":[]}xx', {"Inference-Header-Content-Length": "13"}, 400, "body: expected as many bytes as its"),
         (b"{}", {"Content-Encoding": "br"}, 400, "Content-Encoding: expected gzip or deflate, found 'br'"),
-        (b"{}", {"Content-Encoding": "gzip"}, 400, "body: expected what Content-Encoding says"),
-        (COMPRESSED[:-9], {"Content-Encoding": "gzip"}, 400, "body: expected what Content-Encoding says"),
+        (b"{}", {"Content-Encoding": "gzip"}, 400, "body: expected data in its Content-Encoding"),
+        (COMPRESSED[:-9], {"Content-Encoding": "gzip"}, 400, "body: expected data in its Content-Encoding"),
         (
             COMPRESSED * 2,
             {"Content-Encoding": "gzip"},
             400,
-            "body: expected what Content-Encoding says, found m",
+            "body: expected data in its Content-Encoding, found m",
         ),
         (b"{}", {"Inference-Header-Content-Length": "9" * 5000}, 400, "Inference-Header-Content-Length: expected 0"),
         (zlib.compress(bytes(50_000_000)), {"Content-Encoding": "deflate"}, 413, "image: at most 20971520 bytes"),

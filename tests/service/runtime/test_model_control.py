@@ -151,7 +151,7 @@ def test_loading_and_unloading_are_off_unless_the_operator_allows_them(server: s
         answer = httpx.post(f"{server}/v2/repository/models/colours/{operation}")
         assert answer.status_code == 403
         assert answer.json() == {
-            "error": "loading and unloading models is switched off here; VITRINE_MODEL_CONTROL=true switches it on"
+            "error": "loading and unloading models is disabled; VITRINE_MODEL_CONTROL=true enables it"
         }
 
 

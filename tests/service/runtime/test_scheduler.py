@@ -106,7 +106,7 @@ def test_work_waits_for_a_thread_and_its_wait_is_observed() -> None:
         (second,) = begun(scheduler.run(Value(2), bundle, record))
         await asyncio.sleep(0)
         assert (scheduler.running, scheduler.waiting) == (1, 1)
-        with pytest.raises(OverloadedError, match=r"1 images wait already, about .* try again later"):
+        with pytest.raises(OverloadedError, match=r"1 images are waiting, about .* try again later"):
             await scheduler.run(Value(3), bundle, RequestRecord())
         first.may_end.set()
         assert (await answer, await second) == (2, 4)

@@ -13,7 +13,7 @@ from vitrine.service.paths import PROBES, STATIC_FILES
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-class Front:
+class Dispatcher:
     """Pass BentoML's own routes to BentoML, and all others to our application.
 
     BentoML would wrap every request in a task, a timer that lives for the whole timeout, spans and a context, and match
