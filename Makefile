@@ -5,7 +5,7 @@ NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
-.PHONY: help serve test check bench-serving image lock proto clean browser
+.PHONY: help serve test test-fast check format picture bench-serving image wheels lock proto clean browser
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -17,11 +17,24 @@ serve: $(SERVE)/installed  ## serve the bundles on port 3000 (installs what serv
 test: $(SERVE)/installed $(DEV)/installed $(NODE)/node_modules/.package-lock.json browser  ## run every test
 	$(DEV)/bin/python -m pytest -n 2 --dist loadfile
 
-check: $(DEV)/installed  ## lint, types, import rules
+test-fast: $(SERVE)/installed $(DEV)/installed  ## run the tests that train nothing and open no browser (under 2 minutes)
+	$(DEV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+check: $(DEV)/installed  ## lint, types, floors, dead code, dependencies, workflows
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
+	$(DEV)/bin/vulture
+	$(DEV)/bin/deptry --no-ansi batch bundle export models service vitrine
+	$(DEV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+format: $(DEV)/installed  ## format the code and sort its imports
+	$(DEV)/bin/ruff check --fix --quiet .
+	$(DEV)/bin/ruff format --quiet .
+
+picture: $(DEV)/installed  ## draw docs/floors.svg from the imports
+	$(DEV)/bin/python docs/floors.py
 
 bench-serving: $(SERVE)/installed $(DEV)/installed  ## compare the server with the machine's limit and with other servers
 	@command -v wrk >/dev/null || { echo "make bench-serving: needs wrk (apt-get install wrk)" >&2; exit 1; }
@@ -31,8 +44,13 @@ image:  ## build the container image
 	@test -n "$(ENGINE)" || { echo "make image: needs docker, podman or buildah" >&2; exit 1; }
 	$(ENGINE) build -t $(IMAGE) .
 
-lock:  ## pin requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: the newest of everything)
-	$(PYTHON) requirements/lock.py $(UPGRADE)
+wheels: $(DEV)/installed  ## build dist/*.whl: vitrine-serving, and vitrine-bundles with the shipped bundles
+	rm -rf build dist
+	$(DEV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . ./deploy/vitrine-bundles
+	@ls dist
+
+lock: $(DEV)/installed  ## pin requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: the newest of everything)
+	$(DEV)/bin/python requirements/lock.py $(UPGRADE)
 
 proto: $(DEV)/installed  ## regenerate Python from service/open_inference/open_inference.proto
 	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
