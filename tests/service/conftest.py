@@ -1,4 +1,4 @@
-"""A bundle whose answer takes as long as its image is bright: so that something can happen meanwhile."""
+"""A bundle whose latency grows with the brightness of the image, for tests of concurrent events."""
 
 import hashlib
 import io
@@ -13,11 +13,11 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-TURNS = 400  # of a loop, for each of the 255 levels of brightness: about 7 ms
+TURNS = 400  # loop turns per level of brightness (0 to 255): about 7 ms
 
 
 def slow_graph() -> onnx.ModelProto:
-    """`pixels` UINT8[batch,4,4,3] -> `probabilities` FP32[batch,2], after as many turns as the brightest pixel says."""
+    """`pixels` UINT8[batch,4,4,3] -> `probabilities` FP32[batch,2], after a loop as long as the brightest pixel."""
     body = helper.make_graph(
         [
             helper.make_node("Tanh", ["state"], ["next_state"]),
@@ -102,7 +102,7 @@ def slow_bundle(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    """The browser's executable, which `make test` installs where it can."""
+    """Path of the browser, which `make test` installs if possible."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     assert found, "no Chromium: run the tests by `make test`, or install it"
     return found
@@ -110,7 +110,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def bright() -> Callable[[int], bytes]:
-    """An image for the slow network, by its brightness (0 to 255)."""
+    """Make an image for the slow network, given its brightness (0 to 255)."""
 
     def make(level: int) -> bytes:
         buffer = io.BytesIO()
@@ -122,7 +122,7 @@ def bright() -> Callable[[int], bytes]:
 
 @pytest.fixture(scope="session")
 def new_version() -> Callable[[Path, str], Path]:
-    """Puts a copy of a bundle beside it as another version, as `vitrine export` does: at once."""
+    """Copy a bundle to another version, atomically, as `vitrine export` does."""
 
     def copy(bundle: Path, version: str) -> Path:
         hidden, target = bundle.parent / f".{version}", bundle.parent / version

@@ -37,7 +37,7 @@ OPEN += ("/docs.json", "/metrics")
 
 
 class Pages(ThreadingHTTPServer):
-    """Another origin, which answers everything with one page."""
+    """Another origin, which serves the same page at every path."""
 
     page = b""
 
@@ -84,7 +84,7 @@ def locked(serve: Serving, tiny_bundles: Path, pages: Pages) -> Iterator[Any]:
         {"X-API-Key": OTHER, "Authorization": "Bearer of-a-proxy-before-the-server"},
     ],
 )
-def test_a_known_key_lets_in(headers: dict[str, str], locked: Any, photograph: bytes) -> None:
+def test_a_known_key_is_accepted(headers: dict[str, str], locked: Any, photograph: bytes) -> None:
     assert httpx.post(f"{locked.url}/classify", content=photograph, headers=headers).status_code == 200
 
 
@@ -97,16 +97,16 @@ def test_a_known_key_lets_in(headers: dict[str, str], locked: Any, photograph: b
         ({"Authorization": KEY}, "none"),
         ({"Authorization": "Bearer nonsense"}, "an unknown one"),
         ({"Authorization": "Bearer nonsense", "X-API-Key": "nonsense"}, "an unknown one"),
-        ({"X-API-Key": hash_key(OTHER)}, "an unknown one"),  # the hash is no key
+        ({"X-API-Key": hash_key(OTHER)}, "an unknown one"),  # the hash is not a key
         ({"X-API-Key": KEY + "x"}, "an unknown one"),
     ],
 )
 def test_no_key_or_an_unknown_one_is_401(headers: dict[str, str], found: str, locked: Any) -> None:
     sentence = f"API key: expected Authorization: Bearer KEY or X-API-Key: KEY, found {found}"
-    answer = httpx.post(f"{locked.url}/classify", content=b"x", headers=headers)
-    assert answer.status_code == 401
-    assert answer.headers["www-authenticate"] == "Bearer"
-    assert answer.json() == {"error": {"code": "unauthorized", "message": sentence}}
+    response = httpx.post(f"{locked.url}/classify", content=b"x", headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.json() == {"error": {"code": "unauthorized", "message": sentence}}
     assert httpx.get(f"{locked.url}/v2", headers=headers).json() == {"error": sentence}
 
 
@@ -117,7 +117,7 @@ def test_a_body_without_a_key_is_not_read(locked: Any) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 401")
 
 
-def test_what_is_open_needs_no_key(locked: Any) -> None:
+def test_public_paths_need_no_key(locked: Any) -> None:
     for path in OPEN:
         assert httpx.get(locked.url + path).status_code == 200, path
 
@@ -145,22 +145,22 @@ methods = st.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"])
 @example("GET", "/%6dodels")
 @example("GET", "/nowhere")
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-def test_no_path_leads_around_the_key(locked: Any, method: str, path: str) -> None:
+def test_no_path_bypasses_the_key(locked: Any, method: str, path: str) -> None:
     host, port = locked.url.removeprefix("http://").split(":")
-    with closing(http.client.HTTPConnection(host, int(port), timeout=10)) as connection:  # sends the path as it is
+    with closing(http.client.HTTPConnection(host, int(port), timeout=10)) as connection:  # sends the path unchanged
         connection.request(method, path)
-        answer = connection.getresponse()
-        body = answer.read()
-    asked = unquote(path)
-    if asked in OPEN or (asked.startswith("/static_content/") and ".." not in asked):
-        assert answer.status in (200, 404, 405)
-        assert b"colours" not in body or asked == "/metrics"
+        response = connection.getresponse()
+        body = response.read()
+    decoded = unquote(path)
+    if decoded in OPEN or (decoded.startswith("/static_content/") and ".." not in decoded):
+        assert response.status in (200, 404, 405)
+        assert b"colours" not in body or decoded == "/metrics"
     else:
-        assert answer.status == 401
+        assert response.status == 401
 
 
-def test_the_environment_of_a_worker_holds_no_key(locked: Any) -> None:
-    """`vitrine serve` has become BentoML's process, whose children inherit its environment."""
+def test_the_environment_of_a_worker_has_no_plain_key(locked: Any) -> None:
+    """`vitrine serve` replaces itself by BentoML's process, whose children inherit its environment."""
     environment = Path(f"/proc/{locked.process.pid}/environ").read_bytes()
     assert KEY.encode() not in environment
     assert hash_key(KEY).encode() in environment
@@ -172,20 +172,20 @@ def test_a_websocket_needs_a_key_too(locked: Any) -> None:
     assert httpx.get(f"{locked.url}/models", headers=headers).status_code in (401, 403)
 
 
-def test_bentomls_client_sends_its_token(locked: Any, photograph: bytes, tmp_path: Path) -> None:
+def test_bentomls_client_is_authenticated_by_its_token(locked: Any, photograph: bytes, tmp_path: Path) -> None:
     image = tmp_path / "photograph.jpg"
     image.write_bytes(photograph)
     with bentoml.SyncHTTPClient(locked.url, token=KEY) as client:
         assert client.classify(image=image, model="colours")["model"]["name"] == "colours"
 
 
-def test_metrics_need_a_key_where_the_operator_says_so(serve: Serving, tiny_bundles: Path) -> None:
+def test_metrics_need_a_key_if_set(serve: Serving, tiny_bundles: Path) -> None:
     with serve(tiny_bundles, VITRINE_API_KEYS=KEY, VITRINE_METRICS_NEED_KEY="true") as (url, *_):
         assert httpx.get(f"{url}/metrics").status_code == 401
         assert httpx.get(f"{url}/metrics", headers={"X-API-Key": KEY}).status_code == 200
 
 
-def test_grpc_needs_the_same_keys_and_health_none(locked: Any) -> None:
+def test_grpc_needs_the_same_keys_but_health_needs_none(locked: Any) -> None:
     with tritonclient.grpc.InferenceServerClient(locked.grpc) as client:
         assert client.is_server_live()
         with pytest.raises(InferenceServerException, match=r"UNAUTHENTICATED.*found none"):
@@ -193,26 +193,26 @@ def test_grpc_needs_the_same_keys_and_health_none(locked: Any) -> None:
         for headers in ({"authorization": f"Bearer {KEY}"}, {"x-api-key": OTHER}):
             assert client.get_model_metadata("colours", headers=headers).name == "colours"
     with grpc.insecure_channel(locked.grpc) as channel:
-        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""))
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        response = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=""))
+    assert response.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_a_browser_is_given_permission_without_a_key(locked: Any, photograph: bytes) -> None:
-    wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
-    asked = httpx.options(f"{locked.url}/classify", headers={"Origin": ORIGIN, **wanted})
-    assert asked.status_code == 200
-    assert asked.headers["access-control-allow-origin"] == ORIGIN
-    assert "X-API-Key" in asked.headers["access-control-allow-headers"]
+def test_preflight_requests_need_no_key(locked: Any, photograph: bytes) -> None:
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+    allowed = httpx.options(f"{locked.url}/classify", headers={"Origin": ORIGIN, **preflight})
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == ORIGIN
+    assert "X-API-Key" in allowed.headers["access-control-allow-headers"]
     refused = httpx.post(f"{locked.url}/classify", content=photograph, headers={"Origin": ORIGIN})
     assert refused.status_code == 401
-    assert refused.headers["access-control-allow-origin"] == ORIGIN  # or the page could not read why
-    answer = httpx.post(f"{locked.url}/classify", content=photograph, headers={"Origin": ORIGIN, "X-API-Key": KEY})
-    assert answer.status_code == 200
-    assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
-    other = httpx.options(f"{locked.url}/classify", headers={"Origin": "http://other.example", **wanted})
+    assert refused.headers["access-control-allow-origin"] == ORIGIN  # otherwise the page cannot read the error
+    response = httpx.post(f"{locked.url}/classify", content=photograph, headers={"Origin": ORIGIN, "X-API-Key": KEY})
+    assert response.status_code == 200
+    assert "X-Request-ID" in response.headers["access-control-expose-headers"]
+    other = httpx.options(f"{locked.url}/classify", headers={"Origin": "http://other.example", **preflight})
     assert other.status_code == 400
     assert "access-control-allow-origin" not in other.headers
-    assert other.json()["error"]["code"] == "bad_request"  # every error has the same shape
+    assert other.json()["error"]["code"] == "bad_request"  # all errors have the same shape
 
 
 PAGE = """<!doctype html><pre id="seen">nothing</pre><script type="module">
@@ -221,9 +221,9 @@ const seen = [];
 for (const key of ["KEY", "of-somebody-else"]) {
   const headers = {"X-API-Key": key, "X-Request-ID": "page-1", "Content-Type": "image/jpeg"};
   try {
-    const answer = await fetch("URL/classify?model=colours", {method: "POST", body: image, headers});
-    const body = await answer.json();
-    seen.push(answer.status, answer.headers.get("X-Request-ID"), body.model?.name ?? body.error.code);
+    const response = await fetch("URL/classify?model=colours", {method: "POST", body: image, headers});
+    const body = await response.json();
+    seen.push(response.status, response.headers.get("X-Request-ID"), body.model?.name ?? body.error.code);
   } catch (error) {
     seen.push(error.name);
   }
@@ -236,10 +236,10 @@ document.getElementById("seen").textContent = seen.join(" ");
     ("host", "expected"),
     [
         ("127.0.0.1", "200 page-1 colours 401 page-1 unauthorized"),
-        ("localhost", "TypeError TypeError"),  # the same page, but of an origin that is not named
+        ("localhost", "TypeError TypeError"),  # the same page, but from an origin that is not allowed
     ],
 )
-def test_a_page_of_another_origin_asks_in_a_browser(
+def test_only_pages_of_allowed_origins_can_use_the_service(
     host: str, expected: str, locked: Any, pages: Pages, photograph: bytes, chromium: str, tmp_path: Path
 ) -> None:
     values = {"IMAGE": base64.b64encode(photograph).decode(), "KEY": KEY, "URL": locked.url}
@@ -250,24 +250,24 @@ def test_a_page_of_another_origin_asks_in_a_browser(
     assert f'<pre id="seen">{expected}</pre>' in shown.stdout, shown.stdout[:500] + shown.stderr[-2000:]
 
 
-def test_the_file_of_keys_is_read_again_and_a_broken_one_changes_nothing(
+def test_the_key_file_is_reloaded_and_an_invalid_one_changes_nothing(
     serve: Serving, tiny_bundles: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "keys"
     file.write_text(f"ci {hash_key(KEY)}\n")
 
-    def becomes(key: str, status: int) -> None:
+    def wait_for_status(key: str, status: int) -> None:
         deadline = time.monotonic() + 20
         while httpx.get(f"{url}/models", headers={"X-API-Key": key}).status_code != status:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
     with serve(tiny_bundles, VITRINE_API_KEYS_FILE=str(file)) as (url, _, _, lines):
-        becomes(KEY, 200)
-        becomes(OTHER, 401)
+        wait_for_status(KEY, 200)
+        wait_for_status(OTHER, 401)
         file.write_text(f"# the old one is gone\n{hash_key(OTHER)}\n")
-        becomes(OTHER, 200)
-        becomes(KEY, 401)
+        wait_for_status(OTHER, 200)
+        wait_for_status(KEY, 401)
         file.write_text("a-plain-key-by-mistake\n")
         deadline = time.monotonic() + 20
         while not any("API keys not reloaded" in line for line in lines):
@@ -279,12 +279,9 @@ def test_the_file_of_keys_is_read_again_and_a_broken_one_changes_nothing(
     assert OTHER not in printed
 
 
-def test_a_warning_is_logged_where_everybody_may_ask(serve: Serving, tiny_bundles: Path) -> None:
+def test_a_public_server_without_keys_logs_a_warning(serve: Serving, tiny_bundles: Path) -> None:
     with serve(tiny_bundles, VITRINE_HOST="0.0.0.0") as (_, _, _, lines):
-        assert any(
-            "VITRINE_API_KEYS is not set: anyone who can reach 0.0.0.0" in line
-            for line in lines
-        )
+        assert any("VITRINE_API_KEYS is not set: anyone who can reach 0.0.0.0" in line for line in lines)
     with serve(tiny_bundles, VITRINE_HOST="0.0.0.0", VITRINE_API_KEYS=KEY) as (_, _, _, lines):
         assert not any("VITRINE_API_KEYS is not set" in line for line in lines)
 
@@ -301,7 +298,7 @@ def test_a_warning_is_logged_where_everybody_may_ask(serve: Serving, tiny_bundle
         (f"two words sha256:{'0' * 64}\n", "line 1: expected [NAME]"),
     ],
 )
-def test_a_line_that_is_no_hash_is_refused_without_showing_it(content: str, message: str, tmp_path: Path) -> None:
+def test_a_key_file_line_without_a_hash_is_refused_and_not_shown(content: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(content)
     with pytest.raises(KeysError) as caught:
@@ -312,15 +309,15 @@ def test_a_line_that_is_no_hash_is_refused_without_showing_it(content: str, mess
         Keys((), tmp_path / "nowhere")
 
 
-def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
+def test_an_empty_key_file_rejects_everyone(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.touch()
     with pytest.raises(UnauthorizedError):
         Keys((), file).check("Bearer x", None)
-    Keys(()).check(None, None)  # no keys are set: everybody
+    Keys(()).check(None, None)  # no keys are set: everyone is allowed
 
 
-def test_the_key_command_makes_a_key_that_lets_in(run_vitrine: Callable[..., str], tmp_path: Path) -> None:
+def test_the_key_command_makes_a_valid_key(run_vitrine: Callable[..., str], tmp_path: Path) -> None:
     printed = run_vitrine("key", "--name", "ci").splitlines()
     key, line = printed[0].split()[-1], printed[1].split(":", 1)[1].strip()
     file = tmp_path / "keys"

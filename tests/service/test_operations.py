@@ -1,4 +1,4 @@
-"""Everything around the answers: health, metrics, model list, OpenAPI, errors of other routes, start and stop."""
+"""Operations: health, metrics, model list, OpenAPI, errors of other routes, start and stop."""
 
 import io
 import json
@@ -22,7 +22,7 @@ def test_probes(route: str, server: str) -> None:
     assert httpx.get(f"{server}/{route}").status_code == 200
 
 
-def test_the_openapi_page_needs_nothing_from_elsewhere(server: str) -> None:
+def test_the_openapi_page_is_self_contained(server: str) -> None:
     page = httpx.get(f"{server}/")
     assert page.headers["content-type"].startswith("text/html")
     assert "http" not in page.text.replace("http-equiv", "")
@@ -44,17 +44,15 @@ def test_the_openapi_page_needs_nothing_from_elsewhere(server: str) -> None:
         ("DELETE", "/schema.json", 405, "method_not_allowed"),
     ],
 )
-def test_errors_of_other_routes_have_the_same_shape(
-    method: str, path: str, status: int, code: str, server: str
-) -> None:
-    answer = httpx.request(method, server + path)
-    assert answer.status_code == status
-    assert answer.headers["content-type"] == "application/json"
-    assert answer.json()["error"]["code"] == code
-    assert answer.json()["error"]["message"].startswith(f"{method} {path}")
+def test_all_errors_have_the_same_shape(method: str, path: str, status: int, code: str, server: str) -> None:
+    response = httpx.request(method, server + path)
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    assert response.json()["error"]["code"] == code
+    assert response.json()["error"]["message"].startswith(f"{method} {path}")
 
 
-def test_serve_says_what_it_serves_and_stops_on_sigterm(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+def test_serve_prints_the_models_and_stops_on_sigterm(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     with serve(tiny_bundles) as (url, _, process, lines):
         printed = "".join(lines)
         assert f"on {url}" in printed
@@ -81,36 +79,34 @@ def test_the_highest_version_is_served(serve: Serving, tiny_bundles: Path, tmp_p
         assert missing.json()["error"]["message"] == "no object-detection model here; available: none"
 
 
-def test_a_request_that_takes_too_long_is_504(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+def test_a_request_that_times_out_is_504(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="1e-6") as (url, _, _, _):
-        answer = httpx.post(f"{url}/classify", content=photograph)
-        assert answer.status_code == 504
-        assert answer.json()["error"]["code"] == "timeout"
+        response = httpx.post(f"{url}/classify", content=photograph)
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "timeout"
 
 
-def test_work_that_takes_too_long_is_504_and_the_next_request_is_answered(
-    serve: Serving, tiny_bundles: Path, photograph: bytes
-) -> None:
+def test_the_server_survives_work_that_times_out(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     buffer = io.BytesIO()
-    Image.new("RGB", (7000, 7000)).save(buffer, "PNG")  # small to send, long to decode
+    Image.new("RGB", (7000, 7000)).save(buffer, "PNG")  # small to send, slow to decode
     with serve(tiny_bundles, VITRINE_TIMEOUT_SECONDS="0.3") as (url, _, _, _):
-        answer = httpx.post(f"{url}/classify", content=buffer.getvalue())
-        assert answer.status_code == 504
+        response = httpx.post(f"{url}/classify", content=buffer.getvalue())
+        assert response.status_code == 504
         # the abandoned image may still hold a core for a moment
         assert any(httpx.post(f"{url}/classify", content=photograph).status_code == 200 for _ in range(20))
 
 
-def test_a_content_type_that_is_no_text_is_answered(server: str, photograph: bytes) -> None:
+def test_a_non_ascii_content_type_is_accepted(server: str, photograph: bytes) -> None:
     host, port = server.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: image/\xff\r\n"
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(photograph) + photograph)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert answer.startswith(b"HTTP/1.1 200")
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["model"]["name"] == "colours"
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert response.startswith(b"HTTP/1.1 200")
+    assert json.loads(response.partition(b"\r\n\r\n")[2])["model"]["name"] == "colours"
 
 
-def test_a_second_server_leaves_the_first_ones_metrics_alone(
+def test_a_second_server_does_not_affect_the_metrics_of_the_first(
     serve: Serving, server: str, tiny_bundles: Path, photograph: bytes
 ) -> None:
     httpx.post(f"{server}/classify", content=photograph)
@@ -120,9 +116,7 @@ def test_a_second_server_leaves_the_first_ones_metrics_alone(
         assert counted in httpx.get(f"{server}/metrics").text
 
 
-def test_a_port_in_use_is_refused_in_one_sentence(
-    server: str, tiny_bundles: Path, run_vitrine: Callable[..., str]
-) -> None:
+def test_a_port_in_use_is_refused(server: str, tiny_bundles: Path, run_vitrine: Callable[..., str]) -> None:
     port = server.rpartition(":")[2]
     printed = run_vitrine("serve", "--port", port, status=1)
     assert (
@@ -131,7 +125,7 @@ def test_a_port_in_use_is_refused_in_one_sentence(
     )
 
 
-def test_a_client_that_leaves_early_harms_nobody(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+def test_a_client_that_disconnects_early_is_harmless(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     with serve(tiny_bundles) as (url, _, _, lines):
         host, port = url.removeprefix("http://").split(":")
         for content_type in ("image/jpeg", "multipart/form-data; boundary=x"):
@@ -145,9 +139,9 @@ def test_a_client_that_leaves_early_harms_nobody(serve: Serving, tiny_bundles: P
 
 def test_limits_come_from_the_environment(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     with serve(tiny_bundles, VITRINE_MAX_PIXELS="1000", VITRINE_MAX_BODY_BYTES="100000") as (url, _, _, _):
-        answer = httpx.post(f"{url}/classify", content=photograph)
-        assert answer.status_code == 413
-        assert "at most 1000 pixels are accepted, found 640 x 480" in answer.json()["error"]["message"]
+        response = httpx.post(f"{url}/classify", content=photograph)
+        assert response.status_code == 413
+        assert "at most 1000 pixels are accepted, found 640 x 480" in response.json()["error"]["message"]
         assert httpx.post(f"{url}/classify", content=bytes(200_000)).status_code == 413
 
 
@@ -158,7 +152,7 @@ def test_limits_come_from_the_environment(serve: Serving, tiny_bundles: Path, ph
         ({"VITRINE_BUNDLES": "/nowhere"}, "VITRINE_BUNDLES: expected bundles, found none in /nowhere; `pip install"),
     ],
 )
-def test_serve_refuses_bad_settings_in_one_sentence(
+def test_serve_refuses_invalid_settings_in_one_line(
     environment: dict[str, str],
     message: str,
     run_vitrine: Callable[..., str],

@@ -1,4 +1,4 @@
-"""Settings from the environment and a file: what holds, what is refused, what is written down."""
+"""Settings from the environment and a file: precedence, validation and documentation."""
 
 import re
 import traceback
@@ -32,7 +32,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_environment_wins_over_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_overrides_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text("max_queue: 7\nmax_images: 3\nbundles: [a, b]\ncors_origins: http://a, http://b\n")
     monkeypatch.setenv("VITRINE_MAX_QUEUE", "9")
     settings = read_settings()
@@ -45,7 +45,7 @@ def test_the_environment_wins_over_the_file(file: Path, monkeypatch: pytest.Monk
     assert "port: 3000  # default" in lines
 
 
-def test_what_is_shown_can_be_read_again(file: Path) -> None:
+def test_printed_settings_can_be_read_again(file: Path) -> None:
     file.write_text("port: 4000\n")
     first = read_settings()
     file.write_text(as_yaml(first))
@@ -63,7 +63,7 @@ def test_what_is_shown_can_be_read_again(file: Path) -> None:
         ("api_keys: [short]\n", "api_keys: key 1: expected at least 16 characters, found 5; `vitrine key`"),
     ],
 )
-def test_a_bad_file_is_refused_by_name(content: str, message: str, file: Path) -> None:
+def test_an_invalid_file_is_refused_by_name(content: str, message: str, file: Path) -> None:
     file.write_text(content)
     with pytest.raises(SettingsError) as caught:
         read_settings()
@@ -86,7 +86,7 @@ def test_a_bad_file_is_refused_by_name(content: str, message: str, file: Path) -
         (FILE_VARIABLE, "/nowhere", "/nowhere: expected a readable YAML file, found [Errno 2] No such file"),
     ],
 )
-def test_a_bad_variable_is_refused_by_name(
+def test_an_invalid_variable_is_refused_by_name(
     variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
@@ -95,8 +95,8 @@ def test_a_bad_variable_is_refused_by_name(
     assert str(caught.value).startswith(message)
 
 
-def test_the_variables_that_kubernetes_makes_of_services_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of two Services, vitrine and vitrine-grpc, in every pod of their namespace."""
+def test_kubernetes_service_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes sets those of two Services, vitrine and vitrine-grpc, in every pod of their namespace."""
     for service, port in (("VITRINE", "3000"), ("VITRINE_GRPC", "8081")):
         url = f"tcp://10.0.0.1:{port}"
         made = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": port, "SERVICE_PORT_HTTP": port, "PORT": url}
@@ -111,12 +111,12 @@ def test_the_variables_that_kubernetes_makes_of_services_are_no_settings(monkeyp
     ("host", "loopback_only"),
     [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("vm", False)],
 )
-def test_whether_others_reach_the_server(host: str, loopback_only: bool) -> None:
+def test_loopback_addresses_are_recognized(host: str, loopback_only: bool) -> None:
     assert Settings(host=host).loopback_only is loopback_only
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1"])
-def test_the_host_may_be_a_name_or_of_version_6(host: str, serve: Serving, tiny_bundles: Path) -> None:
+def test_the_host_may_be_a_name_or_an_ipv6_address(host: str, serve: Serving, tiny_bundles: Path) -> None:
     with serve(tiny_bundles, VITRINE_HOST=host) as (url, grpc_url, _, lines):
         shown_host = f"[{host}]" if ":" in host else host
         port, grpc_port = url.rpartition(":")[2], grpc_url.rpartition(":")[2]
@@ -136,15 +136,13 @@ def test_the_host_may_be_a_name_or_of_version_6(host: str, serve: Serving, tiny_
         (["--settings", "nowhere.yaml"], "nowhere.yaml: expected a readable YAML file, found [Errno 2]"),
     ],
 )
-def test_what_cannot_be_served_is_one_sentence(arguments: list[str], message: str, run_vitrine: Run) -> None:
+def test_an_invalid_option_is_reported_in_one_line(arguments: list[str], message: str, run_vitrine: Run) -> None:
     printed = run_vitrine("serve", *arguments, status=1)
     assert printed.startswith(f"vitrine: {message}")
     assert len(printed.splitlines()) == 1
 
 
-def test_a_grpc_port_in_use_is_refused_in_one_sentence(
-    server: str, run_vitrine: Run, free_ports: tuple[str, ...]
-) -> None:
+def test_a_grpc_port_in_use_is_refused(server: str, run_vitrine: Run, free_ports: tuple[str, ...]) -> None:
     port = server.rpartition(":")[2]
     printed = run_vitrine("serve", *free_ports[:2], "--grpc-port", port, status=1)
     sentence = f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --host or --grpc-port"
@@ -161,12 +159,12 @@ def test_keys_are_hashed_at_once_and_never_shown(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("VITRINE_API_KEYS", "a-long-plain-key-1,secret")
     with pytest.raises(SettingsError) as caught:
         read_settings()
-    told = "".join(traceback.format_exception(caught.value))  # as BentoML would print it
-    assert "plain" not in told
-    assert "secret" not in told
+    printed_error = "".join(traceback.format_exception(caught.value))  # as printed by BentoML
+    assert "plain" not in printed_error
+    assert "secret" not in printed_error
 
 
-def test_the_table_of_the_guide_is_the_codes(root: Path) -> None:
+def test_the_documented_settings_match_the_code(root: Path) -> None:
     rows = re.findall(r"^\| `(VITRINE_\w+)` \| (.*?) \| (.*?) \|$", (root / "docs/settings.md").read_text(), re.M)
     documented = {name: (default, meaning) for name, default, meaning in rows}
     expected = {}

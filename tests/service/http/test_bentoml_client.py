@@ -8,7 +8,7 @@ import pytest
 from bentoml.exceptions import BentoMLException
 
 
-def test_the_client_gets_the_answers_of_the_routes(server: str, photograph: bytes, tmp_path: Path) -> None:
+def test_the_client_gets_the_same_responses(server: str, photograph: bytes, tmp_path: Path) -> None:
     image = tmp_path / "photograph.jpg"
     image.write_bytes(photograph)
     with bentoml.SyncHTTPClient(server) as client:
@@ -19,7 +19,7 @@ def test_the_client_gets_the_answers_of_the_routes(server: str, photograph: byte
     assert detected == httpx.post(f"{server}/detect?threshold=0&variant=int8-dynamic", content=photograph).json()
 
 
-def test_the_client_learns_what_was_wrong(server: str, tmp_path: Path) -> None:
+def test_the_client_gets_the_error_message(server: str, tmp_path: Path) -> None:
     text = tmp_path / "no.jpg"
     text.write_bytes(b"no image")
     with (

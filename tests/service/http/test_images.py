@@ -1,4 +1,4 @@
-"""`POST /classify` and `POST /detect` over HTTP, with real photographs in every form that clients send."""
+"""`POST /classify` and `POST /detect` over HTTP, with photographs in all formats that clients send."""
 
 import base64
 import csv
@@ -44,7 +44,7 @@ def sixteen_bits(image: Image.Image) -> bytes:
     return saved(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "PNG")
 
 
-FORMS: dict[str, Callable[[Image.Image], bytes]] = {
+FORMATS: dict[str, Callable[[Image.Image], bytes]] = {
     "jpeg": lambda image: saved(image, "JPEG"),
     "progressive jpeg": lambda image: saved(image, "JPEG", progressive=True),
     "png": lambda image: saved(image, "PNG"),
@@ -63,11 +63,11 @@ FORMS: dict[str, Callable[[Image.Image], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_photograph_is_answered_as_the_predictor_answers(
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_image_format_gets_the_predictors_outputs(
     form: str, server: str, tiny_bundles: Path, photograph: bytes
 ) -> None:
-    data = FORMS[form](decode(photograph))
+    data = FORMATS[form](decode(photograph))
     classifier = load_bundle(tiny_bundles / "colours" / "1").predictor
     detector = load_bundle(tiny_bundles / "squares" / "1").predictor
     assert isinstance(classifier, Classifier)
@@ -89,19 +89,19 @@ def test_every_form_of_a_photograph_is_answered_as_the_predictor_answers(
     assert detected.json()["detections"][0]["box"] == pytest.approx(vars(objects[0].box), abs=1e-3)
 
 
-def test_a_rotated_photograph_is_answered_like_the_upright_one(server: str, photograph: bytes) -> None:
+def test_a_rotated_photograph_gets_the_predictions_of_the_upright_one(server: str, photograph: bytes) -> None:
     upright = httpx.post(f"{server}/classify", content=photograph).json()
     turned = httpx.post(f"{server}/classify", content=rotated_by_exif(decode(photograph))).json()
     for a, b in zip(upright["predictions"], turned["predictions"], strict=True):
         assert a["label"] == b["label"]
-        assert a["probability"] == pytest.approx(b["probability"], abs=0.02)  # it was compressed once more
+        assert a["probability"] == pytest.approx(b["probability"], abs=0.02)  # compressed a second time
 
 
 @pytest.mark.parametrize("route", ["classify", "detect"])
 @pytest.mark.parametrize(
     "content_type", ["image/jpeg", "application/octet-stream", "application/x-www-form-urlencoded"]
 )
-def test_the_raw_body_is_answered_like_the_multipart_field(
+def test_a_raw_body_is_equivalent_to_a_multipart_field(
     route: str, content_type: str, server: str, photograph: bytes
 ) -> None:
     multipart = httpx.post(f"{server}/{route}", files={"image": ("a.jpg", photograph)})
@@ -110,12 +110,12 @@ def test_the_raw_body_is_answered_like_the_multipart_field(
     assert raw.json() == multipart.json()
 
 
-def test_classify_answers_the_documented_shape(server: str, photograph: bytes) -> None:
-    answer = httpx.post(f"{server}/classify", content=photograph).json()
-    assert answer["model"] == {"name": "colours", "version": "1", "variant": "fp32"}
-    assert len(answer["predictions"]) == 3  # fewer labels than the default top_k of 5
-    assert sum(entry["probability"] for entry in answer["predictions"]) == pytest.approx(1, abs=1e-5)
-    assert all(entry.keys() == {"label", "class_id", "probability"} for entry in answer["predictions"])
+def test_classify_returns_the_documented_shape(server: str, photograph: bytes) -> None:
+    response = httpx.post(f"{server}/classify", content=photograph).json()
+    assert response["model"] == {"name": "colours", "version": "1", "variant": "fp32"}
+    assert len(response["predictions"]) == 3  # fewer labels than the default top_k of 5
+    assert sum(entry["probability"] for entry in response["predictions"]) == pytest.approx(1, abs=1e-5)
+    assert all(entry.keys() == {"label", "class_id", "probability"} for entry in response["predictions"])
 
 
 def test_parameters_may_be_form_or_query_fields(server: str, photograph: bytes) -> None:
@@ -130,8 +130,10 @@ def test_parameters_may_be_form_or_query_fields(server: str, photograph: bytes) 
 
 def test_threshold_and_max_detections(server: str, photograph: bytes) -> None:
     def detections(query: str) -> list[dict[str, float]]:
-        answer: list[dict[str, float]] = httpx.post(f"{server}/detect?{query}", content=photograph).json()["detections"]
-        return answer
+        response: list[dict[str, float]] = httpx.post(f"{server}/detect?{query}", content=photograph).json()[
+            "detections"
+        ]
+        return response
 
     everything = detections("threshold=0")
     assert len(everything) == 8  # the queries of the tiny network
@@ -160,10 +162,10 @@ def test_threshold_and_max_detections(server: str, photograph: bytes) -> None:
         ("detect", "max_detections=-1", "max_detections: expected an integer of at least 1, found -1"),
     ],
 )
-def test_a_bad_parameter_is_400(route: str, query: str, message: str, server: str, photograph: bytes) -> None:
-    answer = httpx.post(f"{server}/{route}?{query}", content=photograph)
-    assert answer.status_code == 400
-    assert answer.json() == {"error": {"code": "invalid_parameter", "message": message}}
+def test_an_invalid_parameter_is_400(route: str, query: str, message: str, server: str, photograph: bytes) -> None:
+    response = httpx.post(f"{server}/{route}?{query}", content=photograph)
+    assert response.status_code == 400
+    assert response.json() == {"error": {"code": "invalid_parameter", "message": message}}
 
 
 @pytest.mark.parametrize(
@@ -179,28 +181,28 @@ def test_a_bad_parameter_is_400(route: str, query: str, message: str, server: st
     ],
 )
 @pytest.mark.parametrize("route", ["classify", "detect"])
-def test_what_is_no_image_is_never_500(route: str, body: bytes, status: int, code: str, server: str) -> None:
-    for answer in (
+def test_invalid_images_are_never_500(route: str, body: bytes, status: int, code: str, server: str) -> None:
+    for response in (
         httpx.post(f"{server}/{route}", content=body),
         httpx.post(f"{server}/{route}", files={"image": ("a.jpg", body, "image/jpeg")}),
     ):
-        assert answer.status_code == status, answer.text
-        assert answer.json()["error"]["code"] == code
-        assert answer.json().keys() == {"error"}
+        assert response.status_code == status, response.text
+        assert response.json()["error"]["code"] == code
+        assert response.json().keys() == {"error"}
 
 
 def test_a_truncated_photograph_is_422(server: str, photograph: bytes) -> None:
-    answer = httpx.post(f"{server}/detect", content=photograph[: len(photograph) // 2])
-    assert answer.status_code == 422
-    assert answer.json()["error"]["code"] == "undecodable_image"
+    response = httpx.post(f"{server}/detect", content=photograph[: len(photograph) // 2])
+    assert response.status_code == 422
+    assert response.json()["error"]["code"] == "undecodable_image"
 
 
 def test_too_many_pixels_are_413(server: str) -> None:
     data = saved(Image.new("1", (10_000, 10_000)), "PNG")
     assert len(data) < 100_000
-    answer = httpx.post(f"{server}/classify", content=data)
-    assert answer.status_code == 413
-    assert answer.json()["error"]["code"] == "too_large"
+    response = httpx.post(f"{server}/classify", content=data)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "too_large"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -208,17 +210,17 @@ def test_too_many_bytes_are_413(chunked: bool, server: str) -> None:
     data = bytes(21 * 1024 * 1024)
     content = (data[i : i + 65536] for i in range(0, len(data), 65536)) if chunked else data
     try:
-        answer = httpx.post(f"{server}/classify", content=content)
-    except httpx.WriteError:  # the answer came, and the connection closed, before everything was sent
+        response = httpx.post(f"{server}/classify", content=content)
+    except httpx.WriteError:  # the response came and the connection closed before everything was sent
         return
-    assert answer.status_code == 413
-    assert answer.json()["error"]["code"] == "too_large"
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "too_large"
 
 
 def test_an_unknown_model_is_404(server: str, photograph: bytes) -> None:
-    answer = httpx.post(f"{server}/classify?model=squares", content=photograph)  # there, but a detector
-    assert answer.status_code == 404
-    assert answer.json()["error"] == {
+    response = httpx.post(f"{server}/classify?model=squares", content=photograph)  # exists, but is a detector
+    assert response.status_code == 404
+    assert response.json()["error"] == {
         "code": "unknown_model",
         "message": "no image-classification model named 'squares' here; available: colours",
     }
@@ -238,23 +240,23 @@ def test_an_unknown_model_is_404(server: str, photograph: bytes) -> None:
     ],
     ids=["no image", "a URL", "not multipart", "no boundary", "strange charset"],
 )
-def test_a_wrong_multipart_body_is_400(request_body: dict[str, object], server: str) -> None:
-    answer = httpx.post(f"{server}/classify", **request_body)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["code"] == "invalid_parameter"
+def test_an_invalid_multipart_body_is_400(request_body: dict[str, object], server: str) -> None:
+    response = httpx.post(f"{server}/classify", **request_body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["code"] == "invalid_parameter"
 
 
-def test_many_requests_at_once_are_all_answered_right(server: str, photograph: bytes) -> None:
+def test_parallel_requests_get_equal_responses(server: str, photograph: bytes) -> None:
     with ThreadPoolExecutor(16) as pool, httpx.Client(timeout=60) as client:
-        answers = list(pool.map(lambda _: client.post(f"{server}/detect", content=photograph), range(64)))
-    assert {answer.status_code for answer in answers} == {200}
-    assert len({answer.text for answer in answers}) == 1
+        responses = list(pool.map(lambda _: client.post(f"{server}/detect", content=photograph), range(64)))
+    assert {response.status_code for response in responses} == {200}
+    assert len({response.text for response in responses}) == 1
 
 
-def test_json_is_answered_like_the_multipart_field(server: str, photograph: bytes) -> None:
+def test_json_is_equivalent_to_a_multipart_field(server: str, photograph: bytes) -> None:
     expected = httpx.post(f"{server}/detect", files={"image": photograph}, data={"threshold": "0"}).json()
     text = base64.b64encode(photograph).decode()
-    wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))  # as the command base64 prints it
+    wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))  # as printed by the command base64
     for image in (text, wrapped, f"data:image/jpeg;base64,{text}"):
         assert httpx.post(f"{server}/detect", json={"image": image, "threshold": 0}).json() == expected
 
@@ -279,22 +281,20 @@ def test_json_is_answered_like_the_multipart_field(server: str, photograph: byte
         ({"image": "", "surprise": 1}, "surprise: expected one of the parameters model, variant, labels, top_k, "),
     ],
 )
-def test_wrong_json_is_400_in_one_sentence(document: object, message: str, server: str) -> None:
-    answer = httpx.post(f"{server}/classify", json=document)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith(message)
+def test_an_invalid_json_document_is_400_with_a_message(document: object, message: str, server: str) -> None:
+    response = httpx.post(f"{server}/classify", json=document)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith(message)
 
 
-def test_what_is_no_json_is_400(server: str) -> None:
+def test_malformed_json_is_400(server: str) -> None:
     for body in (b"", b"{", b"\xff", b"[" * 100_000):
-        answer = httpx.post(f"{server}/classify", content=body, headers={"Content-Type": "application/json"})
-        assert answer.status_code == 400, body[:10]
-        assert answer.json()["error"]["message"].startswith("body: expected ")
+        response = httpx.post(f"{server}/classify", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400, body[:10]
+        assert response.json()["error"]["message"].startswith("body: expected ")
 
 
-def test_several_images_are_answered_in_their_order_and_a_bad_one_alone_has_an_error(
-    server: str, photograph: bytes
-) -> None:
+def test_several_images_keep_their_order_and_only_the_invalid_one_has_an_error(server: str, photograph: bytes) -> None:
     blue = saved(Image.new("RGB", (30, 20), (30, 60, 200)), "PNG")
     for route in ("classify", "detect"):
         alone = [httpx.post(f"{server}/{route}", content=image).json() for image in (photograph, blue)]
@@ -310,50 +310,50 @@ def test_several_images_are_answered_in_their_order_and_a_bad_one_alone_has_an_e
         assert bad["error"]["code"] == "unsupported_image_type"
 
 
-def test_one_image_in_a_list_is_answered_by_a_list(server: str, photograph: bytes) -> None:
-    answer = httpx.post(f"{server}/classify", json={"images": [base64.b64encode(photograph).decode()]}).json()
-    assert len(answer["results"]) == 1
+def test_a_list_of_one_image_gets_a_list(server: str, photograph: bytes) -> None:
+    response = httpx.post(f"{server}/classify", json={"images": [base64.b64encode(photograph).decode()]}).json()
+    assert len(response["results"]) == 1
 
 
 def test_more_images_than_allowed_are_400(server: str, photograph: bytes) -> None:
-    for answer in (
+    for response in (
         httpx.post(f"{server}/classify", files=[("image", ("a", b"x"))] * 33),
         httpx.post(f"{server}/classify", json={"images": ["eA=="] * 33}),
     ):
-        assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "images: expected at most 32 images, found 33"
+        assert response.status_code == 400
+    assert response.json()["error"]["message"] == "images: expected at most 32 images, found 33"
 
 
-def test_labels_choose_what_is_answered(server: str, photograph: bytes) -> None:
+def test_labels_filter_the_predictions(server: str, photograph: bytes) -> None:
     everything = httpx.post(f"{server}/classify", content=photograph).json()["predictions"]
     wanted = [entry for entry in everything if entry["label"] in ("red", "blue")]
-    for answer in (
+    for response in (
         httpx.post(f"{server}/classify?labels=red,blue", content=photograph),
         httpx.post(f"{server}/classify?labels=red&labels=blue", content=photograph),
         httpx.post(f"{server}/classify", files={"image": photograph}, data={"labels": ["blue", "red"]}),
         httpx.post(f"{server}/classify", files={"image": photograph}, data={"labels": '["blue", "red"]'}),
     ):
-        assert answer.json()["predictions"] == wanted
+        assert response.json()["predictions"] == wanted
     objects = httpx.post(f"{server}/detect?threshold=0", content=photograph).json()["detections"]
     label = objects[-1]["label"]
     chosen = httpx.post(f"{server}/detect?threshold=0&max_detections=1&labels={label}", content=photograph).json()
     assert chosen["detections"] == [entry for entry in objects if entry["label"] == label][:1]
 
 
-def test_a_variant_answers_as_its_own_predictor(server: str, tiny_bundles: Path, photograph: bytes) -> None:
+def test_a_variant_gets_its_predictors_outputs(server: str, tiny_bundles: Path, photograph: bytes) -> None:
     for name, route in (("colours", "classify"), ("squares", "detect")):
         for variant in (Precision.FP16_WEIGHTS, Precision.INT8_DYNAMIC):
             predictor = load_bundle(tiny_bundles / name / "1", variant=variant).predictor
-            answer = httpx.post(f"{server}/{route}?variant={variant.value}&model={name}@1", content=photograph).json()
-            assert answer["model"] == {"name": name, "version": "1", "variant": variant.value}
+            response = httpx.post(f"{server}/{route}?variant={variant.value}&model={name}@1", content=photograph).json()
+            assert response["model"] == {"name": name, "version": "1", "variant": variant.value}
             if isinstance(predictor, Classifier):
                 expected = [
                     entry.probability for entry in predictor.classify(decode_for(photograph, predictor.preprocessing))
                 ]
-                assert [entry["probability"] for entry in answer["predictions"]] == pytest.approx(expected, abs=1e-6)
+                assert [entry["probability"] for entry in response["predictions"]] == pytest.approx(expected, abs=1e-6)
             else:
                 scores = [entry.score for entry in predictor.detect(decode_for(photograph, predictor.preprocessing))]
-                assert [entry["score"] for entry in answer["detections"]] == pytest.approx(scores, abs=1e-6)
+                assert [entry["score"] for entry in response["detections"]] == pytest.approx(scores, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -366,20 +366,20 @@ def test_a_variant_answers_as_its_own_predictor(server: str, tiny_bundles: Path,
         ("model=", 404, "no image-classification model named '' here; available: colours"),
     ],
 )
-def test_a_model_or_variant_that_is_not_there(
+def test_an_unknown_model_or_variant_is_refused(
     query: str, status: int, message: str, server: str, photograph: bytes
 ) -> None:
-    answer = httpx.post(f"{server}/classify?{query}", content=photograph)
-    assert answer.status_code == status
-    assert answer.json()["error"]["message"] == message
+    response = httpx.post(f"{server}/classify?{query}", content=photograph)
+    assert response.status_code == status
+    assert response.json()["error"]["message"] == message
 
 
-def table(answer: httpx.Response) -> list[dict[str, str]]:
-    assert answer.headers["content-type"] == "text/csv; charset=utf-8"
-    return list(csv.DictReader(io.StringIO(answer.text)))
+def table(response: httpx.Response) -> list[dict[str, str]]:
+    assert response.headers["content-type"] == "text/csv; charset=utf-8"
+    return list(csv.DictReader(io.StringIO(response.text)))
 
 
-def test_a_table_holds_what_the_json_holds(server: str, photograph: bytes) -> None:
+def test_csv_has_the_values_of_the_json(server: str, photograph: bytes) -> None:
     accept = {"Accept": "text/csv"}
     predictions = httpx.post(f"{server}/classify", content=photograph).json()["predictions"]
     lines = table(httpx.post(f"{server}/classify", content=photograph, headers=accept))
@@ -398,15 +398,15 @@ def test_a_table_holds_what_the_json_holds(server: str, photograph: bytes) -> No
 @pytest.mark.parametrize(
     ("accept", "form"), [("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/*;q=0.9, text/html", "PNG")]
 )
-def test_detect_draws_the_picture_that_is_asked_for(accept: str, form: str, server: str, photograph: bytes) -> None:
-    answer = httpx.post(f"{server}/detect?threshold=0", content=photograph, headers={"Accept": accept})
-    assert answer.status_code == 200
-    picture = Image.open(io.BytesIO(answer.content))
+def test_detect_draws_the_requested_image_format(accept: str, form: str, server: str, photograph: bytes) -> None:
+    response = httpx.post(f"{server}/detect?threshold=0", content=photograph, headers={"Accept": accept})
+    assert response.status_code == 200
+    picture = Image.open(io.BytesIO(response.content))
     assert picture.format == form
-    assert answer.headers["content-type"] == f"image/{form.lower()}"
+    assert response.headers["content-type"] == f"image/{form.lower()}"
     assert picture.width % 640 == 0
     difference = np.abs(np.asarray(picture.convert("RGB").resize((640, 480)), int) - np.asarray(decode(photograph)))
-    assert 0 < (difference > 60).any(axis=2).mean() < 0.5  # boxes, but still the photograph
+    assert 0 < (difference > 60).any(axis=2).mean() < 0.5  # boxes are drawn, but the photograph is still visible
 
 
 @pytest.mark.parametrize(
@@ -418,25 +418,25 @@ def test_detect_draws_the_picture_that_is_asked_for(accept: str, form: str, serv
         ("detect", "image/png", 2),
     ],
 )
-def test_a_form_that_the_answer_does_not_have_is_406(
-    route: str, accept: str, images: int, server: str, photograph: bytes
-) -> None:
+def test_an_unavailable_media_type_is_406(route: str, accept: str, images: int, server: str, photograph: bytes) -> None:
     files = [("image", ("a", photograph))] * images
-    answer = httpx.post(f"{server}/{route}", files=files, headers={"Accept": accept})
-    assert answer.status_code == 406
-    assert answer.json()["error"]["code"] == "not_acceptable"
+    response = httpx.post(f"{server}/{route}", files=files, headers={"Accept": accept})
+    assert response.status_code == 406
+    assert response.json()["error"]["code"] == "not_acceptable"
 
 
-def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_answered(
+def test_requests_beyond_the_queue_get_503_with_retry_after(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
     with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="2") as (url, *_):
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(100), timeout=60), range(8)))
-        statuses = Counter(answer.status_code for answer in answers)
+            responses = list(
+                pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(100), timeout=60), range(8))
+            )
+        statuses = Counter(response.status_code for response in responses)
         assert statuses.keys() == {200, 503}
-        assert statuses[200] >= 3  # one at work, two waiting
-        refused = next(answer for answer in answers if answer.status_code == 503)
+        assert statuses[200] >= 3  # one running, two waiting
+        refused = next(response for response in responses if response.status_code == 503)
         assert int(refused.headers["retry-after"]) >= 1
         error = refused.json()["error"]
         assert error["code"] == "overloaded"
@@ -444,14 +444,14 @@ def test_more_than_may_wait_are_told_to_come_again_and_the_others_are_answered(
         assert httpx.post(f"{url}/classify", content=bright(0)).status_code == 200
 
 
-def test_what_nobody_waits_for_any_more_leaves_the_queue(
-    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
-) -> None:
+def test_timed_out_requests_leave_the_queue(serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]) -> None:
     with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="4", VITRINE_TIMEOUT_SECONDS="0.2") as (url, *_):
         with ThreadPoolExecutor(5) as pool:
-            answers = list(pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(200), timeout=60), range(5)))
-        assert {answer.status_code for answer in answers} == {504}
-        # the one that had begun is finished; those that waited are gone, or four more would not find room
+            responses = list(
+                pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(200), timeout=60), range(5))
+            )
+        assert {response.status_code for response in responses} == {504}
+        # the running one is finished; the waiting ones have left, otherwise four more would not fit
         with ThreadPoolExecutor(4) as pool:
-            answers = list(pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(0)), range(4)))
-        assert 503 not in {answer.status_code for answer in answers}
+            responses = list(pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(0)), range(4)))
+        assert 503 not in {response.status_code for response in responses}

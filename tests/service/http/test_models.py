@@ -22,15 +22,15 @@ def test_models_are_listed_with_labels_metrics_versions_and_variants(server: str
 
 @pytest.mark.parametrize("reference", ["colours", "colours@1"])
 def test_a_models_whole_manifest(reference: str, server: str, tiny_bundles: Path) -> None:
-    answer = httpx.get(f"{server}/models/{reference}").json()
-    assert answer["versions"] == ["1"]
+    response = httpx.get(f"{server}/models/{reference}").json()
+    assert response["versions"] == ["1"]
     written = json.loads((tiny_bundles / "colours" / "1" / "manifest.json").read_text())
-    assert answer["manifest"]["preprocessing"] == written["preprocessing"]
-    assert answer["manifest"]["metrics"] == written["metrics"]
-    assert answer["manifest"].keys() == written.keys()
+    assert response["manifest"]["preprocessing"] == written["preprocessing"]
+    assert response["manifest"]["metrics"] == written["metrics"]
+    assert response["manifest"].keys() == written.keys()
 
 
-def test_a_model_that_is_not_there(server: str) -> None:
-    answer = httpx.get(f"{server}/models/cats")
-    assert answer.status_code == 404
-    assert answer.json()["error"]["message"] == "no model named 'cats' here; available: colours, squares"
+def test_an_unknown_model_is_404(server: str) -> None:
+    response = httpx.get(f"{server}/models/cats")
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == "no model named 'cats' here; available: colours, squares"

@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, complete, and kept by the server."""
+"""The OpenAPI document: valid, complete, and followed by the server."""
 
 import json
 import subprocess
@@ -48,11 +48,11 @@ from vitrine.service.settings import Settings
 from vitrine.service.runtime.sizing import Sizing
 app = create_app(Settings(), Sizing(1, 1, ""), Keys(()), Path({str(tmp_path)!r}))
 print("\\n".join(route.path for route in app.routes))
-"""  # its own process: the protocol's messages are defined once in each, and other tests import Triton's
+"""  # a separate process: one can hold a single definition of the messages, and other tests import Triton's
     command = [sys.executable, "-c", program]
     printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     routes = set(printed.splitlines()) - own
-    assert set(document["paths"]) == routes | {"/livez", "/healthz", "/readyz"}  # BentoML's
+    assert set(document["paths"]) == routes | {"/livez", "/healthz", "/readyz"}  # BentoML's probes
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +64,16 @@ def api(serve: Serving, tiny_bundles: Path) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("method", "path"), [(method, path) for path, item in DOCUMENT["paths"].items() for method in item]
 )
-def test_no_request_is_answered_in_a_way_that_is_not_documented(method: str, path: str, api: Any) -> None:
+def test_responses_conform_to_the_document(method: str, path: str, api: Any) -> None:
     @given(case=api[path][method].as_strategy())
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-    def ask(case: schemathesis.Case) -> None:
+    def send(case: schemathesis.Case) -> None:
         case.call_and_validate(checks=CHECKS)
 
-    ask()
+    send()
 
 
-def test_the_page_shows_the_routes_in_a_browser_and_needs_nothing_from_elsewhere(
-    server: str, chromium: str, tmp_path: Path
-) -> None:
+def test_the_page_shows_the_routes_in_a_browser_offline(server: str, chromium: str, tmp_path: Path) -> None:
     page = httpx.get(f"{server}/")
     assert "http" not in page.text.replace("http-equiv", "")
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]

@@ -1,4 +1,4 @@
-"""Reading requests: whatever is sent becomes images and parameters, or an error that the client can act on."""
+"""Reading requests: any input becomes images and parameters, or an error that the client can act on."""
 
 import asyncio
 import base64
@@ -58,24 +58,24 @@ documents = st.recursive(
 @given(documents)
 def test_any_json_is_read_or_refused(document: object) -> None:
     with readable_errors():
-        asked = read(json.dumps(document).encode(), "application/json")
-        for image in asked.images:
+        request = read(json.dumps(document).encode(), "application/json")
+        for image in request.images:
             image_bytes(image)
-        asked.integer(TOP_K)
-        asked.labels(["a"])
+        request.integer(TOP_K)
+        request.labels(["a"])
 
 
 @pytest.mark.parametrize("name", ["top_k", "labels", "model", "image", "images"])
-def test_a_document_that_is_nested_without_end_is_refused(name: str) -> None:
+def test_a_deeply_nested_document_is_refused(name: str) -> None:
     nested = "[" * 990 + "]" * 990
     fields = {"image": '""', name: nested}
     document = "{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}"
     with readable_errors():
-        asked = read(document.encode(), "application/json")
-        asked.text(MODEL)
-        asked.integer(TOP_K)
-        asked.labels(["a"])
-        image_bytes(asked.images[0])
+        request = read(document.encode(), "application/json")
+        request.text(MODEL)
+        request.integer(TOP_K)
+        request.labels(["a"])
+        image_bytes(request.images[0])
 
 
 @given(st.binary(max_size=300), st.sampled_from(["multipart/form-data; boundary=x", "application/json", "image/png"]))
@@ -85,7 +85,7 @@ def test_any_bytes_are_read_or_refused(body: bytes, content_type: str) -> None:
 
 
 @given(st.binary(max_size=300), st.integers(1, 80))
-def test_base64_and_data_urls_give_the_bytes_back(data: bytes, width: int) -> None:
+def test_base64_and_data_urls_are_decoded(data: bytes, width: int) -> None:
     text = base64.b64encode(data).decode()
     wrapped = "\n".join(text[i : i + width] for i in range(0, len(text), width))
     for form in (text, wrapped, f"data:image/png;base64,{text}", f"data:;base64,{text}"):
@@ -101,7 +101,7 @@ def test_labels_are_read_alike_from_query_and_json(labels: list[str], as_list: b
     assert read(b"x", query=query).labels(known) == tuple(labels)
 
 
-def test_the_query_and_the_body_may_not_disagree() -> None:
+def test_conflicting_query_and_body_parameters_are_refused() -> None:
     document = json.dumps({"image": "", "top_k": 2}).encode()
     assert read(document, "application/json").integer(TOP_K) == 2
     with pytest.raises(ParameterError, match="top_k: expected one value, found '3' and 2"):
@@ -109,6 +109,6 @@ def test_the_query_and_the_body_may_not_disagree() -> None:
 
 
 @pytest.mark.parametrize("content_type", ["", "application/json", "multipart/form-data; boundary=x"])
-def test_a_body_that_grows_too_large_is_not_read_on(content_type: str) -> None:
+def test_reading_stops_when_the_body_grows_too_large(content_type: str) -> None:
     with pytest.raises(ImageTooLargeError, match="at most 4096 bytes are accepted, found more"):
         read(b"--x\r\nContent-Disposition: form-data; name=image; filename=a\r\n\r\n" + bytes(10_000), content_type)

@@ -1,4 +1,4 @@
-"""Which form of an answer a client gets."""
+"""Content negotiation."""
 
 import contextlib
 
@@ -24,23 +24,23 @@ OFFERED = ("application/json", "text/csv", "image/png", "image/jpeg")
         ("IMAGE/JPEG", "image/jpeg"),
         ("image/png;q=0.1, image/jpeg;q=0.2", "image/jpeg"),
         ("image/png, */*;q=0.8", "image/png"),
-        ("text/html,application/xhtml+xml,image/avif,image/webp,*/*;q=0.8", "application/json"),  # a browser
+        ("text/html,application/xhtml+xml,image/avif,image/webp,*/*;q=0.8", "application/json"),  # of a browser
         ("application/json;q=0, */*", "text/csv"),
         ("*/*;q=0.1, image/jpeg;q=0.1", "application/json"),
         ("image/*;q=1, image/png;q=0.5", "image/jpeg"),
     ],
 )
-def test_the_form_that_the_client_likes_best(accept: str | None, chosen: str) -> None:
+def test_the_preferred_media_type_is_chosen(accept: str | None, chosen: str) -> None:
     assert negotiate(accept, OFFERED) == chosen
 
 
 @pytest.mark.parametrize("accept", ["text/html", "video/*", "*/*;q=0", "application/json;q=none", "nonsense"])
-def test_none_that_it_accepts(accept: str) -> None:
+def test_no_acceptable_media_type_is_an_error(accept: str) -> None:
     with pytest.raises(NotAcceptableError, match="Accept: expected one of application/json, text/csv"):
         negotiate(accept, OFFERED)
 
 
 @given(st.text(max_size=60))
-def test_any_header_is_answered_or_refused(accept: str) -> None:
+def test_any_accept_header_is_handled(accept: str) -> None:
     with contextlib.suppress(NotAcceptableError):
         assert negotiate(accept, OFFERED) in OFFERED

@@ -35,10 +35,10 @@ def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, roo
         with tritonclient.grpc.InferenceServerClient(running.grpc) as client:
             client.get_model_metadata("colours", headers={"x-api-key": key, "x-request-id": "mine-2"})
         printed = stopped(running)
-    lines = [json.loads(line) for line in printed.splitlines()]  # every line is an object
+    lines = [json.loads(line) for line in printed.splitlines()]  # all lines are objects
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     requests = [line for line in lines if "request_id" in line]
-    classify, detect, forged, metadata = requests  # health is not logged
+    classify, detect, forged, metadata = requests  # probes are not logged
     (documented,) = re.findall(r"```json\n(.*?)\n```", (root / "docs/observability.md").read_text(), flags=re.DOTALL)
     assert list(classify) == list(json.loads(documented))
     assert classify["milliseconds"].keys() == json.loads(documented)["milliseconds"].keys()
@@ -69,7 +69,7 @@ def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, roo
     assert "secret" not in printed
 
 
-def test_a_person_reads_text(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+def test_text_lines_are_readable_and_cannot_be_forged(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     with serve(tiny_bundles, VITRINE_LOG_FORMAT="text") as running:
         httpx.post(f"{running.url}/classify", content=photograph, headers={"X-Request-ID": "mine-1"})
         httpx.get(f"{running.url}/a%0aforged%1b%5b2J{'long' * 500}", headers={"X-Request-ID": "mine-2"})
@@ -85,14 +85,14 @@ def test_a_person_reads_text(serve: Serving, tiny_bundles: Path, photograph: byt
         json.loads(line)
 
 
-def test_what_is_not_read_on_a_terminal_is_json(serve: Serving, tiny_bundles: Path) -> None:
-    with serve(tiny_bundles, VITRINE_LOG_FORMAT="auto") as running:  # its output is a pipe
+def test_auto_means_json_unless_on_a_terminal(serve: Serving, tiny_bundles: Path) -> None:
+    with serve(tiny_bundles, VITRINE_LOG_FORMAT="auto") as running:  # stdout is a pipe
         printed = stopped(running)
     assert any("ready:" in json.loads(line)["message"] for line in printed.splitlines())
 
 
 @pytest.mark.parametrize("probes", [False, True])
-def test_probes_are_logged_if_wanted(probes: bool, serve: Serving, tiny_bundles: Path) -> None:
+def test_probes_are_logged_only_if_set(probes: bool, serve: Serving, tiny_bundles: Path) -> None:
     paths = {"/livez", "/readyz", "/metrics", "/v2/health/ready", "/models"}
     with serve(tiny_bundles, VITRINE_LOG_FORMAT="json", VITRINE_LOG_PROBES=str(probes)) as running:
         for path in paths:
@@ -102,7 +102,7 @@ def test_probes_are_logged_if_wanted(probes: bool, serve: Serving, tiny_bundles:
     assert logged == (paths if probes else {"/models"})
 
 
-# As a worker does, and then everything that prints: loggers of all kinds, a warning, and errors that nobody catches.
+# Configures logging as a worker does, then logs in all ways: various loggers, a warning, and uncaught exceptions.
 WORKER = """
 import logging, threading, warnings
 from bentoml._internal.log import configure_server_logging
@@ -129,8 +129,8 @@ thread.join()
 
 
 def test_every_line_of_a_worker_is_json(root: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", WORKER], cwd=root, capture_output=True, text=True, check=False)
-    lines = [json.loads(line) for line in (ran.stdout + ran.stderr).splitlines()]
+    process = subprocess.run([sys.executable, "-c", WORKER], cwd=root, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in (process.stdout + process.stderr).splitlines()]
     assert lines[0]["message"] == "two\nlines"
     assert "request_id" not in lines[0]
     assert {line["request_id"] for line in lines[1:] if line["process"] and "thread" not in line["message"]} == {"mine"}
@@ -145,7 +145,7 @@ def test_every_line_of_a_worker_is_json(root: Path) -> None:
     assert all(text.startswith("Traceback") and "\nKeyError" in text for text in traced.values())
 
 
-def test_lines_about_a_worker_that_was_killed_are_json_too(serve: Serving, tiny_bundles: Path) -> None:
+def test_lines_about_a_killed_worker_are_json_too(serve: Serving, tiny_bundles: Path) -> None:
     with serve(tiny_bundles, VITRINE_LOG_FORMAT="json", VITRINE_WORKERS="2") as running:
         worker = psutil.Process(running.process.pid).children()[0]
         ready = sum("ready:" in line for line in running.lines)

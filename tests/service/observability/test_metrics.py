@@ -1,4 +1,4 @@
-"""`/metrics` as Prometheus reads it."""
+"""`/metrics` as read by Prometheus."""
 
 import json
 import math
@@ -24,26 +24,26 @@ Serving = Callable[..., AbstractContextManager[Any]]
 
 
 def scrape(url: str) -> dict[str, Metric]:
-    answer = httpx.get(f"{url}/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    families = list(text_string_to_metric_families(answer.text))
+    response = httpx.get(f"{url}/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    families = list(text_string_to_metric_families(response.text))
     assert len({family.name for family in families}) == len(families)
     return {family.name: family for family in families}
 
 
 def value(families: dict[str, Metric], family: str, sample: str, **labels: str) -> float:
-    samples = families[family].samples if family in families else ()  # a counter is there once it has counted
+    samples = families[family].samples if family in families else ()  # counters exist after their first increment
     return sum(found.value for found in samples if found.name == sample and labels.items() <= found.labels.items())
 
 
-def test_the_text_is_as_promtool_wants_it(server: str, photograph: bytes) -> None:
+def test_the_exposition_is_valid(server: str, photograph: bytes) -> None:
     httpx.post(f"{server}/classify", content=photograph)
     httpx.post(f"{server}/detect", content=photograph)
     for name, family in scrape(server).items():
         assert name.startswith("vitrine_")
         assert family.documentation
         assert family.type != "unknown"
-        assert not re.search("milli|kilo|total$", name)  # base units; the parser takes _total off counters
+        assert not re.search("milli|kilo|total$", name)  # base units; the parser strips _total from counters
         if family.type == "histogram":
             series: dict[tuple[tuple[str, str], ...], list[tuple[float, float]]] = {}
             counts = {}
@@ -80,10 +80,10 @@ def test_requests_images_and_stages_are_counted(server: str, photograph: bytes) 
     assert grown("vitrine_request_seconds", "vitrine_request_seconds_count", route="/classify") == 2
     for stage, count in (("queue", 4), ("decode", 4), ("inference", 3)):
         assert grown("vitrine_stage_seconds", "vitrine_stage_seconds_count", stage=stage, model="colours") == count
-    assert value(after, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 0  # a scrape is no work
+    assert value(after, "vitrine_requests_in_flight", "vitrine_requests_in_flight") == 0  # a scrape does not count
 
 
-def test_what_clients_write_becomes_no_label(server: str, photograph: bytes) -> None:
+def test_client_input_never_becomes_a_label(server: str, photograph: bytes) -> None:
     httpx.get(f"{server}/surprise-path")
     httpx.post(f"{server}/classify?model=surprise-model", content=photograph)
     httpx.get(f"{server}/models/surprise-name")
@@ -102,10 +102,10 @@ def test_calls_over_grpc_are_counted(running: Any) -> None:
     assert value(scrape(running.url), "vitrine_requests", "vitrine_requests_total", route=route, status="OK") >= 1
 
 
-def test_models_are_shown_while_they_are_served(serve: Serving, tiny_bundles: Path) -> None:
+def test_only_served_models_are_exposed(serve: Serving, tiny_bundles: Path) -> None:
     with serve(tiny_bundles, VITRINE_MODEL_CONTROL="true", VITRINE_WORKERS="2") as running:
         for names in (["colours", "squares"], ["squares"]):
-            for _ in range(10):  # whichever worker answers
+            for _ in range(10):  # from either worker
                 families = scrape(running.url)
                 info = [sample.labels for sample in families["vitrine_model_info"].samples]
                 assert sorted(labels["model"] for labels in info) == names
@@ -119,7 +119,7 @@ def test_models_are_shown_while_they_are_served(serve: Serving, tiny_bundles: Pa
                 httpx.post(f"{running.url}/v2/repository/models/colours/unload").raise_for_status()
 
 
-def test_any_worker_answers_the_sum_and_a_killed_one_leaves_its_counts_alone(
+def test_any_worker_returns_the_sum_which_keeps_the_counts_of_killed_ones(
     serve: Serving, tiny_bundles: Path, photograph: bytes
 ) -> None:
     with serve(tiny_bundles, VITRINE_WORKERS="2") as running:
@@ -146,7 +146,7 @@ def test_any_worker_answers_the_sum_and_a_killed_one_leaves_its_counts_alone(
         assert value(scrape(running.url), "vitrine_worker_starts", "vitrine_worker_starts_total") == 3
 
 
-def test_the_gauges_of_a_worker_that_was_killed_at_work_are_gone(
+def test_the_gauges_of_a_killed_worker_are_dropped(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
     def gauges(url: str) -> list[float]:
@@ -158,8 +158,8 @@ def test_the_gauges_of_a_worker_that_was_killed_at_work_are_gone(
         serve(slow_bundle, VITRINE_WORKERS="2", VITRINE_THREADS="1") as running,
         ThreadPoolExecutor(4) as pool,
     ):
-        # whichever worker gets them: enough to keep it busy for seconds
-        answers = [
+        # enough to keep either worker busy for seconds
+        responses = [
             pool.submit(httpx.post, f"{running.url}/classify", content=bright(255), timeout=60) for _ in range(4)
         ]
         deadline = time.monotonic() + 60
@@ -167,19 +167,19 @@ def test_the_gauges_of_a_worker_that_was_killed_at_work_are_gone(
             assert time.monotonic() < deadline
         workers = psutil.Process(running.process.pid).children()
         max(workers, key=lambda worker: worker.cpu_percent(0.3)).kill()
-        assert any(isinstance(answer.exception(), httpx.HTTPError) for answer in answers)
-        while gauges(running.url) != [0, 0, 2]:  # the other worker answers until there are two again
+        assert any(isinstance(response.exception(), httpx.HTTPError) for response in responses)
+        while gauges(running.url) != [0, 0, 2]:  # the other worker serves until there are two again
             assert time.monotonic() < deadline
 
 
-def test_what_waits_and_what_is_refused_is_shown(
+def test_queued_and_rejected_requests_are_exposed(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
     with (
         serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="1") as running,
         ThreadPoolExecutor(4) as pool,
     ):
-        answers = [
+        responses = [
             pool.submit(httpx.post, f"{running.url}/classify", content=bright(150), timeout=60) for _ in range(4)
         ]
         deadline = time.monotonic() + 30
@@ -189,14 +189,14 @@ def test_what_waits_and_what_is_refused_is_shown(
             if [value(families, name, name) for name in names] == [1, 1, 2]:
                 break
             assert time.monotonic() < deadline
-        statuses = [answer.result().status_code for answer in answers]
+        statuses = [response.result().status_code for response in responses]
         families = scrape(running.url)
         refused = value(families, "vitrine_rejected", "vitrine_rejected_total", reason="overloaded")
         assert refused == statuses.count(503) >= 1
         assert value(families, "vitrine_queue_images", "vitrine_queue_images") == 0
 
 
-def test_the_dashboard_asks_for_metrics_that_exist(root: Path, server: str, photograph: bytes) -> None:
+def test_the_dashboard_queries_existing_metrics(root: Path, server: str, photograph: bytes) -> None:
     httpx.post(f"{server}/classify", content=photograph)
     httpx.post(f"{server}/classify", content=b"no image")
     families = scrape(server)
@@ -207,23 +207,25 @@ def test_the_dashboard_asks_for_metrics_that_exist(root: Path, server: str, phot
     growing = {s.name for f in families.values() if f.type in ("counter", "histogram") for s in f.samples}
     dashboard = json.loads((root / "deploy/grafana/vitrine.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    asked = set()
+    queried = set()
     for query in queries:
         assert all(query.count(a) == query.count(b) for a, b in ("()", "{}", "[]")), query
         selected = re.findall(r"(vitrine_[a-z_]+)\{([^}]*)\}", query)
         assert selected, query
         grouped = {name for group in re.findall(r"by \(([^)]*)\)", query) for name in group.split(", ")}
         for name, matchers in selected:
-            asked.add(name)
+            queried.add(name)
             assert grouped | set(re.findall(r"(\w+)=~", matchers)) <= labels[name], query
             assert (f"rate({name}" in query) <= (name in growing), query
         assert set(re.findall(r"rate\((\w+)", query)) <= growing, query
-    shown = {re.sub("_(bucket|sum|count)$", "", name) for name in asked}
-    assert shown == {re.sub("_(bucket|sum|count)$", "", name) for name in labels}  # every metric is shown
-    assert shown == set(re.findall("`(vitrine_[a-z_]+)`", (root / "docs/observability.md").read_text()))
+    displayed = {re.sub("_(bucket|sum|count)$", "", name) for name in queried}
+    assert displayed == {
+        re.sub("_(bucket|sum|count)$", "", name) for name in labels
+    }  # every metric is in the dashboard
+    assert displayed == set(re.findall("`(vitrine_[a-z_]+)`", (root / "docs/observability.md").read_text()))
 
 
-def test_the_dashboard_is_as_grafana_wants_it(root: Path) -> None:
+def test_the_dashboard_is_valid(root: Path) -> None:
     dashboard = json.loads((root / "deploy/grafana/vitrine.json").read_text())
     variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
     assert variables["datasource"]["type"] == "datasource"
@@ -244,13 +246,13 @@ def test_the_dashboard_is_as_grafana_wants_it(root: Path) -> None:
         covered |= cells
 
 
-def test_the_scrape_example_is_read(root: Path) -> None:
+def test_the_scrape_example_is_valid(root: Path) -> None:
     configuration = yaml.safe_load((root / "deploy/prometheus.yml").read_text())
     (job,) = configuration["scrape_configs"]
     assert job["metrics_path"] == "/metrics"
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/livez"])
-def test_looking_at_the_service_is_counted_too(path: str, server: str) -> None:
+def test_probes_and_scrapes_are_counted(path: str, server: str) -> None:
     httpx.get(server + path)
     assert value(scrape(server), "vitrine_requests", "vitrine_requests_total", route=path) >= 1

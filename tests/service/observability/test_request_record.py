@@ -1,4 +1,4 @@
-"""What is noted of one request."""
+"""The record of a request."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,12 +10,12 @@ from vitrine.service.observability.request_record import STAGES, RequestRecord
 def test_stages_of_one_name_are_added_up() -> None:
     record = RequestRecord()
     record.add_stage("decode", 1_000_000_000, 1_500_000_000)
-    record.add_stage("decode", 1_200_000_000, 1_300_000_000)  # side by side with the first
+    record.add_stage("decode", 1_200_000_000, 1_300_000_000)  # in parallel with the first
     record.add_stage("inference", 1_500_000_000, 3_500_000_000)
     assert {name: record.seconds(name) for name in STAGES} == {"decode": 0.6, "queue": 0.0, "inference": 2.0}
 
 
-def test_a_stage_that_fails_is_noted() -> None:
+def test_a_failed_stage_is_recorded() -> None:
     record = RequestRecord()
     with pytest.raises(ValueError, match="broken"), record.stage("decode"):
         raise ValueError("broken")
@@ -24,7 +24,7 @@ def test_a_stage_that_fails_is_noted() -> None:
     assert 0 <= stage.end - stage.start < 1e9
 
 
-def test_threads_note_their_stages_at_the_same_time() -> None:
+def test_adding_stages_is_thread_safe() -> None:
     record = RequestRecord()
 
     def work(_: int) -> None:
@@ -37,7 +37,7 @@ def test_threads_note_their_stages_at_the_same_time() -> None:
     assert len(record.stages) == 800
 
 
-def test_each_observation_has_an_id_of_its_own() -> None:
+def test_each_record_has_its_own_id() -> None:
     assert len({RequestRecord().request_id for _ in range(1000)}) == 1000
 
 
@@ -46,7 +46,7 @@ def test_probes_and_scrapes_are_quiet(path: str, quiet: bool) -> None:
     assert RequestRecord(path=path).quiet is quiet
 
 
-def test_images_are_counted_that_threads_see_at_the_same_time() -> None:
+def test_adding_images_is_thread_safe() -> None:
     record = RequestRecord()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(record.add_image, [3] * 1000))

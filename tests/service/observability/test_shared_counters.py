@@ -1,4 +1,4 @@
-"""Numbers in files that other processes read."""
+"""Counters in files that other processes read."""
 
 import os
 import signal
@@ -24,9 +24,9 @@ events = st.lists(
 )
 
 
-def expected(happened: list[tuple[str, Key, float]]) -> dict[Key, list[float]]:
+def expected(updates: list[tuple[str, Key, float]]) -> dict[Key, list[float]]:
     numbers: dict[Key, list[float]] = {}
-    for kind, key, value in happened:
+    for kind, key, value in updates:
         if kind == "add":
             numbers.setdefault(key, [0.0])[0] += value
         elif kind == "set":
@@ -38,8 +38,8 @@ def expected(happened: list[tuple[str, Key, float]]) -> dict[Key, list[float]]:
     return numbers
 
 
-def tell(counters: SharedCounters, happened: list[tuple[str, Key, float]]) -> None:
-    for kind, key, value in happened:
+def apply(counters: SharedCounters, updates: list[tuple[str, Key, float]]) -> None:
+    for kind, key, value in updates:
         if kind == "observe":
             counters.observe(key, value, BUCKETS)
         else:
@@ -47,17 +47,19 @@ def tell(counters: SharedCounters, happened: list[tuple[str, Key, float]]) -> No
 
 
 @given(events)
-def test_numbers_are_as_told(happened: list[tuple[str, Key, float]]) -> None:
+def test_numbers_match_a_reference(updates: list[tuple[str, Key, float]]) -> None:
     counters = SharedCounters()
-    tell(counters, happened)
-    assert counters.read() == expected(happened)
+    apply(counters, updates)
+    assert counters.read() == expected(updates)
 
 
 @given(events)
-def test_others_read_the_same(tmp_path_factory: pytest.TempPathFactory, happened: list[tuple[str, Key, float]]) -> None:
+def test_other_processes_read_the_same(
+    tmp_path_factory: pytest.TempPathFactory, updates: list[tuple[str, Key, float]]
+) -> None:
     folder = tmp_path_factory.mktemp("counters")
-    tell(SharedCounters(folder), happened)
-    assert read_shared_counters(folder) == {os.getpid(): expected(happened)}
+    apply(SharedCounters(folder), updates)
+    assert read_shared_counters(folder) == {os.getpid(): expected(updates)}
 
 
 @pytest.mark.parametrize("in_files", [True, False])
@@ -70,7 +72,7 @@ def test_there_is_room_for_any_number_of_keys(in_files: bool, tmp_path: Path) ->
         assert read_shared_counters(tmp_path)[os.getpid()] == counters.read()
 
 
-def test_a_killed_process_leaves_all_it_has_counted(root: Path, tmp_path: Path) -> None:
+def test_the_counts_of_a_killed_process_are_kept(root: Path, tmp_path: Path) -> None:
     program = f"""
 import os, signal
 from pathlib import Path

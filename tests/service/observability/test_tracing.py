@@ -1,4 +1,4 @@
-"""Spans, as a collector receives them by OTLP over HTTP."""
+"""Spans as received by a collector, by OTLP over HTTP."""
 
 import json
 import threading
@@ -24,9 +24,9 @@ class Collector(NamedTuple):
     """An OTLP receiver."""
 
     endpoint: str
-    spans: list[Any]  # that it has got
-    headers: list[Any]  # of the requests that brought them
-    resources: list[Any]  # that they come from
+    spans: list[Any]  # received spans
+    headers: list[Any]  # headers of the export requests
+    resources: list[Any]  # resources of the spans
 
 
 @contextmanager
@@ -55,27 +55,27 @@ def collecting() -> Iterator[Collector]:
         server.shutdown()
 
 
-def traced(serve: Serving, bundles: Path, ask: Callable[[Any], None], **environment: str) -> list[Any]:
-    """The spans of the trace that `ask` belongs to, once the server has ended."""
+def traced(serve: Serving, bundles: Path, send: Callable[[Any], None], **environment: str) -> list[Any]:
+    """The spans of the trace `TRACE`, to which `send` belongs, once the server has ended."""
     with collecting() as collector:
         with serve(bundles, VITRINE_TRACES_ENDPOINT=collector.endpoint, **environment) as running:
-            ask(running)
+            send(running)
         return [span for span in collector.spans if span.trace_id.hex() == TRACE]
 
 
 def attributes(described: Any) -> dict[str, str]:
-    """Those that are texts, of a span or a resource."""
+    """The string attributes of a span or a resource."""
     return {entry.key: entry.value.string_value for entry in described.attributes}
 
 
 def test_the_stages_are_children_of_the_requests_span_in_the_clients_trace(
     serve: Serving, tiny_bundles: Path, photograph: bytes
 ) -> None:
-    def ask(running: Any) -> None:
+    def send(running: Any) -> None:
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "mine"}
         httpx.post(f"{running.url}/classify", content=photograph, headers=headers)
 
-    spans = traced(serve, tiny_bundles, ask)
+    spans = traced(serve, tiny_bundles, send)
     (request,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
     assert request.name == "POST /classify"
     assert attributes(request)["http.route"] == "/classify"
@@ -91,14 +91,14 @@ def test_the_stages_are_children_of_the_requests_span_in_the_clients_trace(
     assert order == ["queue", "decode", "inference"]
 
 
-def test_a_call_over_grpc_is_traced_alike(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
-    def ask(running: Any) -> None:
+def test_grpc_calls_are_traced_alike(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+    def send(running: Any) -> None:
         tensor = tritonclient.grpc.InferInput("image", [1], "BYTES")
         tensor.set_data_from_numpy(np.array([photograph], dtype=object))
         with tritonclient.grpc.InferenceServerClient(running.grpc) as client:
             client.infer("colours", [tensor], headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
 
-    spans = traced(serve, tiny_bundles, ask)
+    spans = traced(serve, tiny_bundles, send)
     (call,) = [span for span in spans if span.parent_span_id.hex() == PARENT]
     assert call.name == "inference.GRPCInferenceService/ModelInfer"
     assert {span.name for span in spans if span.parent_span_id == call.span_id} == {"decode", "queue", "inference"}
@@ -109,18 +109,18 @@ def test_a_call_over_grpc_is_traced_alike(serve: Serving, tiny_bundles: Path, ph
 def test_the_client_decides_whether_it_is_traced(
     flags: str, serve: Serving, tiny_bundles: Path, photograph: bytes
 ) -> None:
-    def ask(running: Any) -> None:
+    def send(running: Any) -> None:
         headers = {"traceparent": f"00-{TRACE}-{PARENT}-{flags}"}
         httpx.post(f"{running.url}/classify", content=photograph, headers=headers)
 
-    assert bool(traced(serve, tiny_bundles, ask, VITRINE_TRACES_SHARE="0")) == (flags == "01")
+    assert bool(traced(serve, tiny_bundles, send, VITRINE_TRACES_SHARE="0")) == (flags == "01")
 
 
-def test_errors_are_traced_and_nothing_of_the_query_is(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+def test_errors_are_traced_and_query_strings_are_not(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
     servers: list[Any] = []
 
-    def ask(running: Any) -> None:
+    def send(running: Any) -> None:
         servers.append(running)
         httpx.post(f"{running.url}/classify?model=colours", content=b"no image", headers=headers)
         httpx.get(f"{running.url}/nowhere/secret?secret=1", headers=headers)
@@ -130,9 +130,9 @@ def test_errors_are_traced_and_nothing_of_the_query_is(serve: Serving, tiny_bund
         ):
             client.get_model_metadata("nothing", headers=headers)
 
-    spans = traced(serve, tiny_bundles, ask, VITRINE_LOG_FORMAT="json")
-    found = {span.name: span for span in spans if span.parent_span_id.hex() == PARENT}
-    undecoded, unknown, call = (found[name] for name in ("POST /classify", "GET", f"{SERVICE}/ModelMetadata"))
+    spans = traced(serve, tiny_bundles, send, VITRINE_LOG_FORMAT="json")
+    by_name = {span.name: span for span in spans if span.parent_span_id.hex() == PARENT}
+    undecoded, unknown, call = (by_name[name] for name in ("POST /classify", "GET", f"{SERVICE}/ModelMetadata"))
     assert attributes(undecoded)["vitrine.error"] == "unsupported_image_type"
     assert attributes(undecoded)["url.path"] == "/classify"
     assert attributes(unknown)["vitrine.error"] == "not_found"
@@ -144,23 +144,21 @@ def test_errors_are_traced_and_nothing_of_the_query_is(serve: Serving, tiny_bund
 
 
 def test_probes_are_not_traced(serve: Serving, tiny_bundles: Path) -> None:
-    def ask(running: Any) -> None:
+    def send(running: Any) -> None:
         for path in ("/livez", "/readyz", "/metrics", "/v2/health/ready", "/v2/health/live"):
             httpx.get(running.url + path, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"}).raise_for_status()
 
-    assert traced(serve, tiny_bundles, ask) == []
+    assert traced(serve, tiny_bundles, send) == []
 
 
-def test_a_collector_that_is_gone_harms_nobody(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
+def test_an_unreachable_collector_is_harmless(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     with serve(tiny_bundles, VITRINE_TRACES_ENDPOINT="http://127.0.0.1:9/v1/traces") as running:
         assert httpx.post(f"{running.url}/classify", content=photograph).status_code == 200
         running.process.terminate()
         assert running.process.wait(timeout=20) == 0
 
 
-def test_the_variables_of_opentelemetry_hold_for_the_rest(
-    serve: Serving, tiny_bundles: Path, photograph: bytes
-) -> None:
+def test_opentelemetrys_own_variables_are_honoured(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
     variables = {
         "OTEL_EXPORTER_OTLP_HEADERS": "x-collector-key=secret",
         "OTEL_SERVICE_NAME": "mine",
@@ -170,5 +168,5 @@ def test_the_variables_of_opentelemetry_hold_for_the_rest(
         with serve(tiny_bundles, VITRINE_TRACES_ENDPOINT=collector.endpoint, **variables) as running:
             httpx.get(f"{running.url}/models").raise_for_status()
         assert collector.headers[0]["x-collector-key"] == "secret"
-        known = attributes(collector.resources[0])
-        assert (known["service.name"], known["deployment.environment.name"]) == ("mine", "tests")
+        resource = attributes(collector.resources[0])
+        assert (resource["service.name"], resource["deployment.environment.name"]) == ("mine", "tests")

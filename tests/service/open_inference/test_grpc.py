@@ -1,4 +1,4 @@
-"""The protocol over gRPC, asked by Triton's own client."""
+"""The protocol over gRPC, tested with Triton's client."""
 
 import signal
 import subprocess
@@ -41,8 +41,8 @@ def channel(running: Any) -> Iterator[grpc.Channel]:
         yield channel
 
 
-def asking(channel: grpc.Channel) -> Callable[..., Any]:
-    """`ModelInfer` with a message of one's own."""
+def infer_method(channel: grpc.Channel) -> Callable[..., Any]:
+    """`ModelInfer` with raw messages."""
     return channel.unary_unary(
         f"/{SERVICE}/ModelInfer",
         request_serializer=service_pb2.ModelInferRequest.SerializeToString,
@@ -77,10 +77,10 @@ def test_both_transports_and_the_predictor_give_the_same_answer(
     parameters = {"variant": variant.value}
     tensor = images_input(photograph, photograph)
     classifier = load_bundle(tiny_bundles / "colours" / "1", variant=variant).predictor
-    answer = client.infer("colours", [tensor], model_version="1", parameters=parameters, request_id="mine")
-    assert answer.get_response().id == "mine"
+    response = client.infer("colours", [tensor], model_version="1", parameters=parameters, request_id="mine")
+    assert response.get_response().id == "mine"
     expected = classifier.probabilities([decode_for(photograph, classifier.preprocessing)])
-    np.testing.assert_allclose(answer.as_numpy("probabilities"), np.repeat(expected, 2, axis=0), atol=1e-6)
+    np.testing.assert_allclose(response.as_numpy("probabilities"), np.repeat(expected, 2, axis=0), atol=1e-6)
     over_http = httpx.post(f"{server}/classify?variant={variant.value}", content=photograph).json()["predictions"]
     by_class = sorted(over_http, key=lambda entry: entry["class_id"])
     assert [entry["probability"] for entry in by_class] == pytest.approx(expected[0].tolist(), abs=1e-6)
@@ -94,45 +94,63 @@ def test_both_transports_and_the_predictor_give_the_same_answer(
     np.testing.assert_allclose(boxes, [list(o["box"].values()) for o in objects], atol=1e-3)
 
 
-def test_tensors_in_the_message_itself_are_read_as_raw_ones(channel: grpc.Channel, tiny_bundles: Path) -> None:
+def test_tensors_in_contents_are_read_like_raw_ones(channel: grpc.Channel, tiny_bundles: Path) -> None:
     pixels = np.arange(768, dtype=np.uint8).reshape(1, 16, 16, 3)
     (expected,) = load_bundle(tiny_bundles / "colours" / "1").predictor.network(pixels=pixels)
     request = service_pb2.ModelInferRequest(model_name="colours")
     entry = request.inputs.add(name="pixels", datatype="UINT8", shape=pixels.shape)
     entry.contents.uint_contents.extend(pixels.ravel().tolist())
-    answer = asking(channel)(request)
-    values = np.frombuffer(answer.raw_output_contents[0], np.float32)
+    response = infer_method(channel)(request)
+    values = np.frombuffer(response.raw_output_contents[0], np.float32)
     np.testing.assert_allclose(values, expected[0], atol=1e-6)
 
 
-def test_classification_answers_labels(client: triton.InferenceServerClient, photograph: bytes) -> None:
+def test_classification_returns_labels(client: triton.InferenceServerClient, photograph: bytes) -> None:
     outputs = [triton.InferRequestedOutput("probabilities", class_count=9)]
-    answer = client.infer("colours", [images_input(photograph)], outputs=outputs).as_numpy("probabilities")
-    assert answer.shape == (1, 3)
-    assert {text.decode().split(":")[2] for text in answer[0]} == {"blue", "green", "red"}
+    response = client.infer("colours", [images_input(photograph)], outputs=outputs).as_numpy("probabilities")
+    assert response.shape == (1, 3)
+    assert {text.decode().split(":")[2] for text in response[0]} == {"blue", "green", "red"}
 
 
-def wrong(client: triton.InferenceServerClient, *inputs: triton.InferInput, model: str = "colours", **more: Any) -> str:
+def infer_error(
+    client: triton.InferenceServerClient, *inputs: triton.InferInput, model: str = "colours", **more: Any
+) -> str:
     with pytest.raises(InferenceServerException) as caught:
         client.infer(model, list(inputs), **more)
     return f"{caught.value.status()} {caught.value.message()}"
 
 
-def test_errors_are_the_protocols_statuses_with_one_sentence(
-    client: triton.InferenceServerClient, photograph: bytes
-) -> None:
+def test_errors_have_grpc_statuses_and_a_message(client: triton.InferenceServerClient, photograph: bytes) -> None:
     pixels = triton.InferInput("pixels", [1, 2, 2, 3], "UINT8")
     pixels.set_data_from_numpy(np.zeros((1, 2, 2, 3), np.uint8))
     good = images_input(photograph)
     cases = [
-        (wrong(client, good, model="cats"), "StatusCode.NOT_FOUND no model named 'cats' here; available: colours"),
-        (wrong(client, good, model_version="7"), "StatusCode.NOT_FOUND no model named 'colours@7' here; available: "),
-        (wrong(client, pixels), "StatusCode.INVALID_ARGUMENT input pixels: shape: expected [batch, 16, 16, 3], found"),
-        (wrong(client, images_input(b"no")), "StatusCode.INVALID_ARGUMENT image: expected one of JPEG"),
-        (wrong(client, *[good] * 2), "StatusCode.INVALID_ARGUMENT inputs: expected each name once, found image, image"),
-        (wrong(client, images_input(*[b"x"] * 33)), "StatusCode.INVALID_ARGUMENT inputs: expected 1 to 32 images"),
-        (wrong(client, good, parameters={"variant": 3}), "StatusCode.INVALID_ARGUMENT variant: expected text, found 3"),
-        (wrong(client, images_input(bytes(22_000_000))), "StatusCode.RESOURCE_EXHAUSTED"),
+        (
+            infer_error(client, good, model="cats"),
+            "StatusCode.NOT_FOUND no model named 'cats' here; available: colours",
+        ),
+        (
+            infer_error(client, good, model_version="7"),
+            "StatusCode.NOT_FOUND no model named 'colours@7' here; available: ",
+        ),
+        (
+            infer_error(client, pixels),
+            "StatusCode.INVALID_ARGUMENT input pixels: shape: expected [batch, 16, 16, 3], found",
+        ),
+        (infer_error(client, images_input(b"no")), "StatusCode.INVALID_ARGUMENT image: expected one of JPEG"),
+        (
+            infer_error(client, *[good] * 2),
+            "StatusCode.INVALID_ARGUMENT inputs: expected each name once, found image, image",
+        ),
+        (
+            infer_error(client, images_input(*[b"x"] * 33)),
+            "StatusCode.INVALID_ARGUMENT inputs: expected 1 to 32 images",
+        ),
+        (
+            infer_error(client, good, parameters={"variant": 3}),
+            "StatusCode.INVALID_ARGUMENT variant: expected text, found 3",
+        ),
+        (infer_error(client, images_input(bytes(22_000_000))), "StatusCode.RESOURCE_EXHAUSTED"),
     ]
     for found, expected in cases:
         assert found.startswith(expected)
@@ -179,38 +197,40 @@ messages = st.fixed_dictionaries(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages)
-def test_no_message_is_the_servers_fault(channel: grpc.Channel, message: dict[str, Any]) -> None:
+def test_no_message_causes_a_server_error(channel: grpc.Channel, message: dict[str, Any]) -> None:
     code, sentence = grpc.StatusCode.OK, "fine"
     try:
-        asking(channel)(service_pb2.ModelInferRequest(**message), timeout=30)
+        infer_method(channel)(service_pb2.ModelInferRequest(**message), timeout=30)
     except grpc.RpcError as error:
         code, sentence = error.code(), error.details()
     assert code in (grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND), sentence
     assert 0 < len(sentence) < 1000
 
 
-def test_tensors_are_raw_or_in_the_message_but_not_both(channel: grpc.Channel) -> None:
+def test_tensors_are_raw_or_in_contents_but_not_both(channel: grpc.Channel) -> None:
     request = service_pb2.ModelInferRequest(model_name="colours", raw_input_contents=[bytes(768)])
     entry = request.inputs.add(name="pixels", datatype="UINT8", shape=[1, 16, 16, 3])
-    assert len(asking(channel)(request).raw_output_contents) == 1
+    assert len(infer_method(channel)(request).raw_output_contents) == 1
     entry.contents.uint_contents.extend([0] * 768)
     with pytest.raises(grpc.RpcError, match="inputs: expected raw_input_contents or contents, found both"):
-        asking(channel)(request)
+        infer_method(channel)(request)
 
 
-def test_a_compressed_message_counts_as_large_as_it_is(client: triton.InferenceServerClient) -> None:
+def test_the_size_limit_applies_to_the_decompressed_message(client: triton.InferenceServerClient) -> None:
     for algorithm in ("gzip", "deflate"):
-        found = wrong(client, images_input(bytes(40_000_000)), compression_algorithm=algorithm)
+        found = infer_error(client, images_input(bytes(40_000_000)), compression_algorithm=algorithm)
         assert found == "StatusCode.RESOURCE_EXHAUSTED Decompressed message larger than max"
 
 
-def test_many_empty_elements_stall_nobody(client: triton.InferenceServerClient) -> None:
+def test_many_empty_elements_are_refused_quickly(client: triton.InferenceServerClient) -> None:
     tensor = triton.InferInput("image", [1], "BYTES")
-    tensor._raw_content = bytes(20_000_000)  # five million of them
-    assert wrong(client, tensor).startswith("StatusCode.INVALID_ARGUMENT input image: data: expected 1 images for its")
+    tensor._raw_content = bytes(20_000_000)  # five million empty elements
+    assert infer_error(client, tensor).startswith(
+        "StatusCode.INVALID_ARGUMENT input image: data: expected 1 images for its"
+    )
 
 
-def test_calls_in_work_are_finished_when_the_server_stops(
+def test_calls_in_progress_finish_when_the_server_stops(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
     with (
@@ -240,14 +260,12 @@ def test_the_repository_is_controlled_by_the_client(serve: Serving, tiny_bundles
         assert client.is_model_ready("squares")
 
 
-def test_what_takes_too_long_is_deadline_exceeded(
-    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
-) -> None:
+def test_a_timeout_is_deadline_exceeded(serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]) -> None:
     with (
         serve(slow_bundle, VITRINE_TIMEOUT_SECONDS="0.2") as running,
         triton.InferenceServerClient(running.grpc) as client,
     ):
-        found = wrong(client, images_input(bright(200)), model="slow")
+        found = infer_error(client, images_input(bright(200)), model="slow")
         assert found == "StatusCode.DEADLINE_EXCEEDED the request was not answered in time"
 
 
@@ -258,22 +276,22 @@ def test_two_workers_share_the_port(serve: Serving, tiny_bundles: Path) -> None:
                 assert client.is_model_ready("colours")
 
 
-def test_health_and_reflection_are_the_standard_ones(running: Any) -> None:
+def test_standard_health_and_reflection_are_available(running: Any) -> None:
     with grpc.insecure_channel(running.grpc) as channel:
         for service in ("", SERVICE):
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
-            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            response = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+            assert response.status == health_pb2.HealthCheckResponse.SERVING
         assert SERVICE in ProtoReflectionDescriptorDatabase(channel).get_services()
 
 
-def test_no_grpc_where_its_port_is_0(serve: Serving, tiny_bundles: Path) -> None:
+def test_port_0_disables_grpc(serve: Serving, tiny_bundles: Path) -> None:
     with serve(tiny_bundles, VITRINE_GRPC_PORT="0") as running, triton.InferenceServerClient(running.grpc) as client:
         assert httpx.get(f"{running.url}/readyz").status_code == 200
         with pytest.raises(InferenceServerException):
             client.is_server_live()
 
 
-def test_a_port_in_use_is_refused_in_one_sentence(
+def test_a_port_in_use_is_refused(
     running: Any,
     run_vitrine: Callable[..., str],
     free_ports: tuple[str, ...],
@@ -286,8 +304,8 @@ def test_a_port_in_use_is_refused_in_one_sentence(
     assert f"vitrine: cannot listen on 127.0.0.1:{port}: Address already in use" in printed
 
 
-def test_the_messages_have_the_numbers_of_tritons(root: Path) -> None:
-    """In a process of its own: one process holds one definition of a message."""
+def test_the_messages_are_compatible_with_tritons(root: Path) -> None:
+    """Runs in separate processes: one process can hold only one definition of a message."""
     program = """
 from vitrine.service.open_inference import open_inference_pb2 as own
 
@@ -309,7 +327,7 @@ for message in own.DESCRIPTOR.message_types_by_name.values():
     assert printed[0] <= printed[1]
 
 
-def test_the_generated_code_is_that_of_the_proto_file(root: Path, tmp_path: Path) -> None:
+def test_the_generated_code_matches_the_proto_file(root: Path, tmp_path: Path) -> None:
     folder = Path("vitrine", "service", "open_inference")
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I.", str(folder / "open_inference.proto")]
     command += [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]

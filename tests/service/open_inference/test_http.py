@@ -1,4 +1,4 @@
-"""`/v2` over HTTP, asked by Triton's own client and by hand."""
+"""`/v2` over HTTP, tested with Triton's client and with raw requests."""
 
 import base64
 import gzip
@@ -70,7 +70,7 @@ def test_the_server_and_its_models_describe_themselves(client: triton.InferenceS
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("variant", [Precision.FP32, Precision.FP16_WEIGHTS, Precision.INT8_DYNAMIC])
-def test_encoded_images_are_answered_as_the_predictor_answers(
+def test_encoded_images_get_the_predictors_outputs(
     variant: Precision, binary: bool, client: triton.InferenceServerClient, tiny_bundles: Path, photograph: bytes
 ) -> None:
     blue = plain_image((30, 60, 200))
@@ -78,11 +78,11 @@ def test_encoded_images_are_answered_as_the_predictor_answers(
     for name in ("colours", "squares"):
         predictor = load_bundle(tiny_bundles / name / "1", variant=variant).predictor
         outputs = [triton.InferRequestedOutput(spec, binary_data=binary) for spec in OUTPUTS[name]]
-        answer = client.infer(
+        response = client.infer(
             name, [images_input(photograph, blue, binary=binary)], outputs=outputs, parameters=parameters
         )
         for i, image in enumerate((photograph, blue)):
-            compare(answer, i, predictor, image)
+            compare(response, i, predictor, image)
 
 
 OUTPUTS = {"colours": ["probabilities"], "squares": ["scores", "class_ids", "boxes"]}
@@ -94,25 +94,23 @@ def plain_image(colour: tuple[int, int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def compare(answer: Any, i: int, predictor: Classifier | Detector, image: bytes) -> None:
+def compare(response: Any, i: int, predictor: Classifier | Detector, image: bytes) -> None:
     decoded = decode_for(image, predictor.preprocessing)
     if isinstance(predictor, Classifier):
         expected = predictor.probabilities([decoded])[0]
-        np.testing.assert_allclose(answer.as_numpy("probabilities")[i], expected, atol=1e-6)
+        np.testing.assert_allclose(response.as_numpy("probabilities")[i], expected, atol=1e-6)
         return
-    scores, boxes = answer.as_numpy("scores")[i], answer.as_numpy("boxes")[i]
+    scores, boxes = response.as_numpy("scores")[i], response.as_numpy("boxes")[i]
     order = np.argsort(-scores, kind="stable")
     found = predictor.detect(decoded, threshold=0)
     np.testing.assert_allclose(scores[order], [entry.score for entry in found], atol=1e-6)
-    assert [predictor.labels[k] for k in answer.as_numpy("class_ids")[i][order]] == [entry.label for entry in found]
+    assert [predictor.labels[k] for k in response.as_numpy("class_ids")[i][order]] == [entry.label for entry in found]
     corners = np.array([[b.x_min, b.y_min, b.x_max, b.y_max] for b in (entry.box for entry in found)])
     scale = np.array([decoded.width, decoded.height] * 2)
     np.testing.assert_allclose(boxes[order] * scale, corners, atol=1e-3)
 
 
-def test_pixels_are_answered_as_the_network_answers_batch_by_batch(
-    client: triton.InferenceServerClient, tiny_bundles: Path
-) -> None:
+def test_pixels_get_the_networks_outputs(client: triton.InferenceServerClient, tiny_bundles: Path) -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (5, 16, 16, 3), np.uint8)
     (expected,) = load_bundle(tiny_bundles / "colours" / "1").predictor.network(pixels=pixels)
@@ -120,11 +118,11 @@ def test_pixels_are_answered_as_the_network_answers_batch_by_batch(
         tensor = triton.InferInput("pixels", list(pixels.shape), "UINT8")
         tensor.set_data_from_numpy(pixels, binary_data=binary)
         for compression in (None, "gzip", "deflate"):
-            answer = client.infer("colours", [tensor], request_compression_algorithm=compression)
-            np.testing.assert_allclose(answer.as_numpy("probabilities"), expected, atol=1e-6)
+            response = client.infer("colours", [tensor], request_compression_algorithm=compression)
+            np.testing.assert_allclose(response.as_numpy("probabilities"), expected, atol=1e-6)
 
 
-def test_a_padded_batch_is_answered_as_its_images(client: triton.InferenceServerClient, tiny_bundles: Path) -> None:
+def test_a_padded_batch_gets_the_networks_outputs(client: triton.InferenceServerClient, tiny_bundles: Path) -> None:
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (3, 80, 96, 3), np.uint8)
     sizes = np.array([[80, 96], [64, 90], [70, 64]])
@@ -132,17 +130,17 @@ def test_a_padded_batch_is_answered_as_its_images(client: triton.InferenceServer
     inputs = [triton.InferInput("pixels", [3, 80, 96, 3], "UINT8"), triton.InferInput("sizes", [3, 2], "INT64")]
     for tensor, array in zip(inputs, (pixels, sizes), strict=True):
         tensor.set_data_from_numpy(array)
-    answer = client.infer("squares", inputs)
+    response = client.infer("squares", inputs)
     for name, expected in zip(OUTPUTS["squares"], network(pixels=pixels, sizes=sizes), strict=True):
-        np.testing.assert_allclose(answer.as_numpy(name), expected, atol=1e-5)
+        np.testing.assert_allclose(response.as_numpy(name), expected, atol=1e-5)
 
 
-def test_classification_answers_labels(client: triton.InferenceServerClient, photograph: bytes, server: str) -> None:
+def test_classification_returns_labels(client: triton.InferenceServerClient, photograph: bytes, server: str) -> None:
     outputs = [triton.InferRequestedOutput("probabilities", class_count=2)]
-    answer = client.infer("colours", [images_input(photograph)], outputs=outputs, request_id="mine")
-    assert answer.get_response()["id"] == "mine"
+    response = client.infer("colours", [images_input(photograph)], outputs=outputs, request_id="mine")
+    assert response.get_response()["id"] == "mine"
     expected = httpx.post(f"{server}/classify?top_k=2", content=photograph).json()["predictions"]
-    texts = [text.decode().split(":") for text in answer.as_numpy("probabilities")[0]]
+    texts = [text.decode().split(":") for text in response.as_numpy("probabilities")[0]]
     assert [(int(index), label) for _, index, label in texts] == [(e["class_id"], e["label"]) for e in expected]
     assert [float(score) for score, *_ in texts] == pytest.approx([e["probability"] for e in expected], abs=1e-6)
     outputs = [triton.InferRequestedOutput("scores", class_count=2)]
@@ -208,14 +206,14 @@ def pixels_entry(**changes: object) -> dict[str, object]:
         ),
     ],
 )
-def test_a_wrong_request_is_400_in_one_sentence(document: object, message: str, server: str) -> None:
-    answer = httpx.post(server + INFER, content=json.dumps(document))
-    assert answer.status_code == 400, answer.text
-    assert answer.json().keys() == {"error"}
-    assert answer.json()["error"].startswith(message)
+def test_an_invalid_request_is_400_with_a_message(document: object, message: str, server: str) -> None:
+    response = httpx.post(server + INFER, content=json.dumps(document))
+    assert response.status_code == 400, response.text
+    assert response.json().keys() == {"error"}
+    assert response.json()["error"].startswith(message)
 
 
-COMPRESSED = gzip.compress(b"{}", mtime=0)  # the names of the tests are made of it
+COMPRESSED = gzip.compress(b"{}", mtime=0)  # constant, as it is part of test ids
 
 
 @pytest.mark.parametrize(
@@ -239,10 +237,12 @@ COMPRESSED = gzip.compress(b"{}", mtime=0)  # the names of the tests are made of
         (zlib.compress(bytes(50_000_000)), {"Content-Encoding": "deflate"}, 413, "image: at most 20971520 bytes"),
     ],
 )
-def test_a_wrong_body_is_refused(body: bytes, headers: dict[str, str], status: int, message: str, server: str) -> None:
-    answer = httpx.post(server + INFER, content=body, headers=headers)
-    assert answer.status_code == status
-    assert answer.json()["error"].startswith(message)
+def test_an_invalid_body_is_refused(
+    body: bytes, headers: dict[str, str], status: int, message: str, server: str
+) -> None:
+    response = httpx.post(server + INFER, content=body, headers=headers)
+    assert response.status_code == status
+    assert response.json()["error"].startswith(message)
 
 
 VALID = json.dumps({"inputs": [pixels_entry()], "outputs": [{"name": "probabilities"}], "id": "1"}).encode()
@@ -255,7 +255,7 @@ VALID = json.dumps({"inputs": [pixels_entry()], "outputs": [{"name": "probabilit
     st.sampled_from([None, "gzip", "deflate", "br"]),
     st.booleans(),
 )
-def test_no_damage_to_a_request_is_the_servers_fault(
+def test_damaged_requests_cause_no_server_error(
     server: str, damages: list[tuple[int, int, bytes]], length: str | None, encoding: str | None, honest: bool
 ) -> None:
     body = VALID
@@ -264,9 +264,9 @@ def test_no_damage_to_a_request_is_the_servers_fault(
     if honest:
         body = {"gzip": gzip.compress, "deflate": zlib.compress}.get(encoding or "", bytes)(body)
     headers = {"Inference-Header-Content-Length": length, "Content-Encoding": encoding}
-    answer = httpx.post(server + INFER, content=body, headers={k: v for k, v in headers.items() if v is not None})
-    assert answer.status_code in (200, 400), answer.text
-    assert answer.status_code == 200 or answer.json().keys() == {"error"}
+    response = httpx.post(server + INFER, content=body, headers={k: v for k, v in headers.items() if v is not None})
+    assert response.status_code in (200, 400), response.text
+    assert response.status_code == 200 or response.json().keys() == {"error"}
 
 
 def test_errors_of_images_have_their_status(server: str, client: triton.InferenceServerClient) -> None:
@@ -275,8 +275,8 @@ def test_errors_of_images_have_their_status(server: str, client: triton.Inferenc
             client.infer("colours", [images_input(image)])
     assert httpx.post(f"{server}/v2/models/cats/infer", json={}).status_code == 400
     entry = {"inputs": [pixels_entry()]}
-    answer = httpx.post(f"{server}/v2/models/cats/infer", json=entry)
-    assert (answer.status_code, answer.json()["error"]) == (
+    response = httpx.post(f"{server}/v2/models/cats/infer", json=entry)
+    assert (response.status_code, response.json()["error"]) == (
         404,
         "no model named 'cats' here; available: colours, squares",
     )
@@ -287,14 +287,14 @@ def test_errors_of_images_have_their_status(server: str, client: triton.Inferenc
 def test_a_detectors_pixels_are_bounded_by_its_longest_edge(server: str) -> None:
     pixels = {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 97, 3], "data": [0] * 291}
     sizes = {"name": "sizes", "datatype": "INT64", "shape": [1, 2], "data": [1, 97]}
-    answer = httpx.post(f"{server}/v2/models/squares/infer", json={"inputs": [pixels, sizes]})
-    assert answer.json() == {"error": "input pixels: shape: expected edges from 1 to 96 pixels, found 1 x 97"}
+    response = httpx.post(f"{server}/v2/models/squares/infer", json={"inputs": [pixels, sizes]})
+    assert response.json() == {"error": "input pixels: shape: expected edges from 1 to 96 pixels, found 1 x 97"}
     pixels |= {"shape": [1, 1, 96, 3], "data": [0] * 288}
-    for wrong in ([0, 96], [1, 97], [2, 96]):
-        sizes["data"] = wrong
-        answer = httpx.post(f"{server}/v2/models/squares/infer", json={"inputs": [pixels, sizes]})
-        assert answer.status_code == 400
-        assert answer.json()["error"].startswith("input sizes: expected for each of 1 images a height from 1 to 1")
+    for invalid in ([0, 96], [1, 97], [2, 96]):
+        sizes["data"] = invalid
+        response = httpx.post(f"{server}/v2/models/squares/infer", json={"inputs": [pixels, sizes]})
+        assert response.status_code == 400
+        assert response.json()["error"].startswith("input sizes: expected for each of 1 images a height from 1 to 1")
     sizes["data"] = [1, 96]
     assert httpx.post(f"{server}/v2/models/squares/infer", json={"inputs": [pixels, sizes]}).status_code == 200
 
@@ -322,18 +322,16 @@ def test_the_repository_is_controlled_by_the_client(serve: Serving, tiny_bundles
             client.load_model("colours", config=json.dumps({"max_batch_size": 3}))
 
 
-def test_calls_in_work_survive_the_unloading_of_their_model(
-    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
-) -> None:
+def test_calls_in_progress_survive_unloading(serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]) -> None:
     with serve(slow_bundle, VITRINE_MODEL_CONTROL="true", VITRINE_THREADS="2") as running:
         address = running.url.removeprefix("http://")
-        found: list[Any] = []
+        outputs: list[Any] = []
 
-        def ask() -> None:
+        def send() -> None:
             with triton.InferenceServerClient(address) as client:
-                found.append(client.infer("slow", [images_input(bright(200))]).as_numpy("probabilities"))
+                outputs.append(client.infer("slow", [images_input(bright(200))]).as_numpy("probabilities"))
 
-        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads = [threading.Thread(target=send) for _ in range(2)]
         for thread in threads:
             thread.start()
         while "vitrine_running_images 2.0" not in httpx.get(f"{running.url}/metrics").text:
@@ -343,4 +341,4 @@ def test_calls_in_work_survive_the_unloading_of_their_model(
             assert not client.is_model_ready("slow")
         for thread in threads:
             thread.join()
-        assert [array.tolist() for array in found] == [[[0.5, 0.5]]] * 2
+        assert [array.tolist() for array in outputs] == [[[0.5, 0.5]]] * 2

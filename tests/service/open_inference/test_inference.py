@@ -1,4 +1,4 @@
-"""What a request means, whatever the transport: read or refused in a sentence, and answered by real bundles."""
+"""Inference requests without a transport: parsing, validation and inference with real bundles."""
 
 import asyncio
 import base64
@@ -45,7 +45,7 @@ MODEL = "colours"
 
 @pytest.fixture(scope="module")
 def serving(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Everything but a transport."""
+    """The serving state, without a transport."""
     repository = Repository(tiny_bundles)
     control = ModelControl(repository, tmp_path_factory.mktemp("shared"))
     scheduler = Scheduler(2, 64)
@@ -63,17 +63,17 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 @pytest.fixture(scope="module")
 def examples() -> list[bytes]:
-    """Two encoded images of noise, one lying and one standing."""
+    """Two encoded images of noise, one landscape and one portrait."""
     random = np.random.default_rng(0)
     return [png(random.integers(0, 256, size, np.uint8)) for size in ((60, 96, 3), (96, 60, 3))]
 
 
-def ask(serving: Serving, request: InferenceRequest, record: RequestRecord | None = None) -> InferenceResponse:
+def run(serving: Serving, request: InferenceRequest, record: RequestRecord | None = None) -> InferenceResponse:
     return asyncio.run(infer(serving, record or RequestRecord(), request))
 
 
-def refused(error: VitrineError) -> None:
-    """The client gets a sentence and a status of its own."""
+def check_error(error: VitrineError) -> None:
+    """Check that the error becomes a 4xx response with a short message."""
     assert 0 < len(str(error)) < 1000
     scope = {"type": "http", "path": "/v2/models/x/infer"}
     response = error_response(scope, STATUS[type(error)], error.code, str(error))
@@ -95,7 +95,7 @@ NAMES = ["inputs", "outputs", "parameters", "name", "datatype", "shape", "data",
 NAMES += ["binary_data", "binary_data_output", "classification", "pixels", "image", "probabilities", "sizes"]
 DATATYPES = ["UINT8", "INT64", "FP32", "BYTES", "FP64", "BOOL", ""]
 
-any_text = st.sampled_from([*NAMES, *DATATYPES]) | st.text(st.characters(), max_size=8)  # half characters, too
+any_text = st.sampled_from([*NAMES, *DATATYPES]) | st.text(st.characters(), max_size=8)  # includes lone surrogates
 documents = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | any_text,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(any_text, inner, max_size=4),
@@ -128,13 +128,13 @@ requests = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(requests | documents, st.binary(max_size=40), st.sampled_from([MODEL, "squares", "colours@1", "", "@", "x@y"]))
-def test_any_document_is_answered_or_refused(serving: Serving, document: object, tail: bytes, model: str) -> None:
+def test_any_document_is_handled_or_refused(serving: Serving, document: object, tail: bytes, model: str) -> None:
     head = json.dumps(document).encode()
     try:
-        asked, _ = parse(model, head + tail, str(len(head)))
-        ask(serving, asked)
+        request, _ = parse(model, head + tail, str(len(head)))
+        run(serving, request)
     except VitrineError as error:
-        refused(error)
+        check_error(error)
 
 
 @settings(deadline=None)
@@ -143,7 +143,7 @@ def test_any_body_and_header_are_read_or_refused(body: bytes, header: str | None
     try:
         parse(MODEL, body, header)
     except VitrineError as error:
-        refused(error)
+        check_error(error)
 
 
 @pytest.mark.parametrize("depth", [50, 500, 900, 950, 980, 990, 2000, 100_000])
@@ -160,30 +160,30 @@ def test_any_body_and_header_are_read_or_refused(body: bytes, header: str | None
         '{"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [%s]}]}',
     ],
 )
-def test_no_nesting_is_too_deep_for_a_sentence(serving: Serving, depth: int, form: str) -> None:
+def test_deep_nesting_is_refused_with_a_message(serving: Serving, depth: int, form: str) -> None:
     body = (form % ("[" * depth + "]" * depth)).encode()
     with pytest.raises(ParameterError) as caught:
-        ask(serving, parse(MODEL, body, None)[0])
-    refused(caught.value)
+        run(serving, parse(MODEL, body, None)[0])
+    check_error(caught.value)
 
 
-def test_a_header_of_many_digits_is_no_length() -> None:
+def test_a_header_length_of_many_digits_is_refused() -> None:
     with pytest.raises(ParameterError, match="Inference-Header-Content-Length: expected 0 to 2, found '999"):
         parse(MODEL, b"{}", "9" * 5000)
 
 
-def test_one_long_text_among_many_values_costs_no_memory() -> None:
+def test_one_long_string_among_many_values_takes_little_memory() -> None:
     values: list[object] = ["x" * 10_000_000, *[""] * 100_000]
     with pytest.raises(ParameterError, match="input pixels: data: expected integers, found str"):
         tensor_from_values("pixels", "UINT8", [len(values)], values)
 
 
 def test_elements_beyond_the_shape_are_not_read(serving: Serving) -> None:
-    many = tensor_from_bytes("image", "BYTES", [1], memoryview(bytes(20_000_000)))  # five million empty ones
+    many = tensor_from_bytes("image", "BYTES", [1], memoryview(bytes(20_000_000)))  # five million empty elements
     with pytest.raises(ParameterError, match="expected 1 images for its shape, found 1, and 19999996 bytes after them"):
-        ask(serving, InferenceRequest(MODEL, [many]))
+        run(serving, InferenceRequest(MODEL, [many]))
     with pytest.raises(ParameterError, match="inputs: expected 1 to 4 images, found 5000000"):
-        ask(serving, InferenceRequest(MODEL, [tensor_from_bytes("image", "BYTES", [5_000_000], memoryview(b""))]))
+        run(serving, InferenceRequest(MODEL, [tensor_from_bytes("image", "BYTES", [5_000_000], memoryview(b""))]))
 
 
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -195,7 +195,7 @@ arrays = st.tuples(st.sampled_from([("UINT8", 0, 255), ("INT64", -(2**63), 2**63
 
 
 @given(arrays, st.integers(0, 7))
-def test_every_form_of_a_tensor_holds_the_same_numbers(
+def test_all_representations_of_a_tensor_are_equal(
     drawn: tuple[str, NDArray[Any], tuple[int, ...]], offset: int
 ) -> None:
     datatype, flat, shape = drawn
@@ -229,7 +229,7 @@ def test_every_form_of_a_tensor_holds_the_same_numbers(
         ("UINT8", [1, 2, 3], "expected 2 values for its shape, found 3"),
     ],
 )
-def test_values_of_another_kind_are_refused(datatype: str, values: object, message: str) -> None:
+def test_values_of_another_type_are_refused(datatype: str, values: object, message: str) -> None:
     with pytest.raises(ParameterError, match=f"^input x: data: {message}"):
         tensor_from_values("x", datatype, [2], values)
 
@@ -239,13 +239,13 @@ def test_a_binary_tensor_is_not_copied() -> None:
     entry = {"name": "pixels", "datatype": "UINT8", "shape": [1, 16, 16, 3], "parameters": {"binary_data_size": 768}}
     head = json.dumps({"inputs": [entry]}).encode()
     body = head + pixels.tobytes()
-    asked, _ = parse(MODEL, body, str(len(head)))
-    (tensor,) = asked.inputs
+    request, _ = parse(MODEL, body, str(len(head)))
+    (tensor,) = request.inputs
     assert isinstance(tensor.data, np.ndarray)
     assert np.shares_memory(tensor.data, np.frombuffer(body, np.uint8))
 
 
-def test_images_are_answered_as_the_predictors_answer_in_every_form(serving: Serving, examples: list[bytes]) -> None:
+def test_all_representations_of_images_get_the_predictors_outputs(serving: Serving, examples: list[bytes]) -> None:
     predictor: Any = serving.repository.get(MODEL).predictor
     expected = predictor.probabilities([decode(image) for image in examples])
     texts = [base64.b64encode(image).decode() for image in examples]
@@ -258,68 +258,71 @@ def test_images_are_answered_as_the_predictors_answer_in_every_form(serving: Ser
     ]
     for form in forms:
         record = RequestRecord()
-        (output,) = ask(serving, InferenceRequest("colours@1", [form]), record).outputs
+        (output,) = run(serving, InferenceRequest("colours@1", [form]), record).outputs
         assert (output.name, output.datatype, output.shape) == ("probabilities", "FP32", (2, 3))
         np.testing.assert_allclose(output.data, expected, atol=1e-6)
         assert (record.images, record.pixels, record.batches) == (2, 96 * 60 + 60 * 96, [1, 1])
         assert {stage.name for stage in record.stages} == {"queue", "decode", "inference"}
 
 
-def test_one_bad_image_refuses_the_request(serving: Serving, examples: list[bytes]) -> None:
+def test_one_invalid_image_fails_the_request(serving: Serving, examples: list[bytes]) -> None:
     with pytest.raises(VitrineError, match="image: cannot be decoded: it is empty") as caught:
-        ask(serving, InferenceRequest(MODEL, [images(examples[0], b"", examples[1])]))
-    refused(caught.value)
+        run(serving, InferenceRequest(MODEL, [images(examples[0], b"", examples[1])]))
+    check_error(caught.value)
 
 
-def test_numbers_of_eight_bytes_may_begin_anywhere(serving: Serving) -> None:
+def test_int64_tensors_may_be_unaligned(serving: Serving) -> None:
     random = np.random.default_rng(0)
     pixels, sizes = random.integers(0, 256, (2, 64, 80, 3), np.uint8), np.array([[64, 80], [60, 70]])
     network = serving.repository.get("squares").predictor.network
     expected = network(pixels=pixels, sizes=sizes)
     for offset in range(8):
         body = memoryview(bytes(offset) + sizes.tobytes())[offset:]
-        asked = InferenceRequest(
+        request = InferenceRequest(
             "squares", [binary("pixels", pixels), tensor_from_bytes("sizes", "INT64", [2, 2], body)]
         )
-        for output, wanted in zip(ask(serving, asked).outputs, expected, strict=True):
-            np.testing.assert_allclose(output.data, wanted, atol=1e-5)
+        for output, array in zip(run(serving, request).outputs, expected, strict=True):
+            np.testing.assert_allclose(output.data, array, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 2), st.integers(1, 70), st.integers(1, 96), st.data())
-def test_a_detector_answers_or_refuses_pixels_of_every_size(
+def test_detector_pixels_of_any_size_are_handled_or_refused(
     serving: Serving, count: int, height: int, width: int, data: st.DataObject
 ) -> None:
     sizes = np.array([[data.draw(st.integers(0, height + 1)), data.draw(st.integers(1, width))] for _ in range(count)])
     pixels = np.zeros((count, height, width, 3), np.uint8)
     try:
-        outputs = ask(serving, InferenceRequest("squares", [binary("pixels", pixels), binary("sizes", sizes)])).outputs
+        outputs = run(serving, InferenceRequest("squares", [binary("pixels", pixels), binary("sizes", sizes)])).outputs
     except VitrineError as error:
-        refused(error)
+        check_error(error)
         return
     assert [tensor.shape for tensor in outputs] == [(count, 8), (count, 8), (count, 8, 4)]
     assert all(np.isfinite(np.asarray(tensor.data)).all() for tensor in outputs)
 
 
-def test_limits_count_for_tensors(serving: Serving) -> None:
+def test_limits_apply_to_tensors(serving: Serving) -> None:
     with pytest.raises(ParameterError, match="inputs: expected 1 to 4 images, found 5"):
-        ask(serving, InferenceRequest(MODEL, [binary("pixels", np.zeros((5, 16, 16, 3), np.uint8))]))
+        run(serving, InferenceRequest(MODEL, [binary("pixels", np.zeros((5, 16, 16, 3), np.uint8))]))
     pixels, sizes = np.zeros((1, 90, 90, 3), np.uint8), np.array([[90, 90]])
     with pytest.raises(ImageTooLargeError, match="at most 6000 pixels are accepted, found 90 x 90"):
-        ask(serving, InferenceRequest("squares", [binary("pixels", pixels), binary("sizes", sizes)]))
+        run(serving, InferenceRequest("squares", [binary("pixels", pixels), binary("sizes", sizes)]))
     with pytest.raises(ImageTooLargeError, match="at most 6000 pixels are accepted, found 90 x 90"):
-        ask(serving, InferenceRequest("squares", [images(png(pixels[0]))]))
+        run(serving, InferenceRequest("squares", [images(png(pixels[0]))]))
 
 
-def test_outputs_come_in_the_order_in_which_they_are_named(serving: Serving, examples: list[bytes]) -> None:
-    asked = InferenceRequest(
+def test_outputs_have_the_requested_order(serving: Serving, examples: list[bytes]) -> None:
+    request = InferenceRequest(
         "squares", [images(*examples)], [RequestedOutput("boxes"), RequestedOutput("scores")], id="a"
     )
-    answer = ask(serving, asked)
-    assert [(tensor.name, tensor.shape) for tensor in answer.outputs] == [("boxes", (2, 8, 4)), ("scores", (2, 8))]
-    assert answer.id == "a"
+    result = run(serving, request)
+    assert [(tensor.name, tensor.shape) for tensor in result.outputs] == [
+        ("boxes", (2, 8, 4)),
+        ("scores", (2, 8)),
+    ]
+    assert result.id == "a"
 
 
 @given(documents)
-def test_what_is_shown_is_short(document: object) -> None:
+def test_previews_are_short(document: object) -> None:
     assert len(preview(document)) < 800

@@ -1,4 +1,4 @@
-"""Models that are loaded, replaced and unloaded while real servers of one and two workers answer."""
+"""Loading, replacing and unloading models while real servers of one and two workers serve."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ from vitrine.service.runtime.model_control import ModelControl
 Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
 NewVersion = Callable[[Path, str], Path]
 
-DEADLINE = 30.0  # seconds for what has to happen at last
+DEADLINE = 30.0  # seconds to wait for a condition
 
 
 @pytest.fixture
@@ -30,30 +30,30 @@ def bundles(tiny_bundles: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundles, tmp_path / "bundles"))
 
 
-def until(happened: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE
-    while not happened():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def versions(url: str) -> list[str]:
-    answer: list[str] = httpx.get(f"{url}/models/colours", timeout=60).json()["versions"]
-    return answer
+    response: list[str] = httpx.get(f"{url}/models/colours", timeout=60).json()["versions"]
+    return response
 
 
 class Load:
-    """Clients that ask all the time; `answers` is a list of (status, version)."""
+    """Clients that send requests continuously; `responses` is a list of (status, version)."""
 
     def __init__(self, url: str, image: bytes, clients: int = 3) -> None:
-        self.answers: list[tuple[int, str]] = []
+        self.responses: list[tuple[int, str]] = []
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(url, image)) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._send, args=(url, image)) for _ in range(clients)]
 
-    def _ask(self, url: str, image: bytes) -> None:
-        while not self._stop.is_set():  # a new connection each time: any worker may answer
-            answer = httpx.post(f"{url}/classify?model=colours", content=image, timeout=60)
-            self.answers.append((answer.status_code, answer.json().get("model", {}).get("version", "")))
+    def _send(self, url: str, image: bytes) -> None:
+        while not self._stop.is_set():  # a new connection each time: any worker may response
+            response = httpx.post(f"{url}/classify?model=colours", content=image, timeout=60)
+            self.responses.append((response.status_code, response.json().get("model", {}).get("version", "")))
 
     def __enter__(self) -> "Load":
         for thread in self._threads:
@@ -72,12 +72,12 @@ def test_a_model_is_swapped_under_load_without_a_failed_request(
 ) -> None:
     environment = {"VITRINE_POLL_SECONDS": "0.1", "VITRINE_WORKERS": str(workers)}
     with serve(bundles, **environment) as (url, *_), Load(url, photograph) as load:
-        until(lambda: len(load.answers) > 20)
+        wait_until(lambda: len(load.responses) > 20)
         new_version(bundles / "colours" / "1", "2")
-        until(lambda: [version for _, version in load.answers[-20:]] == ["2"] * 20)
+        wait_until(lambda: [version for _, version in load.responses[-20:]] == ["2"] * 20)
         shutil.rmtree(bundles / "colours" / "2")
-        until(lambda: [version for _, version in load.answers[-20:]] == ["1"] * 20)
-    assert {status for status, _ in load.answers} == {200}
+        wait_until(lambda: [version for _, version in load.responses[-20:]] == ["1"] * 20)
+    assert {status for status, _ in load.responses} == {200}
 
 
 def test_a_broken_new_version_is_refused_and_the_old_one_keeps_answering(
@@ -87,20 +87,21 @@ def test_a_broken_new_version_is_refused_and_the_old_one_keeps_answering(
         source = bundles / "colours" / "1"
         broken = new_version(source, "2")
         (broken / "golden.npz").unlink()
-        until(lambda: any("refused: " in line and "golden.npz" in line for line in lines))
+        wait_until(lambda: any("refused: " in line and "golden.npz" in line for line in lines))
         assert versions(url) == ["1"]
         shutil.copy(source / "golden.npz", broken)
-        until(lambda: versions(url) == ["1", "2"])
-    assert {status for status, _ in load.answers} == {200}
-    assert len([line for line in lines if "refused: " in line and "golden.npz" in line]) <= 2  # half-removed at most
+        wait_until(lambda: versions(url) == ["1", "2"])
+    assert {status for status, _ in load.responses} == {200}
+    refusals = [line for line in lines if "refused: " in line and "golden.npz" in line]
+    assert len(refusals) <= 2  # possibly reported again while half removed
 
 
 def index(url: str) -> dict[str, str]:
-    answer = httpx.post(f"{url}/v2/repository/index").json()
-    return {f"{entry['name']}@{entry['version']}": entry["state"] for entry in answer}
+    response = httpx.post(f"{url}/v2/repository/index").json()
+    return {f"{entry['name']}@{entry['version']}": entry["state"] for entry in response}
 
 
-def test_two_workers_agree_as_soon_as_a_load_or_unload_is_answered(
+def test_all_workers_have_changed_when_a_load_or_unload_returns(
     serve: Serving, bundles: Path, new_version: NewVersion
 ) -> None:
     with serve(bundles, VITRINE_WORKERS="2", VITRINE_MODEL_CONTROL="true") as (url, *_):
@@ -114,62 +115,57 @@ def test_two_workers_agree_as_soon_as_a_load_or_unload_is_answered(
         assert {tuple(versions(url)) for _ in range(20)} == {("1", "2")}
 
 
-def test_a_worker_that_is_started_again_knows_what_was_unloaded(
-    serve: Serving, bundles: Path, photograph: bytes
-) -> None:
+def test_a_restarted_worker_keeps_models_unloaded(serve: Serving, bundles: Path, photograph: bytes) -> None:
     with serve(bundles, VITRINE_WORKERS="2", VITRINE_MODEL_CONTROL="true") as (url, _, process, lines):
         assert httpx.post(f"{url}/v2/repository/models/colours/unload", timeout=60).status_code == 200
         ready = sum("ready:" in line for line in lines)
         victim = psutil.Process(process.pid).children()[0]
         os.kill(victim.pid, signal.SIGKILL)
-        until(lambda: sum("ready:" in line for line in lines) > ready)
+        wait_until(lambda: sum("ready:" in line for line in lines) > ready)
         assert {httpx.get(f"{url}/models/colours", timeout=60).status_code for _ in range(20)} == {404}
-        assert (
-            httpx.post(f"{url}/v2/repository/models/colours/load", timeout=60).status_code == 200
-        )  # the dead are not waited for
+        # does not wait for the killed worker
+        assert httpx.post(f"{url}/v2/repository/models/colours/load", timeout=60).status_code == 200
         assert {tuple(versions(url)) for _ in range(20)} == {("1",)}
 
 
-def test_an_answer_in_work_is_finished_although_its_model_is_unloaded(
+def test_a_request_in_progress_finishes_although_its_model_is_unloaded(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
     with serve(slow_bundle, VITRINE_MODEL_CONTROL="true") as (url, *_):
-        answers: list[httpx.Response] = []
+        responses: list[httpx.Response] = []
         thread = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/classify", content=bright(255), timeout=60))
+            target=lambda: responses.append(httpx.post(f"{url}/classify", content=bright(255), timeout=60))
         )
         thread.start()
-        until(lambda: "vitrine_requests_in_flight 1.0" in httpx.get(f"{url}/metrics").text.splitlines())
+        wait_until(lambda: "vitrine_requests_in_flight 1.0" in httpx.get(f"{url}/metrics").text.splitlines())
         assert httpx.post(f"{url}/v2/repository/models/slow/unload", timeout=60).status_code == 200
         assert httpx.post(f"{url}/classify", content=bright(0)).status_code == 404
         thread.join()
-        assert [answer.status_code for answer in answers] == [200]
+        assert [response.status_code for response in responses] == [200]
 
 
-def test_loading_and_unloading_are_off_unless_the_operator_allows_them(server: str) -> None:
+def test_loading_and_unloading_are_disabled_by_default(server: str) -> None:
     for operation in ("load", "unload"):
-        answer = httpx.post(f"{server}/v2/repository/models/colours/{operation}")
-        assert answer.status_code == 403
-        assert answer.json() == {
+        response = httpx.post(f"{server}/v2/repository/models/colours/{operation}")
+        assert response.status_code == 403
+        assert response.json() == {
             "error": "loading and unloading models is disabled; VITRINE_MODEL_CONTROL=true enables it"
         }
 
 
-def test_a_thread_that_is_stuck_is_seen_by_livez(
-    serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
-) -> None:
+def test_livez_reports_a_stuck_thread(serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]) -> None:
     with serve(slow_bundle, VITRINE_STUCK_SECONDS="0.3") as (url, *_):
         assert httpx.get(f"{url}/livez").status_code == 200
         thread = threading.Thread(target=lambda: httpx.post(f"{url}/classify", content=bright(255), timeout=60))
         thread.start()
-        until(lambda: httpx.get(f"{url}/livez").status_code == 503)
+        wait_until(lambda: httpx.get(f"{url}/livez").status_code == 503)
         for path in ("/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"):
             assert httpx.get(url + path).status_code == 503
         thread.join()
-        until(lambda: httpx.get(f"{url}/livez").status_code == 200)
+        wait_until(lambda: httpx.get(f"{url}/livez").status_code == 200)
 
 
-def test_a_change_that_fails_is_not_told_to_the_others(bundles: Path, tmp_path: Path) -> None:
+def test_a_failed_change_is_not_written_to_the_journal(bundles: Path, tmp_path: Path) -> None:
     control = ModelControl(Repository(bundles), tmp_path / "shared")
     with pytest.raises(UnknownModelError):
         asyncio.run(control.load("cats"))
@@ -181,11 +177,11 @@ def test_a_change_that_fails_is_not_told_to_the_others(bundles: Path, tmp_path: 
     assert list(late.bundles) == ["squares"]
 
 
-def test_what_is_loaded_while_a_worker_starts_is_served_by_it_too(
+def test_a_starting_worker_replays_changes_made_meanwhile(
     bundles: Path, tmp_path: Path, new_version: NewVersion
 ) -> None:
     first = ModelControl(Repository(bundles), tmp_path / "shared")
-    late = Repository(bundles)  # and then
+    late = Repository(bundles)  # loaded before the changes
     new_version(bundles / "colours" / "1", "2")
     asyncio.run(first.load("colours"))
     asyncio.run(first.unload("squares"))

@@ -1,4 +1,4 @@
-"""The scheduler by itself: what runs, what waits, what runs together, what is refused."""
+"""The scheduler on its own: running, queueing, batching and refusing."""
 
 import asyncio
 import threading
@@ -26,9 +26,9 @@ SQUARE = ClassificationPreprocessing(input_size=(1, 1), **CHANNELS)
 
 @dataclass
 class Doubling:
-    """A network that answers twice what it is asked, and remembers the batches that it has got."""
+    """A network that doubles its input and records its batches."""
 
-    poison: int = -1  # a value that it cannot compute with
+    poison: int = -1  # a value that raises an error
     batches: list[list[int]] = field(default_factory=list)
 
     def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
@@ -59,14 +59,14 @@ class Value:
 
 
 class Blocked(Value):
-    """Work that says that it has begun, and ends when it may."""
+    """Work that signals its start and blocks until it may end."""
 
     def __init__(self, value: int = 1) -> None:
-        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.started, self.may_end = threading.Event(), threading.Event()
         super().__init__(value, self._wait)
 
     def _wait(self) -> None:
-        self.begun.set()
+        self.started.set()
         assert self.may_end.wait(30)
 
 
@@ -85,31 +85,31 @@ def scheduling(threads: int = 1, max_queue: int = 64, max_wait: float = 60) -> I
 
 
 async def occupied(scheduler: Scheduler, bundle: Bundle) -> tuple[Blocked, asyncio.Future[int]]:
-    """A thread that works until it may end."""
+    """Occupy a thread until the returned work may end."""
     work = Blocked()
-    answer = asyncio.ensure_future(scheduler.run(work, bundle, RequestRecord()))
-    await asyncio.to_thread(work.begun.wait, 30)
-    return work, answer
+    result = asyncio.ensure_future(scheduler.run(work, bundle, RequestRecord()))
+    await asyncio.to_thread(work.started.wait, 30)
+    return work, result
 
 
-def begun(*runs: Coroutine[Any, Any, int]) -> list[asyncio.Future[int]]:
+def start_all(*runs: Coroutine[Any, Any, int]) -> list[asyncio.Future[int]]:
     return [asyncio.ensure_future(run) for run in runs]
 
 
-def test_work_waits_for_a_thread_and_its_wait_is_observed() -> None:
+def test_work_waits_for_a_thread_and_its_wait_is_recorded() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         bundle = bundle_of(Doubling())
-        first, answer = await occupied(scheduler, bundle)
+        first, result = await occupied(scheduler, bundle)
         assert (scheduler.running, scheduler.waiting) == (1, 0)
         assert scheduler.longest_running() > 0
         record = RequestRecord()
-        (second,) = begun(scheduler.run(Value(2), bundle, record))
+        (second,) = start_all(scheduler.run(Value(2), bundle, record))
         await asyncio.sleep(0)
         assert (scheduler.running, scheduler.waiting) == (1, 1)
         with pytest.raises(OverloadedError, match=r"1 images are waiting, about .* try again later"):
             await scheduler.run(Value(3), bundle, RequestRecord())
         first.may_end.set()
-        assert (await answer, await second) == (2, 4)
+        assert (await result, await second) == (2, 4)
         assert (scheduler.running, scheduler.waiting, scheduler.longest_running()) == (0, 0, 0.0)
         assert [stage.name for stage in record.stages] == ["queue", "inference"]
         queue, inference = record.stages
@@ -121,17 +121,17 @@ def test_work_waits_for_a_thread_and_its_wait_is_observed() -> None:
         asyncio.run(scenario(scheduler))
 
 
-def test_what_would_wait_too_long_is_refused_and_told_when_to_come_back() -> None:
+def test_an_image_that_would_wait_too_long_is_refused_with_retry_after() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), profile=ExecutionProfile(3.0))  # type: ignore[arg-type]
-        first, answer = await occupied(scheduler, slow)
-        waiting = begun(scheduler.run(Value(2), slow, RequestRecord()))
+        first, result = await occupied(scheduler, slow)
+        waiting = start_all(scheduler.run(Value(2), slow, RequestRecord()))
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError) as refused:
             scheduler.check_capacity()
         assert refused.value.retry_after >= 3
         first.may_end.set()
-        await asyncio.gather(answer, *waiting)
+        await asyncio.gather(result, *waiting)
         scheduler.check_capacity()
 
     with scheduling(max_wait=1.0) as scheduler:
@@ -144,7 +144,7 @@ def test_a_lone_image_is_never_refused_however_slow_the_network_is() -> None:
         assert asyncio.run(scheduler.run(Value(2), slow, RequestRecord())) == 4
 
 
-def test_refusals_are_spread_and_none_waits_for_ever() -> None:
+def test_refusals_are_throttled_with_a_bounded_delay() -> None:
     async def scenario(scheduler: Scheduler) -> list[int]:
         order: list[int] = []
 
@@ -159,18 +159,18 @@ def test_refusals_are_spread_and_none_waits_for_ever() -> None:
         assert sorted(asyncio.run(scenario(scheduler))) == list(range(400))
 
 
-def test_what_is_given_up_leaves_the_queue_and_is_never_done() -> None:
+def test_cancelled_work_leaves_the_queue_and_never_runs() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         network = Doubling()
         bundle = bundle_of(network)
-        first, answer = await occupied(scheduler, bundle)
+        first, result = await occupied(scheduler, bundle)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await scheduler.run(Value(2), bundle, RequestRecord())
         assert scheduler.waiting == 0
-        (last,) = begun(scheduler.run(Value(3), bundle, RequestRecord()))
+        (last,) = start_all(scheduler.run(Value(3), bundle, RequestRecord()))
         first.may_end.set()
-        assert (await answer, await last) == (2, 6)
+        assert (await result, await last) == (2, 6)
         assert network.batches == [[1], [3]]
 
     with scheduling(max_queue=1) as scheduler:
@@ -178,7 +178,7 @@ def test_what_is_given_up_leaves_the_queue_and_is_never_done() -> None:
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["stands still", "closed"])
-def test_an_event_loop_that_no_longer_runs_keeps_no_answer_from_another(closed: bool) -> None:
+def test_a_stopped_event_loop_does_not_block_the_results_of_another(closed: bool) -> None:
     with scheduling() as scheduler, asyncio.Runner() as runner:
         bundle = bundle_of(Doubling())
         work, _ = runner.run(occupied(scheduler, bundle))
@@ -189,7 +189,7 @@ def test_an_event_loop_that_no_longer_runs_keeps_no_answer_from_another(closed: 
 
 
 @pytest.mark.parametrize("broken", [Value(1, fail), Value(7)], ids=["image", "network"])
-def test_an_error_reaches_who_asked_and_the_thread_goes_on(broken: Value) -> None:
+def test_an_error_is_raised_to_the_caller_and_the_thread_survives(broken: Value) -> None:
     async def scenario(scheduler: Scheduler) -> None:
         bundle = bundle_of(Doubling(poison=7))
         with pytest.raises((ValueError, RuntimeError), match=r"no|cannot compute with 7"):
@@ -201,7 +201,7 @@ def test_an_error_reaches_who_asked_and_the_thread_goes_on(broken: Value) -> Non
         asyncio.run(scenario(scheduler))
 
 
-def test_of_several_pieces_of_work_one_that_fails_takes_the_waiting_ones_along() -> None:
+def test_if_one_work_of_several_fails_the_others_leave_the_queue() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         bundle = bundle_of(Doubling())
         assert await scheduler.run_all([Value(1), Value(2)], bundle, RequestRecord()) == [2, 4]
@@ -212,39 +212,39 @@ def test_of_several_pieces_of_work_one_that_fails_takes_the_waiting_ones_along()
         asyncio.run(scenario(scheduler))
 
 
-def test_small_networks_run_what_waits_as_one_batch_and_each_gets_its_own_row() -> None:
+def test_small_networks_run_the_queue_as_one_batch_and_each_job_gets_its_own_row() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         network, other = Doubling(), Doubling()
         bundle = bundle_of(network, batch=4)
-        first, answer = await occupied(scheduler, bundle)
-        observations = [RequestRecord() for _ in range(6)]
-        waiting = begun(
-            *(scheduler.run(Value(2 + i), bundle, record) for i, record in enumerate(observations)),
+        first, result = await occupied(scheduler, bundle)
+        records = [RequestRecord() for _ in range(6)]
+        waiting = start_all(
+            *(scheduler.run(Value(2 + i), bundle, record) for i, record in enumerate(records)),
             scheduler.run(Value(9), bundle_of(other, batch=4), RequestRecord()),
         )
         await asyncio.sleep(0)
         first.may_end.set()
         assert await asyncio.gather(*waiting) == [4, 6, 8, 10, 12, 14, 18]
-        assert await answer == 2
+        assert await result == 2
         assert network.batches == [[1], [2, 3, 4, 5], [6, 7]]
         assert other.batches == [[9]]
-        assert [record.batches for record in observations] == [[4]] * 4 + [[2]] * 2
+        assert [record.batches for record in records] == [[4]] * 4 + [[2]] * 2
 
     with scheduling() as scheduler:
         asyncio.run(scenario(scheduler))
 
 
-def test_in_a_batch_everything_fails_alone() -> None:
+def test_in_a_batch_only_the_invalid_image_fails() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         network = Doubling(poison=7)
         bundle = bundle_of(network, batch=8)
-        first, answer = await occupied(scheduler, bundle)
+        first, result = await occupied(scheduler, bundle)
         works = [Value(2), Value(3, fail), Value(7), Value(4)]
-        waiting = begun(*(scheduler.run(work, bundle, RequestRecord()) for work in works))
+        waiting = start_all(*(scheduler.run(work, bundle, RequestRecord()) for work in works))
         await asyncio.sleep(0)
         first.may_end.set()
         good, undecoded, poisoned, last = await asyncio.gather(*waiting, return_exceptions=True)
-        assert (await answer, good, last) == (2, 4, 8)
+        assert (await result, good, last) == (2, 4, 8)
         assert isinstance(undecoded, ValueError)
         assert isinstance(poisoned, RuntimeError)
         assert network.batches == [[1], [2, 7, 4], [2], [7], [4]]
@@ -253,23 +253,23 @@ def test_in_a_batch_everything_fails_alone() -> None:
         asyncio.run(scenario(scheduler))
 
 
-def test_threads_share_what_waits() -> None:
+def test_threads_share_the_queue() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         network = Doubling()
         bundle = bundle_of(network, batch=8)
         busy = [await occupied(scheduler, bundle) for _ in range(2)]
-        waiting = begun(*(scheduler.run(Value(2 + i), bundle, RequestRecord()) for i in range(4)))
+        waiting = start_all(*(scheduler.run(Value(2 + i), bundle, RequestRecord()) for i in range(4)))
         await asyncio.sleep(0)
         for work, _ in busy:
             work.may_end.set()
-        await asyncio.gather(*waiting, *(answer for _, answer in busy))
+        await asyncio.gather(*waiting, *(result for _, result in busy))
         assert sorted(map(len, network.batches)) == [1, 1, 1, 1, 2]  # half of four, half of two, and the rest
 
     with scheduling(threads=2) as scheduler:
         asyncio.run(scenario(scheduler))
 
 
-def test_images_of_different_sizes_run_apart() -> None:
+def test_images_of_different_sizes_run_in_separate_batches() -> None:
     shapes: list[tuple[int, ...]] = []
 
     def network(**inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
@@ -285,29 +285,29 @@ def test_images_of_different_sizes_run_apart() -> None:
         preprocessing = DetectionPreprocessing(shortest_edge=64, longest_edge=640, **CHANNELS)
         predictor = Detector(network, preprocessing, ["a"])
         bundle = Bundle(None, predictor, Path("nowhere"), profile=ExecutionProfile(0.001, batch=8))  # type: ignore[arg-type]
-        first, answer = await occupied(scheduler, bundle_of(Doubling()))
-        waiting = begun(*(scheduler.run(Picture(h), bundle, RequestRecord()) for h in (64, 600, 60, 610)))
+        first, result = await occupied(scheduler, bundle_of(Doubling()))
+        waiting = start_all(*(scheduler.run(Picture(h), bundle, RequestRecord()) for h in (64, 600, 60, 610)))
         await asyncio.sleep(0)
         first.may_end.set()
-        await asyncio.gather(answer, *waiting)
+        await asyncio.gather(result, *waiting)
         assert shapes == [(2, 64, 64, 3), (2, 610, 64, 3)]
 
     with scheduling() as scheduler:
         asyncio.run(scenario(scheduler))
 
 
-def test_an_image_that_is_alone_runs_on_all_cores_and_others_on_one_each() -> None:
+def test_a_lone_image_runs_on_all_cores_and_parallel_ones_on_one_each() -> None:
     async def scenario(scheduler: Scheduler) -> None:
         narrow, wide = Doubling(), Doubling()
         bundle = bundle_of(narrow, all_cores=Classifier(wide, SQUARE, ["a"]))
         for value in (1, 2, 3):
             await scheduler.run(Value(value), bundle, RequestRecord())
         assert (narrow.batches, wide.batches) == ([], [[1], [2], [3]])
-        work, answer = await occupied(scheduler, bundle)
-        (beside,) = begun(scheduler.run(Value(4), bundle, RequestRecord()))
-        assert await beside == 8
+        work, result = await occupied(scheduler, bundle)
+        (parallel,) = start_all(scheduler.run(Value(4), bundle, RequestRecord()))
+        assert await parallel == 8
         work.may_end.set()
-        await answer
+        await result
         assert ([4] in narrow.batches, [4] in wide.batches) == (True, False)
 
     with scheduling(threads=2) as scheduler:

@@ -23,12 +23,14 @@ Serving = Callable[..., AbstractContextManager[Any]]
         (5, 4 * GIB, 0, 2, 2),
         (16, None, GIB, 4, 4),
         (64, 64 * GIB, 0, 16, 4),
-        (64, 4 * GIB, GIB // 2, 2, 32),  # memory for no more workers
-        (64, 2 * GIB, GIB // 2, 1, 64),  # for one only
-        (64, 100 * MIB, 0, 1, 64),  # not even for one: it is tried
+        (64, 4 * GIB, GIB // 2, 2, 32),  # memory for two workers only
+        (64, 2 * GIB, GIB // 2, 1, 64),  # memory for one worker only
+        (64, 100 * MIB, 0, 1, 64),  # not even for one: try nevertheless
     ],
 )
-def test_what_is_chosen(cores: int, memory: int | None, models: int, workers: int, threads: int) -> None:
+def test_the_default_sizing_fits_cores_and_memory(
+    cores: int, memory: int | None, models: int, workers: int, threads: int
+) -> None:
     chosen = choose(None, None, machine=Machine(cores, cores, memory=memory), models=models)
     assert (chosen.workers, chosen.threads) == (workers, threads)
     if memory is not None:
@@ -37,10 +39,10 @@ def test_what_is_chosen(cores: int, memory: int | None, models: int, workers: in
         assert need <= memory or workers == 1
 
 
-def test_what_is_set_is_kept() -> None:
+def test_settings_override_the_default_sizing() -> None:
     eight = Machine(8, 8)
     assert choose(3, None, machine=eight, models=0).threads == 2
-    assert choose(None, 16, machine=eight, models=0).workers == 1  # not 16 threads in each of several
+    assert choose(None, 16, machine=eight, models=0).workers == 1  # not 16 threads in each of several workers
     chosen = choose(3, 5, machine=Machine(2, 2), models=0)
     assert (chosen.workers, chosen.threads) == (3, 5)
     assert chosen.reason == "5 threads in 3 workers: 2 cores, workers and threads as set"
@@ -58,12 +60,12 @@ def test_what_is_set_is_kept() -> None:
         (Machine(6, 6, None, 8 * GIB), "3 threads in 2 workers: 6 cores, 516 MiB of 8.0 GiB memory"),
     ],
 )
-def test_the_reason_says_what_there_is(machine: Machine, reason: str) -> None:
-    said = choose(None, None, machine=machine, models=0).reason
-    assert said == reason + (" memory (cgroup)" if machine.memory_is_limited else "")
+def test_the_reason_names_cores_and_memory(machine: Machine, reason: str) -> None:
+    sizing = choose(None, None, machine=machine, models=0)
+    assert sizing.reason == reason + (" memory (cgroup)" if machine.memory_is_limited else "")
 
 
-def test_too_little_memory_is_a_warning_also_for_what_is_set() -> None:
+def test_too_little_memory_is_a_warning_also_for_set_values() -> None:
     little = choose(None, None, machine=Machine(1, 1, memory=128 * MIB, memory_is_limited=True), models=100 * MIB)
     assert little.warning == (
         "memory may not be enough: expected about 476 MiB for 1 worker with 1 thread each, found 128 MiB"
@@ -71,16 +73,16 @@ def test_too_little_memory_is_a_warning_also_for_what_is_set() -> None:
     assert "4 workers with 1 thread each" in choose(4, 1, machine=Machine(1, 1, memory=512 * MIB), models=0).warning
 
 
-def test_models_count_by_their_graphs(tiny_bundles: Path) -> None:
+def test_model_bytes_are_the_sizes_of_the_graphs(tiny_bundles: Path) -> None:
     files = [tiny_bundles / name / "1" / "model.onnx" for name in ("colours", "squares")]
     assert model_bytes([tiny_bundles]) == sum(file.stat().st_size for file in files)
     assert model_bytes([files[0], Path("/nowhere")]) == files[0].stat().st_size
 
 
-def test_the_log_says_it_once_however_many_workers_there_are(serve: Serving, tiny_bundles: Path) -> None:
+def test_the_sizing_is_logged_once_for_all_workers(serve: Serving, tiny_bundles: Path) -> None:
     threads = max(1, available_cores() // 2)
     plural = "" if threads == 1 else "s"
     with serve(tiny_bundles, VITRINE_WORKERS="2") as (_, _, _, lines):
-        said = [line for line in lines if f"{threads} thread{plural} in 2 workers: " in line]
-    assert len(said) == 1
-    assert said[0].endswith("workers as set\n")
+        logged = [line for line in lines if f"{threads} thread{plural} in 2 workers: " in line]
+    assert len(logged) == 1
+    assert logged[0].endswith("workers as set\n")
