@@ -1,7 +1,7 @@
-"""The checkpoint of a run: one self-describing file that export and resume need nothing beside.
+"""The checkpoint of a run: one self-describing file with all that export and resume need.
 
 runs/<name>/checkpoint.pt             architecture, preprocessing, labels, weights; training state or origin
-runs/<name>/checkpoint.previous.pt    the one before
+runs/<name>/checkpoint.previous.pt    the previous checkpoint
 runs/<name>/metrics.jsonl             one line per epoch
 """
 
@@ -33,27 +33,27 @@ _FORMAT = 3
 class WarmStart:
     """The run that a network was fine-tuned from."""
 
-    run: str  # the name of its folder
+    run: str  # name of its folder
     sha256: str  # of its checkpoint
-    fresh: list[str]  # weights that it did not fill: a head for other labels
+    fresh: list[str]  # weights that were not loaded: a head for other labels
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a recipe has been followed, and all that it needs to go on."""
+    """The training state: all that a run needs to resume."""
 
     recipe: dict[str, Any]  # Recipe as JSON values
-    changes: list[str]  # key=value, that the recipe was changed by
+    changes: list[str]  # key=value overrides of the recipe
     optimizer: dict[str, Any]
     epoch: int  # epochs done
     seconds: float  # of training so far
     metrics: dict[str, float]  # on the validation images, after the last evaluation
-    data_path: str  # where the data was, to resume and to evaluate
-    start: WarmStart | None = None  # the run that gave the first weights
-    job: str = ""  # of torchrun, which may go on with it unasked
-    step: int = 0  # steps done of the epoch that is under way
-    sums: dict[str, float] = field(default_factory=dict)  # of the parts of the loss over these steps
-    weights: dict[str, torch.Tensor] | None = None  # that the optimiser moves, where the checkpoint's are their average
+    data_path: str  # path of the data, to resume and to evaluate
+    start: WarmStart | None = None  # the run with the initial weights
+    job: str = ""  # torchrun job, whose restarts resume without --resume
+    step: int = 0  # steps done in the current epoch
+    sums: dict[str, float] = field(default_factory=dict)  # of the loss and its parts over these steps
+    weights: dict[str, torch.Tensor] | None = None  # trained weights, if the checkpoint's are their moving average
 
     def read_recipe(self) -> Recipe:
         return read_recipe(self.recipe)
@@ -63,16 +63,16 @@ class Progress:
 class Origin:
     """The published file that weights were imported from."""
 
-    file: str  # its name
+    file: str  # name
     sha256: str
     layout: str
-    arguments: list[str]  # that `vitrine import` was given beside it
-    untrained: list[str]  # parts of the network that the file did not fill
+    arguments: list[str]  # further arguments of `vitrine import`
+    untrained: list[str]  # parts of the network that are not in the file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network that was trained (`progress`) or imported (`origin`)."""
+    """A trained (`progress`) or imported (`origin`) network."""
 
     architecture: str
     settings: dict[str, Any]  # of the architecture, without num_classes
@@ -93,30 +93,30 @@ class Checkpoint:
         return self.read_preprocessing().task
 
     def build(self) -> nn.Module:
-        """The network with these weights, in evaluation mode.
+        """Build the network with these weights, in evaluation mode.
 
         Raises:
-            CheckpointError: the weights are not those of the architecture, or its head is not for these labels.
+            CheckpointError: the weights do not fit the architecture, or its head does not fit the labels.
         """
-        with torch.device("meta"):  # no time and memory for random weights
+        with torch.device("meta"):  # no time or memory for random weights
             network = build_model(self.architecture, self.settings, len(self.labels))
         try:
             network.load_state_dict(self.weights, assign=True)
-        except RuntimeError as error:  # its first line says the class, the others what does not fit
+        except RuntimeError as error:  # first line: the class; others: what does not fit
             _, *misfits = (line.strip() for line in str(error).splitlines())
-            wanted = f"weights: expected those of {self.architecture} with {len(self.labels)} labels"
-            raise CheckpointError(f"{wanted}, found otherwise: {misfits[0]}") from error
+            expected = f"weights: expected those of {self.architecture} with {len(self.labels)} labels"
+            raise CheckpointError(f"{expected}, found otherwise: {misfits[0]}") from error
         return network.eval()
 
 
 def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
-    """Write the checkpoint so that a crash at any moment leaves the old or the new one; the old one is kept beside it.
+    """Write the checkpoint atomically, and keep the previous one as checkpoint.previous.pt.
 
     Raises:
-        CheckpointError: it cannot be written; what was there before is untouched.
+        CheckpointError: it cannot be written; the existing checkpoint is untouched.
     """
     file, partial, previous = run / CHECKPOINT_FILE, run / f"{CHECKPOINT_FILE}.partial", run / PREVIOUS_FILE
-    content = {**vars(checkpoint), "progress": _plain(checkpoint.progress), "origin": _plain(checkpoint.origin)}
+    content = {**vars(checkpoint), "progress": _to_dict(checkpoint.progress), "origin": _to_dict(checkpoint.origin)}
     try:
         with partial.open("wb") as stream:
             torch.save(content, stream)
@@ -134,13 +134,13 @@ def save_checkpoint(checkpoint: Checkpoint, run: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+    except (OSError, RuntimeError) as error:  # torch reports disk errors as RuntimeError
         partial.unlink(missing_ok=True)
-        kept = "the one before is untouched" if file.exists() else "there was none before"
-        raise CheckpointError(f"{file}: the checkpoint could not be written, {kept}: {error}") from error
+        state = "the one before is untouched" if file.exists() else "there was none before"
+        raise CheckpointError(f"{file}: the checkpoint could not be written, {state}: {error}") from error
 
 
-def _plain(part: Progress | Origin | None) -> dict[str, Any] | None:
+def _to_dict(part: Progress | Origin | None) -> dict[str, Any] | None:
     if part is None:
         return None
     plain = dict(vars(part))
@@ -149,17 +149,17 @@ def _plain(part: Progress | Origin | None) -> dict[str, Any] | None:
 
 
 def load_checkpoint(run: Path) -> Checkpoint:
-    """Read a run's checkpoint; no code in the file is executed.
+    """Read a run's checkpoint without executing code in the file.
 
     Raises:
-        CheckpointError: there is none, or it is broken or of another format.
+        CheckpointError: there is none, it is broken, or it has another format.
     """
     file = run / CHECKPOINT_FILE
     if not file.is_file():
-        raise CheckpointError(f"{run}: expected a run with {CHECKPOINT_FILE}, found none{_other(run)}")
+        raise CheckpointError(f"{run}: expected a run with {CHECKPOINT_FILE}, found none{_hint(run)}")
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # torch does not look at the checksums
+            damaged = archive.testzip()  # torch does not verify checksums
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged")
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -183,8 +183,8 @@ def load_checkpoint(run: Path) -> Checkpoint:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(f"{file}: {error.title}: {place}: {first['msg']}, found {first['input']!r}") from error
-    except Exception as error:  # on broken bytes the unpickler raises almost anything
-        raise CheckpointError(f"{file}: not a checkpoint of this version: {_first_line(error)}{_other(run)}") from error
+    except Exception as error:  # the unpickler raises almost any type on broken bytes
+        raise CheckpointError(f"{file}: not a checkpoint of this version: {_first_line(error)}{_hint(run)}") from error
     return checkpoint
 
 
@@ -193,7 +193,7 @@ def _progress(content: dict[str, Any]) -> Progress:
     return Progress(**content, start=None if start is None else WarmStart(**start))
 
 
-def _other(run: Path) -> str:
+def _hint(run: Path) -> str:
     previous = run / PREVIOUS_FILE
     return f"; the one before: mv {previous} {run / CHECKPOINT_FILE}" if previous.is_file() else ""
 
@@ -203,6 +203,6 @@ def _first_line(error: Exception) -> str:
 
 
 def checkpoint_sha256(run: Path) -> str:
-    """SHA-256 of the checkpoint file."""
+    """Return the SHA-256 of the checkpoint file."""
     with (run / CHECKPOINT_FILE).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The processes that train one network together: started by `torchrun`, or this one alone."""
+"""Distributed training: the processes started by `torchrun`, or a single process."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -12,46 +12,46 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-_TIMEOUT = timedelta(minutes=30)  # one process evaluates or writes while the others wait
+_TIMEOUT = timedelta(minutes=30)  # the others wait while one process evaluates or writes
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that train together."""
+    """This process and its process group."""
 
     rank: int
-    count: int
+    world_size: int
     device: torch.device
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes."""
+        """Whether this is the process that writes files and logs."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of every process's `values`."""
-        if self.count > 1:
+        """Return the sum of `values` over all processes."""
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give every process the first one's `tensors`, in place."""
-        if self.count > 1:
+        """Copy `tensors` of the main process to all processes, in place."""
+        if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's `value`, by rank."""
-        values: list[T] = [value] * self.count
-        if self.count > 1:
+        """Return the `value` of every process, by rank."""
+        values: list[T] = [value] * self.world_size
+        if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Join the processes that `torchrun` started (NCCL on GPUs, gloo on CPUs); without it there is one."""
+    """Join the process group of `torchrun` (NCCL on GPUs, gloo on CPUs); without it, a single process."""
     cuda = torch.cuda.is_available()
     if "LOCAL_RANK" not in os.environ:
         yield ProcessGroup(0, 1, torch.device("cuda" if cuda else "cpu"))
@@ -59,22 +59,22 @@ def process_group() -> Iterator[ProcessGroup]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    store, rank, count = next(rendezvous("env://", timeout=_TIMEOUT))
-    # torchrun keeps one store for all its attempts: without a prefix, the addresses of dead processes are found in it.
+    store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+    # torchrun reuses one store for all restarts: without a prefix, it has the addresses of dead processes.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # type: ignore[attr-defined]
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, store=store, rank=rank, world_size=count)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, store=store, rank=rank, world_size=world_size)
     try:
-        yield ProcessGroup(rank, count, device)
+        yield ProcessGroup(rank, world_size, device)
     finally:
         dist.destroy_process_group()
 
 
 def job_id() -> str:
-    """What names the job to all processes that `torchrun` ever starts for it; empty without such a name."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return "" if name == "none" else name
+    """Return the ID of the `torchrun` job, which is the same after restarts; empty if there is none."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if run_id == "none" else run_id
 
 
 def local_world_size() -> int:
-    """How many processes train beside each other here."""
+    """Return the number of training processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Errors of training: data that cannot be used, recipes with unknown keys, runs that are none."""
+"""Errors of training: unusable data, invalid recipes, unreadable checkpoints, diverged runs."""
 
 from vitrine.bundle.errors import VitrineError
 
@@ -10,24 +10,24 @@ class TrainingError(VitrineError):
 
 
 class DivergedError(TrainingError):
-    """The loss, its gradient or a weight is not finite or has exploded."""
+    """The loss, its gradient or a weight is not finite or too large."""
 
     code = "diverged"
 
 
 class DataError(TrainingError):
-    """A data set is missing, broken or of another layout."""
+    """A data set is missing, broken or in an unknown layout."""
 
     code = "invalid_data"
 
 
 class RecipeError(TrainingError):
-    """A recipe is unknown, or one of its keys or values is."""
+    """A recipe, one of its keys or one of its values is invalid."""
 
     code = "invalid_recipe"
 
 
 class CheckpointError(TrainingError):
-    """A run folder holds no readable checkpoint."""
+    """A run folder has no readable checkpoint."""
 
     code = "invalid_checkpoint"

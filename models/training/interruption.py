@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask a run to save and to end; a second Ctrl-C ends it at once."""
+"""SIGTERM and Ctrl-C make a run save and stop; a second Ctrl-C stops it immediately."""
 
 import signal
 import threading
@@ -8,45 +8,45 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """Raised where waiting for the next step would take too long."""
+    """Training was asked to stop."""
 
 
 class Interruption:
-    """Whether this process was asked to end."""
+    """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._raises = False
+        self._immediate = False
 
     @contextmanager
-    def raised(self) -> Iterator[None]:
-        """While here, a request raises `Interrupted`."""
-        self._raises = True
+    def immediate(self) -> Iterator[None]:
+        """Raise `Interrupted` on a request inside the block, instead of waiting for the end of a step."""
+        self._immediate = True
         try:
             if self.requested:
                 raise Interrupted
             yield
         finally:
-            self._raises = False
+            self._immediate = False
 
-    def _request(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._raises:
+        if self._immediate:
             raise Interrupted
 
 
 @contextmanager
 def handle_signals() -> Iterator[Interruption]:
-    """Listen to the signals; only a process's main thread can."""
+    """Handle the signals inside the block, if this is the main thread: Python allows handlers only there."""
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
         return
-    before = {number: signal.signal(number, interruption._request) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, interruption._handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield interruption
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

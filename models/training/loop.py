@@ -1,8 +1,8 @@
 """The training loop.
 
-A step is the same computation however it is spread: its images are split into shares, one for each process and each
-micro-batch, whose losses are divided by totals of the whole step and whose gradients add up. All randomness is drawn
-from the seed and the step's number, so that a resumed run repeats what an uninterrupted one does.
+A step computes the same for any number of processes and micro-batches: losses are divided by totals of the whole step,
+and gradients add up. All random numbers are derived from the seed and the step's number, so that a resumed run repeats
+an uninterrupted one.
 """
 
 import json
@@ -55,10 +55,10 @@ from vitrine.models.training.recipe import DetectionRecipe, Recipe
 from vitrine.models.training.warm_start import load_initial_weights
 
 DIVERGED_FILE = "diverged.txt"  # the images of the step that diverged
-_EXPLODED = 1e6  # no weight and no loss of a network that still learns comes near it
+_MAX_MAGNITUDE = 1e6  # upper bound of losses and weights; far above those of a network that learns
 _SAVE_EVERY = 600.0  # seconds
-_CURVE_POINTS = 20  # per epoch, in TensorBoard
-_NAMED = 8  # images in an error's sentence
+_POINTS_PER_EPOCH = 20  # in TensorBoard
+_MAX_NAMED = 8  # images named in an error message
 
 
 def train(
@@ -70,37 +70,37 @@ def train(
     start: Path | None = None,
     changes: Sequence[str] = (),
 ) -> Checkpoint:
-    """Train a network and leave a checkpoint, `metrics.jsonl` and TensorBoard's events in `run`.
+    """Train a network; write a checkpoint, `metrics.jsonl` and TensorBoard events to `run`.
 
-    SIGTERM or Ctrl-C saves and returns early: `progress.epoch` of the answer is then below the recipe's epochs.
+    SIGTERM or Ctrl-C saves and returns early: `progress.epoch` is then below the recipe's epochs.
 
     Args:
-        recipe: what to do.
+        recipe: the settings.
         data_path: a data set (`models.training.data.layouts`).
-        run: folder to write.
-        resume: go on from the last checkpoint, exactly as if the run had not been interrupted.
-        start: a run whose weights the network takes over.
-        changes: `key=value` that the recipe was changed by, to be remembered.
+        run: output folder.
+        resume: continue from the last checkpoint, exactly as if the run had not been interrupted.
+        start: a run with the initial weights.
+        changes: `key=value` overrides of the recipe, stored in the checkpoint.
 
     Raises:
         TrainingError: the run exists (without `resume`), the recipe differs from the run's, or training diverges.
         DataError: the data cannot be read.
-        RecipeError: the network cannot be built or filled, or a step cannot be split among the processes.
+        RecipeError: the network cannot be built or initialised, or a step cannot be split among the processes.
         CheckpointError: a checkpoint cannot be read or written.
     """
-    with handle_signals() as interruption, process_group() as processes, _kernels(recipe, processes):
+    with handle_signals() as interruption, process_group() as processes, _kernel_settings(recipe, processes):
         trainer = Trainer(recipe, data_path, run, processes, resume, start, changes)
         if resume and trainer.step == trainer.epoch == 0:
-            trainer.say(f"there is no run in {run} to resume: a new one begins")
+            trainer.log(f"there is no run in {run} to resume: a new one begins")
         try:
             while trainer.epoch < recipe.epochs:
                 trainer.train_epoch(interruption)
-                with interruption.raised():
+                with interruption.immediate():
                     trainer.evaluate()
                 trainer.finish_epoch()
         except Interrupted:
             trainer.save()
-            trainer.say(f"interrupted in epoch {trainer.epoch + 1}: saved; the same command with --resume goes on")
+            trainer.log(f"interrupted in epoch {trainer.epoch + 1}: saved; the same command with --resume goes on")
         finally:
             trainer.close()
         return trainer.checkpoint()
@@ -119,7 +119,7 @@ class Trainer:
         start: Path | None,
         changes: Sequence[str],
     ) -> None:
-        previous = _previous(recipe, run, resume, start)
+        previous = _load_previous(recipe, run, resume, start)
         data, self.val = load_training_splits(
             data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed, fraction=recipe.train_fraction
         )
@@ -161,12 +161,12 @@ class Trainer:
 
         self.recipe, self.run, self.processes = recipe, run, processes
         self.epoch, self.step = self._progress.epoch, self._progress.step
-        self._sums = {  # of all processes, so far
+        self._local_sums = {  # of this process; the main one starts with the saved sums of all
             name: torch.tensor(value, dtype=torch.float64, device=processes.device)
             for name, value in self._progress.sums.items()
             if processes.is_main
         }
-        self._joint_sums = self._progress.sums
+        self._global_sums = self._progress.sums
         self._predictions: Predictions | None = None
         self.network = network.to(processes.device)
         self.optimizer = make_optimizer(self.network, recipe)
@@ -175,24 +175,24 @@ class Trainer:
             self.optimizer.load_state_dict(self._progress.optimizer)
             if self.average is not None:
                 self.average.module.load_state_dict(self._state.weights)
-                self.average.n_averaged.fill_(self.epoch + self.step)  # of which only zero has a meaning
-        self._parallel = _parallel(self.network, recipe, processes) if processes.count > 1 else None
-        self._forward = self._parallel or self.network
+                self.average.n_averaged.fill_(self.epoch + self.step)  # AveragedModel only tests it for zero
+        self._ddp = _wrap_ddp(self.network, recipe, processes) if processes.world_size > 1 else None
+        self._forward = self._ddp or self.network
         if recipe.compile:
             self._forward.compile()
         self.objective = make_objective(recipe, data, self.network, processes.device)
         self.names = data.names
         self.batch_size = min(recipe.batch_size, len(data))
         self.steps = len(data) // self.batch_size
-        self._rows = _own_rows(self.batch_size, recipe, processes, self.objective.group)
-        _require_agreement(run, processes, (self.epoch, self.step, labels, len(data)))
+        self._rows = _local_rows(self.batch_size, recipe, processes, self.objective.group)
+        _check_consistency(run, processes, (self.epoch, self.step, labels, len(data)))
         self.images = ImageCache(data, recipe, show=processes.is_main)
         done = self.epoch * self.steps + self.step
         self._writer = None
         if processes.is_main:
-            with _written(run):
+            with _write_errors(run):
                 run.mkdir(parents=True, exist_ok=True)
-                _keep_lines(run / METRICS_FILE, self.epoch)
+                _truncate_metrics(run / METRICS_FILE, self.epoch)
                 self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=done)
         self._bar = tqdm(
             total=recipe.epochs * self.steps * self.batch_size,
@@ -204,16 +204,16 @@ class Trainer:
         self._started = self._saved = time.monotonic()
 
     @property
-    def kept(self) -> nn.Module:
-        """The network whose weights are evaluated and kept."""
+    def eval_network(self) -> nn.Module:
+        """The network that is evaluated and exported: with `ema`, the moving average."""
         return self.network if self.average is None else self.average.module
 
     def train_epoch(self, interruption: Interruption) -> None:
-        """The rest of one pass over the images in random order; those that fill no step are left out.
+        """Train the rest of an epoch in random order, without an incomplete last batch.
 
         Raises:
-            DivergedError: the loss, its gradient or a weight is not finite or has exploded.
-            Interrupted: a process was asked to end.
+            DivergedError: the loss, its gradient or a weight is not finite or too large.
+            Interrupted: a process was asked to stop.
         """
         recipe = self.recipe
         training_mode(self.network, recipe)
@@ -224,38 +224,38 @@ class Trainer:
         for indices in batches:
             seeds = (recipe.seed, self.epoch, self.step)
             noise = torch.rand(self.batch_size, NOISE, generator=_generator(*seeds))
-            shares = [self.objective.prepare(next(images), indices[rows], noise[rows]) for rows in self._rows]
-            totals, stop, due = self._agree(shares, interruption)
+            micro_batches = [self.objective.prepare(next(images), indices[rows], noise[rows]) for rows in self._rows]
+            totals, stop, save_due = self._sync_step(micro_batches, interruption)
             lr = learning_rate(recipe, self.epoch + self.step / self.steps)
             set_learning_rate(self.optimizer, lr)
-            vital = self._take_step(shares, totals, seeds)
+            loss_and_norm = self._train_step(micro_batches, totals, seeds)
             if unchecked is not None:
-                self._check(*unchecked)  # a step late, so that a GPU need not wait
-            unchecked = (vital, indices, self.step)
+                self._check_step(*unchecked)  # one step late, so that the GPU does not wait
+            unchecked = (loss_and_norm, indices, self.step)
             self.step += 1
             self._bar.update(self.batch_size)
-            if stop or due or self.step == self.steps:
-                self._check(*unchecked)
+            if stop or save_due or self.step == self.steps:
+                self._check_step(*unchecked)
                 self._check_weights()
-                self._join_sums()
+                self._reduce_sums()
             if stop:
                 raise Interrupted
-            if due:
+            if save_due:
                 self.save()
 
     def evaluate(self) -> None:
-        """Answer the validation images, each process its part of them, in the epochs in which that is due."""
+        """Run the validation images, split over the processes, if this epoch is evaluated."""
         last = self.epoch + 1 == self.recipe.epochs
         if not last and (self.epoch + 1) % self.recipe.evaluate_every:
             return
         recipe, processes = self.recipe, self.processes
-        predictor = torch_predictor(self.kept, recipe.preprocessing, self._state.labels, processes.device)
-        processes.broadcast(self.kept.buffers())  # statistics of batch norms, which are each process's own
-        own = np.arange(processes.rank, len(self.val), processes.count)
-        self._predictions = merge(processes.gather(predict(predictor, self.val, own, progress=processes.is_main)))
+        predictor = torch_predictor(self.eval_network, recipe.preprocessing, self._state.labels, processes.device)
+        processes.broadcast(self.eval_network.buffers())  # batch norm statistics differ between processes
+        indices = np.arange(processes.rank, len(self.val), processes.world_size)
+        self._predictions = merge(processes.gather(predict(predictor, self.val, indices, progress=processes.is_main)))
 
     def finish_epoch(self) -> None:
-        """Fit the temperature after the last epoch, write a line of metrics, save."""
+        """Compute and write the metrics, fit the temperature after the last epoch, and save."""
         metrics: dict[str, float] = {}
         if self._predictions is not None:
             predictions, self._predictions = self._predictions, None
@@ -268,10 +268,10 @@ class Trainer:
                 before = metrics["ECE"]
                 metrics = measure(replace(predictions, probabilities=calibrated), self.val)
                 self._state = replace(self._state, temperature=temperature)
-                self.say(
+                self.log(
                     f"temperature {temperature:.3f}: expected calibration error {before:.4f} -> {metrics['ECE']:.4f}"
                 )
-        means = {name: value / self.steps for name, value in self._joint_sums.items()}
+        means = {name: value / self.steps for name, value in self._global_sums.items()}
         seconds = self._progress.seconds + time.monotonic() - self._started
         line = {
             "epoch": self.epoch + 1,
@@ -282,31 +282,31 @@ class Trainer:
             **metrics,
         }
         if self._writer is not None:
-            with _written(self.run), (self.run / METRICS_FILE).open("a") as file:
+            with _write_errors(self.run), (self.run / METRICS_FILE).open("a") as file:
                 file.write(json.dumps(line) + "\n")
             for name, value in {**means, **metrics}.items():
                 self._writer.add_scalar(f"epoch/{name}", value, line["step"])
             self._writer.flush()
         summary = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **metrics}.items())
-        self.say(f"epoch {self.epoch + 1}/{self.recipe.epochs}  {seconds:.0f} s  {summary}")
+        self.log(f"epoch {self.epoch + 1}/{self.recipe.epochs}  {seconds:.0f} s  {summary}")
         self._progress = replace(self._progress, metrics=metrics or self._progress.metrics)
-        self.epoch, self.step, self._sums, self._joint_sums = self.epoch + 1, 0, {}, {}
+        self.epoch, self.step, self._local_sums, self._global_sums = self.epoch + 1, 0, {}, {}
         self.save()
 
     def checkpoint(self) -> Checkpoint:
-        """The run as it is now."""
+        """Return the current state of the run."""
         now = time.monotonic()
         self._progress = replace(
             self._progress,
             optimizer=self.optimizer.state_dict(),
             epoch=self.epoch,
             step=self.step,
-            sums=self._joint_sums,
+            sums=self._global_sums,
             seconds=self._progress.seconds + now - self._started,
             weights=None if self.average is None else self.network.state_dict(),
         )
         self._started = now
-        self._state = replace(self._state, weights=self.kept.state_dict(), progress=self._progress)
+        self._state = replace(self._state, weights=self.eval_network.state_dict(), progress=self._progress)
         return self._state
 
     def save(self) -> None:
@@ -319,105 +319,106 @@ class Trainer:
         if self.processes.is_main:
             save_checkpoint(self.checkpoint(), self.run)
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar, once for all processes."""
+    def log(self, text: str) -> None:
+        """Print a line above the progress bar, on the main process only."""
         if self.processes.is_main:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Let go of the progress bar and of TensorBoard's file."""
+        """Close the progress bar and TensorBoard's file."""
         self._bar.close()
         if self._writer is not None:
             self._writer.close()
 
-    def _agree(self, shares: Sequence[Batch], interruption: Interruption) -> tuple[Tensor, bool, bool]:
-        """What the step's losses are divided by, and whether any process was asked to end or should save."""
-        due = self.processes.is_main and time.monotonic() - self._saved > _SAVE_EVERY
-        requested = torch.tensor([float(interruption.requested), float(due)], device=self.processes.device)
-        own = torch.stack([broadcast.totals for broadcast in shares]).sum(dim=0)
-        joint = self.processes.sum(torch.cat((own, requested)))
-        stop, save = (interruption.requested, due) if self.processes.count == 1 else (joint[-2:] > 0).tolist()
+    def _sync_step(self, micro_batches: Sequence[Batch], interruption: Interruption) -> tuple[Tensor, bool, bool]:
+        """Return the totals of the whole step, and whether any process was asked to stop or is due to save."""
+        save_due = self.processes.is_main and time.monotonic() - self._saved > _SAVE_EVERY
+        requested = torch.tensor([float(interruption.requested), float(save_due)], device=self.processes.device)
+        local = torch.stack([batch.totals for batch in micro_batches]).sum(dim=0)
+        joint = self.processes.sum(torch.cat((local, requested)))
+        stop, save = (interruption.requested, save_due) if self.processes.world_size == 1 else (joint[-2:] > 0).tolist()
         return joint[:-2], stop, save
 
-    def _take_step(self, shares: Sequence[Batch], totals: Tensor, seeds: tuple[int, ...]) -> Tensor:
-        """One step of the optimiser. Returns the loss and the norm of its gradient."""
+    def _train_step(self, micro_batches: Sequence[Batch], totals: Tensor, seeds: tuple[int, ...]) -> Tensor:
+        """Take one optimiser step; return the loss and the gradient norm."""
         device = self.processes.device
         self.optimizer.zero_grad(set_to_none=True)
         losses = []
-        for i, (broadcast, rows) in enumerate(zip(shares, self._rows, strict=True)):
-            torch.manual_seed(_seed(*seeds, rows.start, 1))  # dropout
-            with nullcontext() if i + 1 == len(shares) else self._alone():
+        for i, (batch, rows) in enumerate(zip(micro_batches, self._rows, strict=True)):
+            torch.manual_seed(_derive_seed(*seeds, rows.start, 1))  # dropout
+            with nullcontext() if i + 1 == len(micro_batches) else self._no_sync():
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-                    output = self.objective.forward(self._forward, broadcast)
-                parts = self.objective.loss(output, broadcast, totals)
-                (parts["loss"] * self.processes.count).backward()  # which DistributedDataParallel averages
+                    output = self.objective.forward(self._forward, batch)
+                parts = self.objective.loss(output, batch, totals)
+                (parts["loss"] * self.processes.world_size).backward()  # DistributedDataParallel averages
             losses.append(parts["loss"].detach())
             for name, value in parts.items():
                 value = value.detach().double()
-                self._sums[name] = self._sums[name] + value if name in self._sums else value
+                self._local_sums[name] = self._local_sums[name] + value if name in self._local_sums else value
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.clip_grad)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.network)
         return torch.stack((self.processes.sum(torch.stack(losses).sum()), norm))
 
-    def _alone(self) -> AbstractContextManager[None]:
-        """Leaves the gradients of a micro-batch to be joined with the others' after the last one."""
-        return nullcontext() if self._parallel is None else self._parallel.no_sync()
+    def _no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate the gradients of a micro-batch locally; the last one synchronises them."""
+        return nullcontext() if self._ddp is None else self._ddp.no_sync()
 
-    def _check(self, vital: Tensor, indices: Tensor, step: int) -> None:
-        loss, norm = vital.tolist()
-        if not (abs(loss) < _EXPLODED and math.isfinite(norm)):
+    def _check_step(self, loss_and_norm: Tensor, indices: Tensor, step: int) -> None:
+        loss, norm = loss_and_norm.tolist()
+        if not (abs(loss) < _MAX_MAGNITUDE and math.isfinite(norm)):
             names = [self.names[i] for i in indices.tolist()]
             if self.processes.is_main:
-                with _written(self.run):
+                with _write_errors(self.run):
                     (self.run / DIVERGED_FILE).write_text("".join(f"{name}\n" for name in names))
-            shown = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            shown = ", ".join(names[:_MAX_NAMED]) + more
             raise DivergedError(
                 f"epoch {self.epoch + 1}, step {step}: the loss is {loss:.4g}, the norm of its gradient {norm:.4g}; "
                 f"{self._advice()}; its images (all in {self.run / DIVERGED_FILE}): {shown}"
             )
         number = self.epoch * self.steps + step
         self._bar.set_postfix(loss=f"{loss:.3f}", epoch=self.epoch + 1, refresh=False)
-        if self._writer is not None and number % max(1, self.steps // _CURVE_POINTS) == 0:
+        if self._writer is not None and number % max(1, self.steps // _POINTS_PER_EPOCH) == 0:
             self._writer.add_scalar("step/loss", loss, number)
             self._writer.add_scalar("step/gradient_norm", norm, number)
             self._writer.add_scalar("step/lr", learning_rate(self.recipe, number / self.steps), number)
 
     def _check_weights(self) -> None:
         largest = torch.stack([parameter.detach().abs().max() for parameter in self.network.parameters()]).max().item()
-        if not largest < _EXPLODED:
+        if not largest < _MAX_MAGNITUDE:
             raise DivergedError(
                 f"epoch {self.epoch + 1}, step {self.step}: a weight has grown to {largest:.4g}; {self._advice()}"
             )
 
     def _advice(self) -> str:
         saved = self._progress
-        kept = f"the last good checkpoint is that after epoch {saved.epoch}, step {saved.step}"
-        there = kept if (self.run / CHECKPOINT_FILE).exists() else "there is no checkpoint yet"
-        return f"{there}; try a smaller lr than {self.recipe.lr:g}"
+        exists = (self.run / CHECKPOINT_FILE).exists()
+        last = f"the last good checkpoint is that after epoch {saved.epoch}, step {saved.step}"
+        return f"{last if exists else 'there is no checkpoint yet'}; try a smaller lr than {self.recipe.lr:g}"
 
-    def _join_sums(self) -> None:
-        names = sorted(self._sums)
-        own = torch.stack([self._sums[name].to(self.processes.device, torch.float64) for name in names])
-        self._joint_sums = dict(zip(names, self.processes.sum(own).tolist(), strict=True))
+    def _reduce_sums(self) -> None:
+        names = sorted(self._local_sums)
+        local = torch.stack([self._local_sums[name].to(self.processes.device, torch.float64) for name in names])
+        self._global_sums = dict(zip(names, self.processes.sum(local).tolist(), strict=True))
 
 
-def _seed(*numbers: int) -> int:
-    """One number for several; zeros at their end make no difference."""
+def _derive_seed(*numbers: int) -> int:
+    """Hash numbers to a seed; trailing zeros make no difference."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _generator(*numbers: int) -> Generator:
-    return Generator().manual_seed(_seed(*numbers))
+    return Generator().manual_seed(_derive_seed(*numbers))
 
 
-def _own_rows(batch_size: int, recipe: Recipe, processes: ProcessGroup, group: int) -> list[slice]:
-    """The rows of a step's batch that this process computes, a slice for each micro-batch.
+def _local_rows(batch_size: int, recipe: Recipe, processes: ProcessGroup, group: int) -> list[slice]:
+    """Return the rows of a step's batch for each micro-batch of this process.
 
-    Rows that augmentation mixes with each other, `group` of them, stay together.
+    Each `group` of rows, which augmentation mixes with each other, stays together.
     """
-    count = processes.count * recipe.accumulate
+    count = processes.world_size * recipe.accumulate
     size = math.ceil(batch_size / (count * group)) * group
     if (count - 1) * size >= batch_size:
         raise RecipeError(
@@ -429,19 +430,19 @@ def _own_rows(batch_size: int, recipe: Recipe, processes: ProcessGroup, group: i
     return [slice(start, min(start + size, batch_size)) for start in starts]
 
 
-def _parallel(network: nn.Module, recipe: Recipe, processes: ProcessGroup) -> DistributedDataParallel:
-    """The network with gradients that are averaged over all processes."""
+def _wrap_ddp(network: nn.Module, recipe: Recipe, processes: ProcessGroup) -> DistributedDataParallel:
+    """Wrap the network to average gradients over all processes."""
     cuda = processes.device.type == "cuda"
     return DistributedDataParallel(
         nn.SyncBatchNorm.convert_sync_batchnorm(network) if cuda else network,
         device_ids=[processes.device] if cuda else None,
-        find_unused_parameters=isinstance(recipe, DetectionRecipe),  # denoising, in images without objects
+        find_unused_parameters=isinstance(recipe, DetectionRecipe),  # denoising, for images without objects
     )
 
 
 @contextmanager
-def _kernels(recipe: Recipe, processes: ProcessGroup) -> Iterator[None]:
-    """Plain attention in bfloat16 on a CPU (decision 18); kernels that repeat, if asked for."""
+def _kernel_settings(recipe: Recipe, processes: ProcessGroup) -> Iterator[None]:
+    """Use plain attention in bfloat16 on a CPU (decision 18); reproducible kernels if `deterministic`."""
     plain = processes.device.type == "cpu" and recipe.precision == "bfloat16"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(recipe.deterministic)
@@ -453,37 +454,37 @@ def _kernels(recipe: Recipe, processes: ProcessGroup) -> Iterator[None]:
 
 
 @contextmanager
-def _written(run: Path) -> Iterator[None]:
-    """Say in a sentence that a run's folder cannot be written."""
+def _write_errors(run: Path) -> Iterator[None]:
+    """Raise errors of writing to a run's folder as `TrainingError`."""
     try:
         yield
     except OSError as error:
         raise TrainingError(f"{run}: cannot be written: {error}") from error
 
 
-def _keep_lines(file: Path, epochs: int) -> None:
-    """Take out what a run wrote after its last checkpoint, and what a crash cut off."""
+def _truncate_metrics(file: Path, epochs: int) -> None:
+    """Remove lines that were written after the last checkpoint or truncated by a crash."""
     kept = []
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
-            known = json.loads(line)["epoch"] <= epochs
+            done = json.loads(line)["epoch"] <= epochs
         except (ValueError, KeyError, TypeError):
             continue
-        if known:
+        if done:
             kept.append(f"{line}\n")
     partial = file.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(file)
 
 
-def _require_agreement(run: Path, processes: ProcessGroup, own: tuple[object, ...]) -> None:
-    if len(set(map(repr, processes.gather(own)))) > 1:
+def _check_consistency(run: Path, processes: ProcessGroup, local: tuple[object, ...]) -> None:
+    if len(set(map(repr, processes.gather(local)))) > 1:
         raise TrainingError(
             f"{run}: the processes found different data or different checkpoints; all need the same data and run folder"
         )
 
 
-def _previous(recipe: Recipe, run: Path, resume: bool, start: Path | None) -> tuple[Checkpoint, Progress] | None:
+def _load_previous(recipe: Recipe, run: Path, resume: bool, start: Path | None) -> tuple[Checkpoint, Progress] | None:
     if not any((run / name).is_file() for name in (CHECKPOINT_FILE, PREVIOUS_FILE)):
         return None
     previous = load_checkpoint(run)
@@ -492,7 +493,7 @@ def _previous(recipe: Recipe, run: Path, resume: bool, start: Path | None) -> tu
         raise TrainingError(
             f"{run}: an imported run is there; choose another --out and train from it with --from {run}"
         )
-    if not resume and (not job_id() or progress.job != job_id()):  # torchrun restarts what has failed
+    if not resume and (not job_id() or progress.job != job_id()):  # restarts of torchrun resume
         raise TrainingError(f"{run}: a run is already there; continue it with --resume or choose another --out")
     differences = progress.read_recipe().differences(recipe)
     if start is not None and (progress.start is None or progress.start.sha256 != checkpoint_sha256(start)):

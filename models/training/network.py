@@ -1,7 +1,6 @@
 """Serving predictors on torch, so that a run is evaluated in the same way as a bundle."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 from vitrine.bundle.manifest import Preprocessing, Task
 from vitrine.bundle.predictors import Predictor, make_predictor
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
-from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
+from vitrine.models.training.checkpoint import Checkpoint
 
 
 class TorchNetwork:
@@ -40,15 +39,6 @@ def torch_predictor(
     """Return the serving predictor of a torch network."""
     module = served(network, preprocessing.mean, preprocessing.std, temperature)
     return make_predictor(TorchNetwork(module, device), preprocessing, labels)
-
-
-def load_run_predictor(run: Path, device: torch.device | None = None) -> tuple[Predictor, Task]:
-    """Return the predictor and task of a run, on the GPU if there is one, unless `device` is given.
-
-    Raises:
-        CheckpointError: the run cannot be read.
-    """
-    return checkpoint_predictor(load_checkpoint(run), device)
 
 
 def checkpoint_predictor(checkpoint: Checkpoint, device: torch.device | None = None) -> tuple[Predictor, Task]:

@@ -1,4 +1,4 @@
-"""How weights move: parameter groups, the learning rate over time, the moving average of the weights."""
+"""Optimisers, parameter groups, the learning rate schedule and the moving average of the weights."""
 
 import math
 from typing import Any
@@ -9,17 +9,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrine.models.training.recipe import Recipe
 
-# Learned vectors that stand for a place, a token or a query: pulling them to zero would make them alike.
+# Learned embeddings of positions, tokens and queries: weight decay would make them alike.
 _EMBEDDINGS = ("cls_token", "pos_embed", "query_embed", "query_boxes.boxes", "label_embed")
 _HEADS = ("head.", "class_embed.", "bbox_embed.")
 
 
 class MuonWithAdamW:
-    """Muon for the weights of hidden layers and AdamW for all else, behind the calls of one optimiser.
+    """Muon for the weights of hidden layers and AdamW for all others, with the interface of one optimiser.
 
     Args:
-        muon: groups of weights; a convolution's filters [out, in, h, w] are moved as a matrix [out, in * h * w].
-        adamw: groups of weights.
+        muon: parameter groups; convolution weights [out, in, h, w] are updated as a matrix [out, in * h * w].
+        adamw: parameter groups.
         lr: learning rate of both.
     """
 
@@ -32,28 +32,28 @@ class MuonWithAdamW:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of both."""
+        """The parameter groups of both."""
         return [*self._muon.param_groups, *self._adamw.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Reset the gradients."""
         for weight in self._hidden:
             weight.grad = None
         self._adamw.zero_grad(set_to_none)
 
     def step(self) -> None:
-        """Move the weights against their gradients."""
+        """Update the weights."""
         for weight, matrix in zip(self._hidden, self._matrices, strict=True):
             matrix.grad = None if weight.grad is None else weight.grad.flatten(1)
         self._muon.step()
         self._adamw.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Both states by name."""
+        """Return the states of both."""
         return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore the states of both."""
         self._muon.load_state_dict(state["muon"])
         self._adamw.load_state_dict(state["adamw"])
 
@@ -62,12 +62,12 @@ Optimizer = torch.optim.AdamW | MuonWithAdamW
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimiser over the weights that it trains.
+    """Return the recipe's optimiser over the weights that it trains.
 
     AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
     networks") for the matrices and filters between the first layer and the heads, with AdamW for the rest. Muon's
-    steps are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so both take
-    one learning rate. Weight decay acts on matrices, not on biases, norms and embeddings. The backbone's groups have
+    updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so both use
+    one learning rate. Weight decay applies to matrices, not to biases, norms and embeddings. The backbone's groups have
     their own learning rate; each group's is `lr_scale` times the schedule's.
     """
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
@@ -75,27 +75,27 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
         parameter.requires_grad_(recipe.trainable == "all" or name.startswith(_HEADS))
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.startswith(_EMBEDDINGS)
-            sees_pixels = parameter.ndim == 4 and parameter.shape[1] == 3
-            hidden = decays and not sees_pixels and not name.startswith(_HEADS)
+            first_layer = parameter.ndim == 4 and parameter.shape[1] == 3
+            hidden = decays and not first_layer and not name.startswith(_HEADS)
             key = (recipe.optimizer == "muon" and hidden, name.startswith("backbone."), decays)
             groups.setdefault(key, []).append(parameter)
     scale = 1.0 if recipe.backbone_lr is None else recipe.backbone_lr / recipe.lr
-    described: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    groups_by_muon: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for (by_muon, in_backbone, decays), parameters in groups.items():
-        described[by_muon].append(
+        groups_by_muon[by_muon].append(
             {
                 "params": parameters,
                 "weight_decay": recipe.weight_decay if decays else 0.0,
                 "lr_scale": scale if in_backbone else 1.0,
             }
         )
-    if described[True]:
-        return MuonWithAdamW(described[True], described[False], recipe.lr)
-    return torch.optim.AdamW(described[False], lr=recipe.lr, fused=True)
+    if groups_by_muon[True]:
+        return MuonWithAdamW(groups_by_muon[True], groups_by_muon[False], recipe.lr)
+    return torch.optim.AdamW(groups_by_muon[False], lr=recipe.lr, fused=True)
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Linear warm-up to the peak, then half a cosine to zero; `epoch` counts epochs done, with fractions."""
+    """Linear warm-up to the peak, then cosine decay to zero; `epoch` is the fractional number of epochs done."""
     if epoch < recipe.warmup_epochs:
         return recipe.lr * (epoch + 0.01) / (recipe.warmup_epochs + 0.01)
     progress = (epoch - recipe.warmup_epochs) / max(1e-9, recipe.epochs - recipe.warmup_epochs)
@@ -103,20 +103,20 @@ def learning_rate(recipe: Recipe, epoch: float) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
-    """Set every group's learning rate for the next step."""
+    """Set the learning rate of every group, scaled by its `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def training_mode(network: nn.Module, recipe: Recipe) -> None:
-    """Dropout on and batch norm learning, but only in what the recipe trains."""
+    """Set training mode (dropout, batch norm statistics) in the parts that the recipe trains."""
     network.train(recipe.trainable == "all")
-    network.training = True  # a DETR answers with every layer's prediction
+    network.training = True  # a DETR returns the predictions of all layers
     for name, module in network.named_modules():
         if f"{name}.".startswith(_HEADS):
             module.train()
 
 
 def average_weights(network: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the network whose weights follow as an exponential moving average (Polyak & Juditsky 1992)."""
+    """Return a copy of the network for the moving average of its weights (Polyak & Juditsky 1992)."""
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

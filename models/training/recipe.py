@@ -1,4 +1,4 @@
-"""A recipe: all that decides what a training run does, except the data and the weights that it starts from."""
+"""Recipes: all settings of a training run except its data and initial weights."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,39 +10,39 @@ from vitrine.models.training.augmentation.augment import ClassificationAugmentat
 
 Positive = Annotated[int, Field(ge=1)]
 Setting = int | float | str | bool | tuple[int, ...] | None
-# Settings that change how long a run takes, not what comes out of it: they may differ when it is resumed.
-_EXECUTION = ("cache", "workers")
+# Settings that affect the speed of a run but not its result: they may change on resume.
+_EXECUTION = {"cache", "workers"}
 
 
 class _Recipe(BaseModel):
-    """What every task's recipe says. Written in `models/training/recipes/`, changed by `key=value`."""
+    """Settings of every task. Recipes are defined in `models/training/recipes/` and overridden by `key=value`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     architecture: str
-    model: dict[str, Setting] = {}  # settings of the architecture, without num_classes
+    model: dict[str, Setting] = {}  # of the architecture, without num_classes
     epochs: Positive
-    batch_size: Positive  # images per step, of all processes and micro-batches together
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of hidden layers, beside AdamW
+    batch_size: Positive  # images per step, over all processes and micro-batches
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for hidden matrices, with AdamW for the rest
     lr: Annotated[float, Field(gt=0)]  # peak learning rate
-    backbone_lr: Annotated[float, Field(gt=0)] | None = None  # peak of the backbone's; null: `lr`
+    backbone_lr: Annotated[float, Field(gt=0)] | None = None  # peak for the backbone; null: `lr`
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, then cosine to zero
     clip_grad: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the averaged weights that are kept; 0: none
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the moving average that is saved; 0: off
     trainable: Literal["all", "head"] = "all"  # "head": a linear probe
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass (autocast)
-    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, alike for every class
-    # Part of train that progress is watched with; null: the split "val" if there is one, else 4 %.
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, stratified by class
+    # Fraction of train to validate on; null: the split "val" if there is one, else 4 %.
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     evaluate_every: Positive = 1  # epochs
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    deterministic: bool = False  # only kernels that repeat to the last bit, on a GPU too
+    deterministic: bool = False  # only bitwise reproducible kernels, also on a GPU
     accumulate: Positive = 1  # micro-batches per step and process
     compile: bool = False  # torch.compile
-    cache: Literal["auto", "memory", "disk"] = "auto"  # where images wait; auto: in memory if they take 2 GiB or less
-    workers: Annotated[int, Field(ge=0)] = 4  # processes that decode images from disk
+    cache: Literal["auto", "memory", "disk"] = "auto"  # of decoded images; auto: memory up to 2 GiB
+    workers: Annotated[int, Field(ge=0)] = 4  # processes that decode images, without memory cache
 
     @model_validator(mode="after")
     def _settings_exist(self) -> "_Recipe":
@@ -70,12 +70,12 @@ class _Recipe(BaseModel):
         return self
 
     def differences(self, other: "Recipe") -> list[str]:
-        """What another recipe says that would change this one's run: "key: expected ..., found ..."."""
-        ours, theirs = (_flat(recipe.model_dump(mode="json", exclude=set(_EXECUTION))) for recipe in (self, other))
+        """List the differences that affect the result: "key: expected ..., found ..."."""
+        expected, found = (flatten(recipe.model_dump(mode="json", exclude=_EXECUTION)) for recipe in (self, other))
         return [
-            f"{key}: expected {ours.get(key)}, found {theirs.get(key)}"
-            for key in sorted({*ours, *theirs})
-            if ours.get(key) != theirs.get(key)
+            f"{key}: expected {expected.get(key)}, found {found.get(key)}"
+            for key in sorted({*expected, *found})
+            if expected.get(key) != found.get(key)
         ]
 
 
@@ -84,7 +84,7 @@ class ClassificationRecipe(_Recipe):
 
     preprocessing: ClassificationPreprocessing
     augmentation: ClassificationAugmentation = ClassificationAugmentation()
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # cross entropy over the classes, or for each class on its own
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # softmax cross entropy, or binary cross entropy per class
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
@@ -108,19 +108,19 @@ Recipe = ClassificationRecipe | DetectionRecipe
 
 
 def read_recipe(document: dict[str, Any]) -> Recipe:
-    """A recipe of its JSON values.
+    """Parse a recipe from its JSON values.
 
     Raises:
-        pydantic.ValidationError: it is none.
+        pydantic.ValidationError: it is invalid.
     """
     preprocessing = document.get("preprocessing")
     detection = isinstance(preprocessing, dict) and preprocessing.get("task") == Task.DETECTION
     return (DetectionRecipe if detection else ClassificationRecipe).model_validate(document)
 
 
-def _flat(document: dict[str, Any]) -> dict[str, Any]:
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to the keys of `vitrine train`: {"model.depth": 6}."""
     flat: dict[str, Any] = {}
-    for key, value in document.items():
-        nested = value if isinstance(value, dict) else {"": value}
-        flat.update({f"{key}.{leaf}".rstrip("."): item for leaf, item in nested.items()})
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -1,4 +1,4 @@
-"""The recipes by name, and `KEY=VALUE` overrides of their settings."""
+"""Load recipes by name, with `KEY=VALUE` overrides."""
 
 import importlib
 import json
@@ -16,20 +16,20 @@ from vitrine.models.training.recipe import Recipe, read_recipe
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with Vitrine."""
+    """Return the names of the recipes that come with Vitrine."""
     return sorted(module.name for module in pkgutil.iter_modules(recipes.__path__))
 
 
 def load_recipe(name: str, overrides: Iterable[str] = (), start: Checkpoint | None = None) -> Recipe:
-    """A recipe by name, with `key=value` overrides; nested keys are dotted (`model.depth=4`), values are JSON or text.
+    """Load a recipe by name; keys of overrides are dotted (`model.depth=4`), values are JSON or text.
 
     Args:
-        name: a module of `models/training/recipes/`: its `RECIPE`, or its `recipe(start)` for a run's network.
+        name: a module of `models/training/recipes/` with a `RECIPE`, or `recipe(start)` for a run's network.
         overrides: `key=value`.
-        start: the run to start from.
+        start: checkpoint of the run to start from.
 
     Raises:
-        RecipeError: the recipe, a key or a value is unknown, or the recipe needs a run to start from.
+        RecipeError: the recipe, a key or a value is invalid, or the recipe needs a run to start from.
     """
     if name not in recipe_names():
         raise RecipeError(unknown(name, recipe_names()))
@@ -48,13 +48,13 @@ def load_recipe(name: str, overrides: Iterable[str] = (), start: Checkpoint | No
             raise RecipeError(f"{override!r}: expected key=value")
         _set(document, key, text, base)
     size = document["model"].get("image_size")
-    if isinstance(size, int) and not any(text.startswith("preprocessing.input_size=") for text in overrides):
+    if isinstance(size, int) and not any(override.startswith("preprocessing.input_size=") for override in overrides):
         document["preprocessing"]["input_size"] = [size, size]
     try:
         return read_recipe(document)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # from a validator of the whole recipe, whose sentence is complete
+        if not first["loc"]:  # from a validator of the whole recipe, whose message is complete
             raise RecipeError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error
         place = ".".join(map(str, first["loc"]))
         raise RecipeError(f"{name}: {place}: {first['msg']}, found {first['input']!r}") from error

@@ -22,12 +22,12 @@ from vitrine.bundle.manifest import Precision, Variant
 from vitrine.bundle.predictors import Classifier
 from vitrine.export.errors import AccuracyError, ExportError
 from vitrine.export.export import export_run
-from vitrine.export.parity import make_inputs
+from vitrine.export.inputs import make_inputs
 from vitrine.models.training.checkpoint import Origin, load_checkpoint, save_checkpoint
 from vitrine.models.training.data.layouts import load_split
 from vitrine.models.training.evaluation.calibration import apply_temperature
 from vitrine.models.training.evaluation.metrics import ClassificationPredictions, evaluate, measure, predict
-from vitrine.models.training.network import load_run_predictor
+from vitrine.models.training.network import checkpoint_predictor
 from vitrine.models.training.registry import load_recipe
 
 Run = Callable[..., str]
@@ -64,7 +64,7 @@ def test_variants_are_measured(tiny_bundles: Path, colours: Path, squares: Path)
         path = tiny_bundles / name / "1"
         manifest = read_manifest(path)
         assert manifest.metrics is not None
-        assert (manifest.default_variant, manifest.default_reason) == (Precision.FP32, "It answers what torch answers.")
+        assert (manifest.default_variant, manifest.default_reason) == (Precision.FP32, "Its outputs match torch's.")
         for precision, variant in manifest.variants.items():
             if precision is Precision.FP32:
                 assert variant == Variant()
@@ -253,7 +253,7 @@ def test_probabilities_are_served_with_the_runs_temperature(
     manifest = export_run(calibrated_run, tmp_path / "calibrated" / "1")
     data = load_split(colours, manifest.task, "test")
     of_onnx = predict(load_bundle(tmp_path / "calibrated" / "1").predictor, data)
-    of_torch = predict(load_run_predictor(calibrated_run)[0], data)
+    of_torch = predict(checkpoint_predictor(load_checkpoint(calibrated_run))[0], data)
     fitted = predict(load_bundle(tiny_bundles / "colours" / "1").predictor, data)
     for predictions in (of_onnx, of_torch, fitted):
         assert isinstance(predictions, ClassificationPredictions)

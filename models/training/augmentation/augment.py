@@ -164,10 +164,9 @@ class ClassificationAugmentation(_Augmentation):
         if affine is not None:
             (a, b, c), (d, e, f) = (row[..., None, None].unbind(1) for row in affine[:, :2].unbind(1))
             x, y = a * x + b * y + c, d * x + e * y + f
+        zoom, centre = zoom[..., None, None], centre[..., None, None]
         x, y = (
-            clamp_positions(
-                zoom[:, axis, None, None] * place + centre[:, axis, None, None], edge, fill=affine is not None
-            )
+            clamp_positions(zoom[:, axis] * place + centre[:, axis], edge, fill=affine is not None)
             for axis, (place, edge) in enumerate(zip((x, y), edges[..., None, None].unbind(1), strict=True))
         )
         return resample(images, x, y)

@@ -43,6 +43,7 @@ from vitrine.models.training.evaluation.mistakes import (
     misclassifications,
 )
 from vitrine.models.training.network import checkpoint_predictor, default_device, device_name
+from vitrine.models.training.recipe import flatten
 
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.jinja"
@@ -133,6 +134,7 @@ def write_report(run: Path, out: Path | None = None, *, data_path: Path | None =
     elif isinstance(predictions, DetectionPredictions) and isinstance(data, DetectionData):
         detected = _detection(predictions, data)
     speed = f"{len(predictions.indices) / predictions.seconds:,.0f} images/s on {device_name(device)}"
+    settings = flatten(checkpoint.progress.recipe if checkpoint.progress else checkpoint.settings)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -147,7 +149,7 @@ def write_report(run: Path, out: Path | None = None, *, data_path: Path | None =
         part=part,
         tiles={name: metrics[name] for name in _TILES if name in metrics},
         facts=_facts(checkpoint, run, lines, speed),
-        settings=_flatten(checkpoint.progress.recipe) if checkpoint.progress else _flatten(checkpoint.settings),
+        settings={key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()},
         curves=learning_curves(lines),
         classified=classified,
         detected=detected,
@@ -332,17 +334,6 @@ def _picture(data: Data, index: int, edge: int) -> Picture:
     thumbnail.save(stream, "JPEG", quality=85, subsampling=0 if max(thumbnail.size) <= 64 else -1)
     uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
     return Picture(uri, image.width, image.height, Path(data.names[index]).name)
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings to the keys of `vitrine train`: {"model.depth": "6"}."""
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
-    return flat
 
 
 def _duration(seconds: float) -> str:

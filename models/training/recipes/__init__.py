@@ -1,1 +1,1 @@
-"""One file per recipe; its docstring gives the command, the data, the time and the measured result."""
+"""One module per recipe; its docstring gives the command, data, time and measured result."""

@@ -4,7 +4,7 @@
 
 Data: 32 x 32 pixels, 10 classes, 48,000 images to train on and 2,000 held out.
 Time: 61 minutes on one core of an AMD EPYC with bfloat16 instructions.
-Result: 87.5 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships).
+Result: 87.5 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the shipped bundle).
 """
 
 from vitrine.models.training.augmentation.augment import ClassificationAugmentation

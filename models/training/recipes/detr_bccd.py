@@ -2,10 +2,10 @@
 
     vitrine train detr_bccd --data DATA/bccd
 
-Data: 205 microscope images of 640 x 480 pixels, 3 classes, at 320 x 240; `val` (87 images) to watch progress.
+Data: 205 microscope images of 640 x 480 pixels, 3 classes, at 320 x 240; validation on `val` (87 images).
 Time: 65 minutes on one core of a shared two-core AVX2 machine.
-Result: 50.7 % AP, 83.1 % AP50 on `test` (72 images, measured on the bundle that ships, made before the trainer's
-augmentation was rewritten). With `epochs=20`: 30.4 % AP, 62.8 % AP50 on `val`; docs/training.md compares the options.
+Result: 50.7 % AP, 83.1 % AP50 on `test` (72 images, measured on the shipped bundle, which predates the rewrite of
+augmentation). With `epochs=20`: 30.4 % AP, 62.8 % AP50 on `val`; docs/training.md compares the options.
 """
 
 from vitrine.bundle.manifest import DetectionPreprocessing

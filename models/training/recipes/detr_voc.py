@@ -1,13 +1,13 @@
-"""A small DETR on VOC 2007, its backbone trained on the objects of the same images.
+"""A small DETR on VOC 2007, with a backbone pretrained on the objects of the same images.
 
     vitrine data crops DATA/voc2007 --out data/voc-objects
     vitrine train resnet_voc --data data/voc-objects
     vitrine train detr_voc --data DATA/voc2007 --from runs/resnet_voc
 
-Data: 4,006 photographs of at most 384 pixels, 20 classes, at 256 x 192; 4 % of `train` (whose objects the backbone has
-seen) are held out to watch progress with, `val` is kept for the end.
-Time: 26 minutes on one core of an AMD EPYC with bfloat16 instructions: the beginning of what it can learn.
-Result: 4.3 % AP, 11.0 % AP50 on `val` (measured on the bundle that ships).
+Data: 4,006 photographs of at most 384 pixels, 20 classes, at 256 x 192; validation on 4 % of `train` (whose objects the
+backbone has seen); `val` is the test set.
+Time: 26 minutes on one core of an AMD EPYC with bfloat16 instructions, far from convergence.
+Result: 4.3 % AP, 11.0 % AP50 on `val` (measured on the shipped bundle).
 """
 
 from vitrine.models.training.augmentation.augment import DetectionAugmentation

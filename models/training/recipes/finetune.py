@@ -1,10 +1,10 @@
-"""Fine-tune a run, trained or imported, on other labels or at another resolution: all weights, at a low learning rate.
+"""Fine-tune all weights of a trained or imported run, with other labels or at another resolution.
 
     vitrine import vit_base_patch16_224.safetensors --out runs/vit-b
     vitrine train finetune --from runs/vit-b --data DATA
     vitrine train finetune --from runs/vit-b --data DATA model.image_size=384
 
-Data: of the run's task. A head for other labels starts anew; a ViT's positions are interpolated.
+Data: of the run's task. The head for other labels is new; a ViT's position embeddings are interpolated.
 """
 
 from vitrine.bundle.manifest import ClassificationPreprocessing
@@ -14,7 +14,7 @@ from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe
 
 
 def recipe(start: Checkpoint) -> Recipe:
-    """The recipe for a run's network."""
+    """Return the recipe for a run's network."""
     preprocessing = start.read_preprocessing()
     if isinstance(preprocessing, ClassificationPreprocessing):
         return ClassificationRecipe(

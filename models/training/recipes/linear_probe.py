@@ -1,9 +1,9 @@
-"""A linear probe: a new head on the frozen features of a run, trained or imported.
+"""A linear probe: a new head on the frozen features of a trained or imported run.
 
     vitrine import vit_base_patch16_224.safetensors --out runs/vit-b
     vitrine train linear_probe --from runs/vit-b --data DATA
 
-Data: labelled images. The network in front of the head, its batch norms among it, stays as it is.
+Data: labelled images. Everything but the head is frozen, including batch norm statistics.
 """
 
 from vitrine.bundle.manifest import ClassificationPreprocessing
@@ -14,7 +14,7 @@ from vitrine.models.training.recipe import ClassificationRecipe, Recipe
 
 
 def recipe(start: Checkpoint) -> Recipe:
-    """The recipe for a run's network.
+    """Return the recipe for a run's network.
 
     Raises:
         RecipeError: it is a detector.

@@ -4,7 +4,7 @@
 
 Data: 32 x 32 pixels, 10 classes, 48,000 images to train on and 2,000 held out.
 Time: 95 minutes on one core of a shared two-core AVX2 machine.
-Result: 82.6 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the bundle that ships).
+Result: 82.6 % top-1 on the test set (of the JPEG copy of CIFAR-10, measured on the shipped bundle).
 """
 
 from vitrine.models.training.recipes.vit_cifar10 import RECIPE as VIT

@@ -1,9 +1,9 @@
-"""A half-width ResNet of three stages on Imagenette: a backbone for `detr_bccd` that has seen photographs.
+"""A half-width ResNet of three stages on Imagenette: a pretrained backbone for `detr_bccd`.
 
     vitrine train resnet_imagenette --data DATA/imagenette144
     vitrine train detr_bccd --data DATA/bccd --from runs/resnet_imagenette
 
-Data: 144 x 144 pixels, 10 classes, 9,469 images to train on; `val` (3,925) to watch progress.
+Data: 144 x 144 pixels, 10 classes, 9,469 images to train on; validation on `val` (3,925).
 Time: 11 minutes on one core of a shared two-core AVX2 machine that other programs used as well.
 Result: 70.2 % top-1 on `val`.
 """

@@ -1,4 +1,4 @@
-"""A half-width ResNet of three stages on the objects of VOC 2007: the backbone that `detr_voc` begins with.
+"""A half-width ResNet of three stages on the objects of VOC 2007: the pretrained backbone of `detr_voc`.
 
     vitrine data crops DATA/voc2007 --out data/voc-objects
     vitrine train resnet_voc --data data/voc-objects

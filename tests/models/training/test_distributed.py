@@ -55,7 +55,7 @@ Torchrun = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def torchrun() -> Iterator[Torchrun]:
-    """Starts `vitrine train` in two processes; what is left of them is killed in the end."""
+    """Start `vitrine train` in two processes; kill what is left of them in the end."""
     jobs: list[subprocess.Popen[str]] = []
 
     def start(arguments: list[str], *options: str) -> subprocess.Popen[str]:
@@ -167,9 +167,9 @@ def command(pid: int) -> str:
     return (Path("/proc") / str(pid) / "cmdline").read_text()
 
 
-def test_alone_without_torchrun() -> None:
+def test_a_single_process_without_torchrun() -> None:
     with process_group() as processes:
-        assert (processes.rank, processes.count, processes.is_main) == (0, 1, True)
+        assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
         assert processes.gather("x") == ["x"]
         assert processes.sum(torch.ones(2)).tolist() == [1, 1]
     assert job_id() == ""

@@ -19,12 +19,12 @@ def test_a_signal_is_a_request(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_it_is_raised_where_waiting_would_take_long() -> None:
+def test_it_is_raised_immediately_inside_the_block() -> None:
     with handle_signals() as interruption:
-        with pytest.raises(Interrupted), interruption.raised():
+        with pytest.raises(Interrupted), interruption.immediate():
             os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(Interrupted), interruption.raised():
-            pytest.fail("a request that is already there is raised at once")
+        with pytest.raises(Interrupted), interruption.immediate():
+            pytest.fail("an earlier request is raised immediately")
 
 
 def test_a_second_interrupt_is_python_s_own() -> None:
@@ -34,7 +34,7 @@ def test_a_second_interrupt_is_python_s_own() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_other_threads_do_without() -> None:
+def test_other_threads_ignore_signals() -> None:
     seen = []
 
     def listen() -> None:

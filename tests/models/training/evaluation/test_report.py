@@ -17,7 +17,7 @@ from vitrine.models.training.data.layouts import load_split
 from vitrine.models.training.errors import CheckpointError, DataError
 from vitrine.models.training.evaluation.metrics import evaluate
 from vitrine.models.training.evaluation.report import learning_curves, read_metrics, write_report
-from vitrine.models.training.network import load_run_predictor
+from vitrine.models.training.network import checkpoint_predictor
 
 VOID = {"meta", "br", "img"}
 FIRST = {
@@ -72,7 +72,8 @@ class Page(html.parser.HTMLParser):
 
 def test_a_classifiers_report(classifier_run: Path, colours: Path, tmp_path: Path) -> None:
     page = Page(write_report(classifier_run, tmp_path / "deep" / "report.html", split="test"))
-    metrics = evaluate(load_run_predictor(classifier_run)[0], load_split(colours, "image-classification", "test"))
+    predictor, _ = checkpoint_predictor(load_checkpoint(classifier_run))
+    metrics = evaluate(predictor, load_split(colours, "image-classification", "test"))
     assert f"{100 * metrics['top1']:.1f} %" in page.text
     for words in (
         "colours",
