@@ -38,11 +38,11 @@ def _work(predictor: Predictor, image: Path, count: int) -> Callable[[], object]
     """Answer `count` images, each prepared by itself, in one call of the network."""
     if image.suffix == ".npy":
         pixels = np.load(image)
-        return lambda: predictor.rows([pixels] * count)
+        return lambda: predictor.infer([pixels] * count)
     data = image.read_bytes()
 
     def work() -> object:
-        return predictor.rows([predictor.prepare(decode_for(data, predictor.preprocessing)) for _ in range(count)])
+        return predictor.infer([predictor.prepare(decode_for(data, predictor.preprocessing)) for _ in range(count)])
 
     return work
 

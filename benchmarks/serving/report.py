@@ -37,7 +37,8 @@ def report(results: dict[str, Any]) -> str:
 
 def _against_the_ceiling(cells: dict[tuple[str, str], list[dict[str, Any]]], results: dict[str, Any]) -> str:
     lines = [
-        "| | 1 connection: p50, of the ceiling's (bar) | 8: of the ceiling's rate (bar) | 32 (bar) | p99/p50 at 8 |",
+        "| | 1 connection: p50, of the ceiling's (target) | 8: of the ceiling's rate (target) | 32 (target) "
+        "| p99/p50 at 8 |",
         "|---|---|---|---|---|",
     ]
     found = {model: rounds for (model, server), rounds in cells.items() if server == "vitrine"}
@@ -84,7 +85,7 @@ def _against_peers(model: str, servers: dict[str, list[dict[str, Any]]]) -> str:
 
 def _geometric_means(cells: dict[tuple[str, str], list[dict[str, Any]]], models: Sequence[str]) -> str:
     """Of all cells: how many times as fast as each peer (of one connection by p50, of more by rate)."""
-    lines = ["| | geometric mean of ours to theirs | cells in which they are ahead by more than 3 % |", "|---|---|---|"]
+    lines = ["| | geometric mean of ours to theirs | cases in which they are ahead by more than 3 % |", "|---|---|---|"]
     for peer in dict.fromkeys(server for _, server in cells if server != "vitrine"):
         ratios = {}
         for model in models:
@@ -106,7 +107,7 @@ def _against_ceiling(rounds: Sequence[dict[str, Any]], connections: int) -> floa
 
 def _ways(results: dict[str, Any]) -> str:
     """The cost of HTTP itself, and overload."""
-    lines = ["| | measured | bar |", "|---|---|---|"]
+    lines = ["| | measured | target |", "|---|---|---|"]
     bars = {"vitrine": "5,000/s, p99 12 ms", "vitrine, multipart": "1,500/s", "no image": ""}
     for name, bar in bars.items():
         rate = statistics.median(found[name]["rate"] for found in results["no-op"])
@@ -119,10 +120,10 @@ def _ways(results: dict[str, Any]) -> str:
     refused = statistics.median(run["refused"] for run in found)
     after = statistics.median(run["after"][0] for run in found)
     lines += [
-        f"| 256 connections: goodput, of the peak | {goodput:.2f} ({refused:.0f} refused/s) | 0.90 |",
+        f"| 256 connections: goodput, share of the peak | {goodput:.2f} ({refused:.0f} rejected/s) | 0.90 |",
         f"| 256 connections: p99 of the probe | {health:.0f} ms | 50 ms |",
         f"| 256 connections: p99 of answers | {accepted:.0f} ms | 30,000 ms |",
-        f"| the first request after they have left | {after:.0f} ms | 500 ms |",
+        f"| first request after they have disconnected | {after:.0f} ms | 500 ms |",
     ]
     return "\n".join(lines)
 

@@ -136,7 +136,7 @@ def expected(model: Model) -> float:
     """The best score that a right answer has."""
     predictor = load(model).predictor
     image = predictor.prepare(decode_for(model.image.read_bytes(), predictor.preprocessing))
-    return float(max(predictor.rows([image])[0][0]))  # type: ignore[list-item]
+    return float(max(predictor.infer([image])[0][0]))  # type: ignore[list-item]
 
 
 def _vitrine_environment(model: Model) -> dict[str, str]:
