@@ -1,1 +1,1 @@
-"""Architectures as plain `torch.nn` modules: no file access, no global state."""
+"""Architectures as plain `torch.nn` modules, without file access or global state."""

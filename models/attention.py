@@ -1,7 +1,7 @@
 """Scaled dot-product attention and its multi-head form (Vaswani et al. 2017, "Attention Is All You Need", eq. 1).
 
-Attention is computed by a fused kernel, which never holds the weights in memory. Who wants to see them passes a list
-`record`: the weights are then computed as eq. 1 is written, and appended to it.
+A fused kernel computes attention without materialising the weights. With a list `record`, the weights are computed
+explicitly as in eq. 1 and appended to it.
 
 Shapes: B batch, H heads, N queries, M keys, D embedding, d = D / H per head.
 """
@@ -20,10 +20,10 @@ def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None = None) ->
     Args:
         query: [B, H, N, d].
         key: [B, H, M, d].
-        bias: float, broadcastable to [B, H, N, M]; minus infinity hides a key from a query.
+        bias: float, broadcastable to [B, H, N, M]; minus infinity masks a key for a query.
 
     Returns:
-        [B, H, N, M]; each row is not negative and sums to one.
+        [B, H, N, M]; rows are non-negative and sum to one.
     """
     logits = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
     return torch.softmax(logits if bias is None else logits + bias, dim=-1)
@@ -37,8 +37,8 @@ def scaled_dot_product_attention(
     Args:
         query: [B, H, N, d].
         key, value: [B, H, M, d].
-        bias: float, broadcastable to [B, H, N, M]; minus infinity hides a key from a query.
-        record: where the attention weights [B, H, N, M] are appended; None for the fused kernel.
+        bias: float, broadcastable to [B, H, N, M]; minus infinity masks a key for a query.
+        record: list that the attention weights [B, H, N, M] are appended to; None selects the fused kernel.
 
     Returns:
         [B, H, N, d].
@@ -52,16 +52,16 @@ def scaled_dot_product_attention(
 
 
 def attention_rollout(layers: Sequence[Tensor]) -> Tensor:
-    """How much each token of the last layer is made of each token of the input.
+    """Contribution of each input token to each token of the last layer.
 
-    Attention is averaged over the heads, half of it counts for the residual connection, and the layers are multiplied
+    Average the attention over the heads and with the identity of the residual connection, then multiply over the layers
     (Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", sec. 3).
 
     Args:
         layers: attention weights [B, H, N, N] of each block, first to last.
 
     Returns:
-        [B, N, N]; each row is not negative and sums to one.
+        [B, N, N]; rows are non-negative and sum to one.
     """
     rollout = torch.eye(layers[0].shape[-1], device=layers[0].device)[None]
     for weights in layers:
@@ -76,7 +76,8 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, N, d] -> [B, N, D]."""
-    # Fused attention kernels differ in memory layout: without the copy, an export traced with one fails with another.
+    # Fused attention kernels return different memory layouts: without the copy, an export traced with one kernel fails
+    # with another.
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
 
 
@@ -98,7 +99,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; `record` takes the attention weights [B, H, N, N]."""
+        """[B, N, D] -> [B, N, D]; the attention weights [B, H, N, N] are appended to `record`."""
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         out: Tensor = self.proj(merge_heads(scaled_dot_product_attention(query, key, value, record=record)))
         return out
@@ -128,7 +129,7 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             bias: float, broadcastable to [B, H, N, M], added to the logits before the softmax.
-            record: takes the attention weights [B, H, N, M].
+            record: list that the attention weights [B, H, N, M] are appended to.
 
         Returns:
             [B, N, D].

@@ -1,4 +1,4 @@
-"""Box arithmetic. cxcywh is centre and size, xyxy the two corners; both in fractions of the image."""
+"""Box formats and generalised IoU. cxcywh is centre and size, xyxy the two corners; both in fractions of the image."""
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
         a, b: boxes as xyxy, [..., 4] each.
 
     Returns:
-        [...], in -1..1; 0 where both boxes are empty points at one place.
+        [...], in -1..1; 0 for two boxes of zero size at the same point.
     """
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., 2:], b[..., 2:])

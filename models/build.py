@@ -1,4 +1,4 @@
-"""From an architecture's name and settings, as checkpoints and manifests hold them, to a network."""
+"""Build a network from its architecture name and settings, as stored in checkpoints and manifests."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,7 +16,7 @@ ARCHITECTURES: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "detr": (detr.Detr, detr.DetrConfig),
 }
 
-# The standard sizes: by name, settings of an architecture.
+# Standard sizes: variant name to (architecture, settings).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     name: (architecture, settings)
     for architecture, variants in (
@@ -31,16 +31,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def setting_names(architecture: str) -> list[str]:
-    """The names of the settings that an architecture takes, beside `num_classes`."""
+    """Return the names of an architecture's settings, without `num_classes`."""
     return [field.name for field in fields(ARCHITECTURES[architecture][1]) if field.name != "num_classes"]
 
 
 def build_model(architecture: str, settings: Mapping[str, Any], num_classes: int) -> nn.Module:
-    """A freshly initialised network.
+    """Return a freshly initialised network.
 
     Args:
         architecture: a key of `ARCHITECTURES`.
-        settings: fields of its config class, without `num_classes`; lists stand for tuples.
+        settings: fields of its config class, without `num_classes`; lists are converted to tuples.
     """
     network, config = ARCHITECTURES[architecture]
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}

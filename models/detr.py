@@ -2,12 +2,12 @@
 
 Backbone, transformer encoder, decoder with N object queries, a class head and a box head: no region proposals, no NMS.
 
-The paper's queries are learned vectors, which need hundreds of epochs to find out where they look. Queries of the kind
-"boxes" have a learned reference box each: its sine encoding is the query's position, the query looks around it first
-(`models.transformer.SpatialPrior`), and every decoder layer predicts an offset to it and hands the moved box on (Liu et
-al. 2022, "DAB-DETR", sec. 4). While training, several groups of queries may be matched independently (Chen et al. 2023,
-"Group DETR"), which gives each image more supervision; only the first group exists at inference. Beside them, the
-decoder may be given noised objects to restore (Li et al. 2022, "DN-DETR"), for which no matching has to be found.
+The paper's queries are learned vectors, which need hundreds of epochs to learn where to attend. With `queries="boxes"`,
+each query has a learned reference box: its sine encoding is the query's position, a Gaussian around it biases the
+cross-attention (`models.transformer.SpatialPrior`), and every decoder layer predicts an offset to it and passes the
+refined box on (Liu et al. 2022, "DAB-DETR", sec. 4). During training, several groups of queries can be matched
+independently (Chen et al. 2023, "Group DETR"), which gives each image more supervision; inference uses the first group
+only. The decoder can also be trained to restore noised objects (Li et al. 2022, "DN-DETR"), which needs no matching.
 
 Shapes: B batch, H x W pixels, h x w cells of the feature map, M = h w, N queries, D embedding, K classes.
 """
@@ -27,10 +27,10 @@ from vitrine.models.transformer import DetrDecoderBlock, DetrEncoderBlock, Spati
 
 @dataclass(frozen=True)
 class DetrConfig:
-    """The shape of a DETR. What begins with `backbone_`, and `dilation`, is that of `models.resnet.ResNetConfig`.
+    """Configuration of a DETR. `backbone_*` and `dilation` are the fields of `models.resnet.ResNetConfig`.
 
-    `unused_classes` of the class head stand for no label: they take part in the softmax and are never answered (the
-    holes in COCO's category ids). `denoising` groups of noised objects are restored while training.
+    `unused_classes` outputs of the class head have no label: they take part in the softmax but are never predicted
+    (the gaps in COCO's category ids). `denoising` is the number of groups of noised objects restored during training.
     """
 
     num_classes: int
@@ -53,7 +53,7 @@ class DetrConfig:
 
     @property
     def backbone(self) -> ResNetConfig:
-        """The shape of the backbone."""
+        """Configuration of the backbone."""
         return ResNetConfig(
             self.backbone_layers, self.backbone_width, self.backbone_block, self.backbone_norm, self.dilation
         )
@@ -65,7 +65,7 @@ def _variant(resnet: str, **settings: Any) -> dict[str, Any]:
     return {**backbone, "dilation": False, **settings}
 
 
-# Table 1 of the paper, and a small sibling.
+# Table 1 of the paper, and a smaller variant.
 VARIANTS: dict[str, dict[str, Any]] = {
     "detr_resnet50": _variant("resnet50"),
     "detr_resnet50_dc5": _variant("resnet50", dilation=True),
@@ -75,23 +75,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# Hides a query from its group. Not infinite: where an image has no objects, all queries of its groups are hidden.
-_HIDDEN = -1e4
+# Attention bias of masked queries. Finite, since in an image without objects all queries of a group are masked.
+_MASKED = -1e4
 
 
 class SetPrediction(TypedDict):
-    """One decoder layer's answer: N guesses for the set of objects."""
+    """Output of one decoder layer: N predictions."""
 
     pred_logits: Tensor  # [B, N, K + 1], the last class is "no object"
     pred_boxes: Tensor  # [B, N, 4], cxcywh, fractions of the valid region
 
 
 class DetrOutput(SetPrediction):
-    """The last layer's answer, and those of the layers before it (empty outside training)."""
+    """Output of the last decoder layer, with auxiliary outputs."""
 
-    grid: tuple[int, int]  # h and w of the memory's cells
-    aux_outputs: list[SetPrediction]
-    denoising: list[SetPrediction]  # of all layers, [B, G n, ...] for `Denoising`'s G groups (empty without)
+    grid: tuple[int, int]  # (h, w) of the feature map
+    aux_outputs: list[SetPrediction]  # of the layers before the last, empty outside training
+    denoising: list[SetPrediction]  # of all layers, [B, G n, ...] for the G groups of `Denoising`; empty without it
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,16 @@ class Denoising:
 
 
 class _Memory(NamedTuple):
-    """What the decoder looks at."""
+    """Encoder output that the decoder attends to."""
 
-    tokens: Tensor  # [B, M, D], the encoder's output
+    tokens: Tensor  # [B, M, D]
     positions: Tensor  # [B, M, D]
     cells: Tensor  # [B, M, 2], (x, y) of each token as fractions of the valid region
     bias: Tensor  # [B, 1, 1, M], minus infinity at padding
 
 
 class BoxHead(nn.Module):
-    """Three-layer perceptron to box coordinates, before the sigmoid."""
+    """Three-layer perceptron that predicts box coordinates before the sigmoid."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class BoxHead(nn.Module):
 
 
 class Detr(nn.Module):
-    """Image to a set of N class distributions and boxes."""
+    """Image to N class distributions and boxes."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
@@ -138,9 +138,9 @@ class Detr(nn.Module):
         dim = config.embed_dim
         if dim % 4:
             raise ValueError(f"embed_dim {dim} is not divisible by 4 (sine and cosine of x and y)")
-        for name, least in (("num_queries", 1), ("query_groups", 1), ("decoder_layers", 1), ("denoising", 0)):
-            if getattr(config, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, found {getattr(config, name)}")
+        for name, minimum in (("num_queries", 1), ("query_groups", 1), ("decoder_layers", 1), ("denoising", 0)):
+            if getattr(config, name) < minimum:
+                raise ValueError(f"{name}: expected at least {minimum}, found {getattr(config, name)}")
         if config.denoising and config.queries != "boxes":
             raise ValueError(f"denoising={config.denoising} needs queries=boxes, found queries={config.queries}")
         self.backbone = ResNet(config.backbone)
@@ -153,8 +153,8 @@ class Detr(nn.Module):
         self.query_boxes = QueryBoxes(config) if config.queries == "boxes" else None
         self.class_embed = nn.Linear(dim, config.num_classes + config.unused_classes + 1)
         self.bbox_embed = BoxHead(dim)
-        # To compare padded batches with public implementations: there, padding leaks into the backbone's features, and
-        # the mask of the feature map is sampled instead of rounded up.
+        # For comparing padded batches with public implementations: there, padding leaks into the backbone's features,
+        # and the feature map's mask is sampled instead of rounded up.
         self.published_padding = False
         self._init_weights()
         if config.denoising:
@@ -163,7 +163,7 @@ class Detr(nn.Module):
     def _init_weights(self) -> None:
         transformer = [self.encoder, self.decoder]
         if self.query_boxes is not None:
-            # Among them the priors' offsets: each head starts by looking to another side of the box.
+            # Includes the priors' offsets: each head starts by attending to a different side of the box.
             transformer.append(self.query_boxes.priors)
             for parameter in self.bbox_embed.layers[-1].parameters():
                 nn.init.zeros_(parameter)  # the first prediction is the reference box itself
@@ -182,12 +182,12 @@ class Detr(nn.Module):
         """Detect objects.
 
         Args:
-            images: normalised, float [B, 3, H, W], padded with zeros below and to the right.
-            sizes: int64 [B, 2], height and width of each image's valid region; None where nothing is padded, which
-                saves the backbone its masks.
-            record: takes attention weights: each encoder layer's [B, heads, M, M], then each decoder layer's
-                cross-attention [B, heads, N, M].
-            denoising: objects to restore, for a network made with `denoising` groups.
+            images: normalised, float [B, 3, H, W], padded with zeros at the bottom and right.
+            sizes: int64 [B, 2], height and width of each image's valid region; None for images without padding, which
+                skips the backbone's masks.
+            record: list that the attention weights are appended to: each encoder layer's [B, heads, M, M], then each
+                decoder layer's cross-attention [B, heads, N, M].
+            denoising: objects to restore; needs a network with `denoising` groups.
         """
         config = self.config
         features = self.input_proj(self.backbone(images, None if self.published_padding else sizes))  # [B, D, h, w]
@@ -200,8 +200,8 @@ class Detr(nn.Module):
             valid = valid_cells(sizes, grid, config.backbone.stride)
         cells = grid_points(valid, 1.0 if self.query_boxes is None else 0.5).flatten(1, 2)  # [B, M, 2]
         positions = sine_2d(cells, config.embed_dim)  # [B, M, D]
-        hidden = torch.zeros_like(valid, dtype=features.dtype).masked_fill(~valid, -math.inf)
-        padding_bias = hidden.flatten(1)[:, None, None]  # [B, 1, 1, M]
+        bias = torch.zeros_like(valid, dtype=features.dtype).masked_fill(~valid, -math.inf)
+        padding_bias = bias.flatten(1)[:, None, None]  # [B, 1, 1, M]
         tokens = features.flatten(2).transpose(1, 2)  # [B, M, D]
         for encoder_block in self.encoder:
             tokens = encoder_block(tokens, positions, padding_bias, record)
@@ -223,38 +223,38 @@ class Detr(nn.Module):
         }
 
     def _denoise(self, memory: _Memory, noised: Denoising) -> list[SetPrediction]:
-        """Every layer's restored objects, [B, G n, ...].
+        """Return each layer's restored objects, [B, G n, ...].
 
-        They go through the decoder on their own: queries and noised objects see nothing of each other.
+        Noised objects pass through the decoder separately: they and the queries do not attend to each other.
         """
         if not self.config.denoising:
             raise ValueError("there are objects to restore, but the network was made with denoising=0")
-        reference = torch.logit(noised.boxes_cxcywh, eps=1e-3)  # [B, G, n, 4]; a larger logit would hardly move
+        reference = torch.logit(noised.boxes_cxcywh, eps=1e-3)  # [B, G, n, 4]; larger logits would saturate
         groups = reference.shape[1]
-        hidden = torch.zeros_like(noised.valid, dtype=reference.dtype).masked_fill(~noised.valid, _HIDDEN)
+        bias = torch.zeros_like(noised.valid, dtype=reference.dtype).masked_fill(~noised.valid, _MASKED)
         queries = self.label_embed(noised.class_ids)
-        return self._decode(memory, queries.flatten(1, 2), reference.flatten(1, 2), groups, hidden.repeat(1, groups))
+        return self._decode(memory, queries.flatten(1, 2), reference.flatten(1, 2), groups, bias.repeat(1, groups))
 
     def _decode(
         self,
         memory: _Memory,
         queries: Tensor,
-        places: Tensor,
+        references: Tensor,
         groups: int,
         query_bias: Tensor | None = None,
         record: list[Tensor] | None = None,
     ) -> list[SetPrediction]:
-        """Every layer's answers of N queries [B, N, D].
+        """Return each layer's predictions for N queries [B, N, D].
 
-        `places` are their positions [B, N, D], or the logits of their reference boxes [B, N, 4] for queries="boxes".
-        `groups` and `query_bias` are those of `DetrDecoderBlock.forward`.
+        `references` are the queries' positions [B, N, D], or the logits of their reference boxes [B, N, 4] for
+        queries="boxes". `groups` and `query_bias` are passed to `DetrDecoderBlock.forward`.
         """
         layers: list[SetPrediction] = []
         for index, decoder_block in enumerate(self.decoder):
             if self.query_boxes is None:
-                query_positions, bias = places, memory.bias
+                query_positions, bias = references, memory.bias
             else:
-                query_positions, prior = self.query_boxes(places.sigmoid(), memory.cells, index)
+                query_positions, prior = self.query_boxes(references.sigmoid(), memory.cells, index)
                 bias = prior + memory.bias
             queries = decoder_block(
                 queries, query_positions, memory.tokens, memory.positions, bias, groups, query_bias, record
@@ -262,14 +262,14 @@ class Detr(nn.Module):
             normed = self.decoder_norm(queries)
             box_logits = self.bbox_embed(normed)
             if self.query_boxes is not None:
-                box_logits = places + box_logits
-                places = box_logits.detach()
+                box_logits = references + box_logits
+                references = box_logits.detach()
             layers.append({"pred_logits": self.class_embed(normed).float(), "pred_boxes": box_logits.float().sigmoid()})
         return layers
 
 
 class QueryBoxes(nn.Module):
-    """A learned reference box per query: it says where the query looks."""
+    """A learned reference box per query, which determines where the query attends."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
@@ -280,15 +280,15 @@ class QueryBoxes(nn.Module):
         self.embed_dim = dim
 
     def forward(self, boxes_cxcywh: Tensor, cells: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """What a decoder layer needs to know of the boxes that it starts from.
+        """Encode the boxes that a decoder layer starts from.
 
         Args:
             boxes_cxcywh: [B, N, 4], fractions of the image.
             cells: (x, y) of the memory's cells, [B, M, 2], fractions of the image.
-            layer: number of the decoder layer.
+            layer: index of the decoder layer.
 
         Returns:
-            The queries' positions [B, N, D], and the logarithm of where they look [B, heads, N, M].
+            The queries' positions [B, N, D] and their cross-attention bias [B, heads, N, M].
         """
         centres, edges = boxes_cxcywh.split(2, dim=-1)
         encoded = torch.cat((sine_2d(centres, self.embed_dim), sine_2d(edges, self.embed_dim)), dim=-1)  # [B, N, 2 D]
@@ -296,7 +296,7 @@ class QueryBoxes(nn.Module):
 
 
 def _grid_of_boxes(count: int) -> Tensor:
-    """`count` boxes spread over the image, an eighth of it wide and high: logits of cxcywh, [count, 4]."""
+    """Logits of `count` boxes cxcywh on a grid over the image, an eighth of its width and height, [count, 4]."""
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     index = torch.arange(count)

@@ -1,8 +1,8 @@
-"""The served networks with what they looked at as further outputs, behind those of `models.serving`.
+"""Served networks with explanations as additional outputs after those of `models.serving`.
 
-ViT and DETR show their attention. A convolutional network with one linear layer behind a global average has its answer
-cell by cell (Zhou et al. 2016, "Learning Deep Features for Discriminative Localization", eq. 2). MLP-Mixer has neither:
-`bundle.explaining` hides one patch after the other from it.
+ViT and DETR output their attention. A convolutional network with global average pooling and a linear head outputs class
+activation maps (Zhou et al. 2016, "Learning Deep Features for Discriminative Localization", eq. 2). MLP-Mixer has
+neither: `bundle.explaining` occludes one patch at a time instead.
 
 Shapes: B batch, H x W pixels, K classes, L layers, N tokens, h x w patches or cells, Q queries, M = h w.
 """
@@ -28,12 +28,12 @@ class ExplainedViT(ServedClassifier):
     output_names = ("probabilities", "attention", "rollout")
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Classify images and show what was seen.
+        """Classify images and return the attention.
 
         Returns:
-            probabilities [B, K]; attention [B, L, heads, h, w], what the class token sees of each patch in each layer
-            (without one, what the patches see on average); rollout [B, h, w], of how much of each patch the state that
-            is classified is made: not negative, sums to one.
+            probabilities [B, K]; attention [B, L, heads, h, w], from the class token to each patch in each layer
+            (without a class token, the mean over the patches); rollout [B, h, w], the contribution of each patch to
+            the classified state: non-negative, sums to one.
         """
         network = cast(ViT, self.network)
         record: list[Tensor] = []
@@ -55,7 +55,7 @@ class ExplainedConvNet(ServedClassifier):
     output_names = ("probabilities", "activation")
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Classify images and show where.
+        """Classify images and return the class activation maps.
 
         Returns:
             probabilities [B, K]; activation [B, K, h, w]: the sum over the cells and the head's bias are the logit.
@@ -79,25 +79,25 @@ class ExplainedDetector(ServedDetector):
     }
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Detect objects and show where the queries looked, on the cells of the feature map.
+        """Detect objects and return the attention over the cells of the feature map.
 
         Returns:
-            What `ServedDetector.forward` returns, then cross_attention [B, Q, h, w], each query's in the last decoder
-            layer, and encoder_attention [B, h, w, h, w], each cell's in the last encoder layer; both are means over
-            the heads, zero at padding, and sum to one.
+            The outputs of `ServedDetector.forward`, then cross_attention [B, Q, h, w] of each query in the last decoder
+            layer, and encoder_attention [B, h, w, h, w] of each cell in the last encoder layer; both are means over the
+            heads, zero at padding, and sum to one.
         """
         record: list[Tensor] = []
         output = self.network(self.normalised(pixels, sizes), sizes, record)
         grid = output["grid"]
         cross = record[-1].mean(dim=1).unflatten(-1, grid)  # [B, Q, h, w]
-        between = record[self.network.config.encoder_layers - 1].mean(dim=1)  # [B, M, M]
-        return *self.answer(output), cross, between.unflatten(-1, grid).unflatten(1, grid)
+        encoder = record[self.network.config.encoder_layers - 1].mean(dim=1)  # [B, M, M]
+        return *self.predictions(output), cross, encoder.unflatten(-1, grid).unflatten(1, grid)
 
 
 def explained(
     network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0
 ) -> ServedClassifier | ServedDetector | None:
-    """Wrap a network as `models.serving.served` does, with what it looks at; None if nothing in it shows that."""
+    """Wrap a network as `models.serving.served` does, with explanations; return None if the network offers none."""
     if isinstance(network, ViT):
         return ExplainedViT(network, mean, std, temperature)
     if isinstance(network, ResNetV2 | ResNetClassifier):

@@ -14,7 +14,7 @@ from vitrine.models.vit import PatchEmbed, init_weights, patch_grid
 
 @dataclass(frozen=True)
 class MlpMixerConfig:
-    """The shape of a Mixer (table 1 of the paper). Token mixing fixes the number of patches."""
+    """Configuration of a Mixer (table 1 of the paper). Token mixing fixes the number of patches."""
 
     num_classes: int
     image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square
@@ -28,7 +28,7 @@ class MlpMixerConfig:
 
     @property
     def num_patches(self) -> int:
-        """Tokens that the network mixes."""
+        """Number of tokens."""
         rows, columns = patch_grid(self.image_size, self.patch_size)
         return rows * columns
 

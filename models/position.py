@@ -1,4 +1,4 @@
-"""Position encoding: what tells a permutation-equivariant transformer where a token lies.
+"""Position encodings, and the cells of padded feature maps that they encode.
 
 Shapes: B batch, h x w grid, N = h w tokens, D embedding.
 """
@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# How a ViT's tokens know their places.
 PositionEncoding = Literal["learned", "sine_1d", "sine_2d", "none"]
 
 
 class LearnedPositions(nn.Module):
     """One learned vector per token (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", sec. 3.1).
 
-    The tokens are those of a grid, row by row, behind a class token where there is one.
+    The tokens are those of a grid in row-major order, preceded by the class token if there is one.
     """
 
     def __init__(self, grid: tuple[int, int], embed_dim: int, *, class_token: bool) -> None:
@@ -32,9 +31,9 @@ class LearnedPositions(nn.Module):
 
 
 class SinePositions(nn.Module):
-    """Fixed vectors: `sine` of a patch's number in its row-by-row order (1-D), or `sincos_2d` of its place (2-D).
+    """Fixed vectors: `sine` of a patch's row-major index (1-D), or `sincos_2d` of its row and column (2-D).
 
-    A class token has no place and none added.
+    Zero for the class token.
     """
 
     embedding: Tensor
@@ -44,9 +43,9 @@ class SinePositions(nn.Module):
         if embed_dim % (2 * dimensions) or (dimensions == 2 and embed_dim < 8):
             expected = "an even one" if dimensions == 1 else "a multiple of 4 from 8 on"
             raise ValueError(f"embed_dim: expected {expected} for sine_{dimensions}d, found {embed_dim}")
-        with torch.device("cpu"):  # also where a network is built on "meta": no checkpoint brings these values
-            numbers = torch.arange(grid[0] * grid[1], dtype=torch.float32)
-            embedding = sine(numbers, embed_dim)[None] if dimensions == 1 else sincos_2d(grid, embed_dim)
+        with torch.device("cpu"):  # even when the network is built on "meta": checkpoints do not hold these values
+            indices = torch.arange(grid[0] * grid[1], dtype=torch.float32)
+            embedding = sine(indices, embed_dim)[None] if dimensions == 1 else sincos_2d(grid, embed_dim)
         self.register_buffer("embedding", F.pad(embedding, (0, 0, int(class_token), 0)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ class SinePositions(nn.Module):
 def make_positions(
     encoding: PositionEncoding, grid: tuple[int, int], embed_dim: int, *, class_token: bool
 ) -> LearnedPositions | SinePositions | nn.Identity:
-    """The module that adds positions to the tokens of a grid."""
+    """Return the module that adds position encodings to the tokens of a grid."""
     if encoding == "none":
         return nn.Identity()
     if encoding == "learned":
@@ -66,10 +65,10 @@ def make_positions(
 
 
 def interpolate_positions(embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Learned positions for another resolution: the grid is resized as an image is (sec. 3.2 of the ViT paper).
+    """Resize learned positions to another resolution, as an image (sec. 3.2 of the ViT paper).
 
     Args:
-        embedding: [1, P + h w, D]; the P vectors before the grid (a class token's) are kept as they are.
+        embedding: [1, P + h w, D]; the P vectors before the grid (the class token's) are left unchanged.
         old_grid: (h, w) of `embedding`.
         new_grid: (h', w').
 
@@ -89,7 +88,7 @@ def sine(coordinates: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
 
     Args:
         coordinates: [...], in radians of the shortest wavelength (DETR normalises an image to 0..2 pi).
-        dim: even length of the encoding.
+        dim: length of the encoding, even.
 
     Returns:
         [..., dim], sine and cosine interleaved.
@@ -130,9 +129,9 @@ def sincos_2d(grid: tuple[int, int], embed_dim: int, temperature: float = 10000.
 
 
 def valid_cells(sizes: Tensor, grid: Sequence[int], stride: int = 1) -> Tensor:
-    """Which cells of a padded feature map hold image.
+    """Mask of the cells of a padded feature map that hold image.
 
-    Each stride-2 layer rounds an edge up, and so does the whole stride.
+    Edges are rounded up, as in each stride-2 layer.
 
     Args:
         sizes: int64 [B, 2], height and width of each image's valid region in pixels.
@@ -140,18 +139,18 @@ def valid_cells(sizes: Tensor, grid: Sequence[int], stride: int = 1) -> Tensor:
         stride: pixels per cell.
 
     Returns:
-        bool [B, h, w], True in the top-left rectangle that is no padding.
+        bool [B, h, w], True in the top-left rectangle without padding.
     """
-    cells = torch.div(sizes + stride - 1, stride, rounding_mode="trunc")  # [B, 2]; in ONNX one node, // is seven
+    cells = torch.div(sizes + stride - 1, stride, rounding_mode="trunc")  # [B, 2]; one ONNX node, // would be seven
     rows = torch.arange(grid[0], device=sizes.device) < cells[:, :1]  # [B, h]
     columns = torch.arange(grid[1], device=sizes.device) < cells[:, 1:]  # [B, w]
     return rows[:, :, None] & columns[:, None, :]
 
 
 def nearest_valid_cells(sizes: Tensor, image: Sequence[int], grid: Sequence[int]) -> Tensor:
-    """`valid_cells` by nearest-neighbour sampling of the padded image's mask, as published DETR does it.
+    """`valid_cells` by nearest-neighbour sampling of the padded image's mask, as in published DETR.
 
-    It differs from `valid_cells` where the edges of the padded image are not whole cells.
+    Differs from `valid_cells` if the padded image's edges are not multiples of the stride.
 
     Args:
         sizes: int64 [B, 2], height and width of each image's valid region in pixels.
@@ -166,11 +165,11 @@ def nearest_valid_cells(sizes: Tensor, image: Sequence[int], grid: Sequence[int]
 
 
 def grid_points(valid: Tensor, offset: float) -> Tensor:
-    """Where the cells of a padded feature map lie in their image.
+    """Coordinates of the cells of a padded feature map.
 
     Args:
-        valid: bool [B, h, w], True in the top-left rectangle that is no padding.
-        offset: which point of a cell: 0.5 for its centre, 1 for its lower right corner (published DETR).
+        valid: bool [B, h, w], True in the top-left rectangle without padding.
+        offset: point within a cell: 0.5 for its centre, 1 for its lower right corner (published DETR).
 
     Returns:
         (x, y) of each cell, float [B, h, w, 2], as fractions of the valid rectangle.

@@ -1,8 +1,8 @@
 """ResNet feature extractor, DETR's backbone (He et al. 2016, "Deep Residual Learning for Image Recognition").
 
-Padding is kept at zero before every spatial convolution and pooling: batch norm would otherwise lift it from zero, and
-it would leak into the features along an image's border, so that an image's answer depended on the batch that it is in.
-Published DETR lets it leak; without sizes this network does so too.
+Padding is reset to zero before every spatial convolution and pooling. Otherwise batch norm would shift it from zero,
+and it would leak into the features along an image's border, so that predictions depended on the batch. In published
+DETR it leaks, as in this network without sizes.
 
 Shapes: B batch, H x W pixels, C channels, h x w cells of a level.
 """
@@ -18,7 +18,7 @@ from vitrine.models.position import valid_cells
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics and fixed affine parameters: one multiplication, one addition per channel."""
+    """Batch norm with fixed statistics and affine parameters: a scale and a shift per channel."""
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def _masked(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside an identity (or, where the shape changes, projected) shortcut (fig. 5, left)."""
+    """Two 3x3 convolutions with an identity (or, if the shape changes, projection) shortcut (fig. 5, left)."""
 
     expansion = 1
 
@@ -69,7 +69,7 @@ class BasicBlock(nn.Module):
         Args:
             x: [B, in_channels, h, w], zero where not valid.
             valid: bool [B, 1, h, w], the cells that hold image; None lets padding leak.
-            out_valid: the same after the stride, bool [B, 1, h / stride, w / stride].
+            out_valid: `valid` after the stride, bool [B, 1, h / stride, w / stride].
 
         Returns:
             [B, channels, h / stride, w / stride] (rounded up), zero where not valid.
@@ -80,7 +80,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3x3 convolution between two 1x1 ones that narrow and widen (fig. 5, right). The 3x3 one carries the stride."""
+    """A 3x3 convolution, which has the stride, between 1x1 convolutions that reduce and expand (fig. 5, right)."""
 
     expansion = 4
 
@@ -99,7 +99,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(in_channels, out_channels, stride, make_norm)
 
     def forward(self, x: Tensor, valid: Tensor | None, out_valid: Tensor | None) -> Tensor:
-        """As `BasicBlock.forward`, to 4 `channels`."""
+        """As `BasicBlock.forward`, with 4 `channels` output channels."""
         out = _masked(self.relu(self.bn1(self.conv1(x))), valid)
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -117,9 +117,9 @@ _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottl
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """The shape of a ResNet (table 1 of the paper).
+    """Configuration of a ResNet (table 1 of the paper).
 
-    Fewer than four stages stop at a finer grid. `dilation` gives up the last stage's stride for convolutions with gaps
+    With fewer than four stages, the grid is finer. `dilation` replaces the last stage's stride by dilated convolutions
     (DETR's DC5). `norm` "frozen" keeps pretrained statistics.
     """
 
@@ -164,7 +164,7 @@ class ResNet(nn.Module):
         for index, depth in enumerate(config.layers):
             stage = nn.ModuleList()
             for i in range(depth):
-                # Gaps begin behind the convolution that the stride was taken from (Yu et al. 2017, "DRN").
+                # Dilation starts after the convolution that lost its stride (Yu et al. 2017, "DRN").
                 dilated = config.dilation and index == len(config.layers) - 1
                 dilations = (2 if dilated and i > 0 else 1, 2 if dilated else 1)
                 stride = self.strides[index] if i == 0 else 1
@@ -201,18 +201,18 @@ class ResNet(nn.Module):
 
 
 def _valid(sizes: Tensor | None, grid: Sequence[int], stride: int) -> Tensor | None:
-    """bool [B, 1, h, w]: the cells of a level that hold image."""
+    """Mask of a level's cells that hold image, bool [B, 1, h, w]."""
     return None if sizes is None else valid_cells(sizes, grid, stride)[:, None]
 
 
 def thaw_frozen_norm(network: nn.Module) -> None:
-    """Replace every frozen batch norm by an ordinary one that computes the same in evaluation mode.
+    """Replace every frozen batch norm in place by an `nn.BatchNorm2d` that computes the same in evaluation mode.
 
-    In place, for export: exporters know how to fold that one into the convolution before it.
+    For export: exporters can fold the latter into the preceding convolution.
     """
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, FrozenBatchNorm):
                 plain = nn.BatchNorm2d(len(child.weight), eps=child.eps)
-                plain.load_state_dict(child.state_dict(), strict=False)  # it also counts batches
+                plain.load_state_dict(child.state_dict(), strict=False)  # it also has num_batches_tracked
                 setattr(module, name, plain.eval())

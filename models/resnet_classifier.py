@@ -1,6 +1,6 @@
-"""ResNet as a classifier, to pretrain DETR's backbone (He et al. 2016, "Deep Residual Learning for Image Recognition").
+"""ResNet classifier, to pretrain DETR's backbone (He et al. 2016, "Deep Residual Learning for Image Recognition").
 
-`backbone` has the names and shapes of `models.detr.Detr.backbone`, so that its weights go from one to the other.
+`backbone` has the names and shapes of `models.detr.Detr.backbone`, so that its weights can be transferred.
 
 Shapes: B batch, H x W pixels, C channels, K classes.
 """
@@ -16,10 +16,10 @@ from vitrine.models.resnet import Norm, ResNet, ResNetConfig
 
 @dataclass(frozen=True)
 class ResNetClassifierConfig:
-    """The shape of a ResNet (`models.resnet.ResNetConfig`); `dropout` acts on the averaged features."""
+    """Configuration of a ResNet (`models.resnet.ResNetConfig`); `dropout` is applied to the averaged features."""
 
     num_classes: int
-    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; any size can be given
+    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; the network accepts any size
     layers: tuple[int, ...] = (2, 2, 2, 2)
     width: int = 64
     block: Literal["basic", "bottleneck"] = "basic"
@@ -48,6 +48,6 @@ class ResNetClassifier(nn.Module):
         return logits
 
     def features(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> what the head sees the average of, [B, C, h, w]."""
+        """Normalised images float [B, 3, H, W] -> features before global average pooling [B, C, h, w]."""
         features: Tensor = self.backbone(x)
         return features

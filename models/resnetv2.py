@@ -1,4 +1,4 @@
-"""BiT: ResNetV2 with group norm and weight standardisation, the ConvNet that ViT is compared with.
+"""BiT: ResNetV2 with group norm and weight standardisation, the convolutional baseline of the ViT paper.
 
 Kolesnikov et al. 2020, "Big Transfer (BiT): General Visual Representation Learning", sec. 3.1; the pre-activation unit
 is He et al. 2016, "Identity Mappings in Deep Residual Networks", fig. 1 (b).
@@ -18,14 +18,14 @@ from vitrine.models.transformer import DropPath
 
 @dataclass(frozen=True)
 class ResNetV2Config:
-    """The shape of a BiT: `layers` units per stage, channels widened by `width_factor`.
+    """Configuration of a BiT: `layers` units per stage, `width_factor` times the channels.
 
-    `stem` "large" is the paper's 7x7 convolution and pooling, a quarter of the edges; "small" a 3x3 convolution that
-    keeps them, for images of some 32 x 32 pixels.
+    `stem` "large" is the paper's 7x7 convolution and pooling with stride 4 in total; "small" a 3x3 convolution with
+    stride 1, for images of about 32 x 32 pixels.
     """
 
     num_classes: int
-    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; any size can be given
+    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; the network accepts any size
     layers: tuple[int, ...] = (3, 4, 6, 3)
     width_factor: float = 1
     stem: Literal["large", "small"] = "large"
@@ -52,7 +52,7 @@ class StdConv2d(nn.Conv2d):
     EPS = 1e-8
 
     def standardised(self) -> Tensor:
-        """The filters that are applied, [C_out, C_in, k, k]."""
+        """Return the standardised filters, [C_out, C_in, k, k]."""
         variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True, correction=0)
         return (self.weight - mean) * torch.rsqrt(variance + self.EPS)
 
@@ -62,12 +62,12 @@ class StdConv2d(nn.Conv2d):
 
 
 def std_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> StdConv2d:
-    """A standardised convolution without bias, padded on both sides by half its kernel."""
+    """Return a standardised convolution without bias, padded by half its kernel."""
     return StdConv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class PreActBottleneck(nn.Module):
-    """Norm and ReLU before each convolution: 1x1 to narrow, 3x3 with the stride, 1x1 to widen by four."""
+    """Norm and ReLU before each convolution: 1x1 to reduce, 3x3 with the stride, 1x1 to expand by four."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, groups: int, drop_path: float) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class ResNetV2(nn.Module):
         width = 64 * config.width_factor
         channels = int(width)
         self.stem = std_conv(3, channels, 7, 2) if config.stem == "large" else std_conv(3, channels, 3)
-        # Zeros around the map, as the paper's code pads it: before the first norm they are not the lowest values.
+        # Padded with zeros as in the paper's code; max pooling's own padding is minus infinity.
         self.pool = nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)) if config.stem == "large" else nn.Identity()
         depth = sum(config.layers)
         self.stages = nn.ModuleList()
@@ -128,7 +128,7 @@ class ResNetV2(nn.Module):
         return logits
 
     def features(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> what the head sees the average of, [B, C, h, w]."""
+        """Normalised images float [B, 3, H, W] -> features before global average pooling [B, C, h, w]."""
         x = self.pool(self.stem(x))
         for stage in self.stages:
             x = stage(x)
@@ -137,7 +137,7 @@ class ResNetV2(nn.Module):
 
 
 def fold_weight_standardisation(network: nn.Module) -> None:
-    """Replace every standardised convolution by a plain one with the filters that it applies. In place, for export."""
+    """Replace every standardised convolution in place by an `nn.Conv2d` with the standardised filters, for export."""
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, StdConv2d):

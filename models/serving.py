@@ -1,7 +1,7 @@
-"""The networks in the form in which they are served: uint8 pixels in, probabilities or boxes out.
+"""Networks as they are served: uint8 pixels in, probabilities or boxes out.
 
-Everything arithmetic between an image and its answer is in here, so that training's evaluation (in torch) and the
-exported graph (in ONNX Runtime) are the same computation and only the runtime differs.
+Normalisation and post-processing are part of the module, so that evaluation during training (in torch) and the exported
+graph (in ONNX Runtime) are the same computation in different runtimes.
 
 Shapes: B batch, H x W pixels, K classes, N queries.
 """
@@ -20,7 +20,7 @@ Channels = tuple[float, float, float]
 
 
 class Normalise(nn.Module):
-    """uint8 NHWC pixels to float NCHW, mean and standard deviation (of RGB in 0..1) removed."""
+    """uint8 NHWC pixels to float NCHW, normalised by mean and standard deviation (of RGB in 0..1)."""
 
     def __init__(self, mean: Channels, std: Channels) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class Normalise(nn.Module):
 
 
 class ServedClassifier(nn.Module):
-    """A classification network between pixels and probabilities.
+    """A classification network from pixels to probabilities.
 
-    The logits are divided by `temperature`, which makes the probabilities honest (`models/training/calibration.py`).
+    Dividing the logits by `temperature` calibrates the probabilities (`models/training/evaluation/calibration.py`).
     """
 
     output_names: tuple[str, ...] = ("probabilities",)
-    output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes behind the batch, "" where they are numbers
+    output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes after the batch, "" for fixed sizes
 
     def __init__(self, network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ class ServedClassifier(nn.Module):
 
 
 class ServedDetector(nn.Module):
-    """A DETR between pixels and boxes: the best class of each query, never "no object" or an unused class."""
+    """A DETR from pixels to boxes: the best class of each query, never "no object" or an unused class."""
 
     output_names: tuple[str, ...] = ("scores", "class_ids", "boxes")
-    output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes behind the batch, "" where they are numbers
+    output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes after the batch, "" for fixed sizes
 
     def __init__(self, network: Detr, mean: Channels, std: Channels) -> None:
         super().__init__()
@@ -73,21 +73,21 @@ class ServedDetector(nn.Module):
         """Detect objects in padded images.
 
         Args:
-            pixels: uint8 [B, H, W, 3]; what lies outside the valid region is set to zero after normalisation.
+            pixels: uint8 [B, H, W, 3]; pixels outside the valid region are set to zero after normalisation.
             sizes: int64 [B, 2], height and width of each valid region.
 
         Returns:
             scores float [B, N] in 0..1, class_ids int64 [B, N], boxes float [B, N, 4] as xyxy in 0..1 of the
             valid region.
         """
-        return self.answer(self.network(self.normalised(pixels, sizes), sizes))
+        return self.predictions(self.network(self.normalised(pixels, sizes), sizes))
 
     def normalised(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> float [B, 3, H, W], zero outside the valid regions."""
         return self.normalise(pixels) * valid_cells(sizes, pixels.shape[1:3])[:, None]
 
-    def answer(self, output: DetrOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """What the network says as scores, class ids and boxes, see `forward`."""
+    def predictions(self, output: DetrOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the network's output as scores, class ids and boxes, see `forward`."""
         probabilities = torch.softmax(output["pred_logits"], dim=-1)
         scores, class_ids = probabilities[..., : self.network.config.num_classes].max(dim=-1)  # [B, N] each
         return scores, class_ids, cxcywh_to_xyxy(output["pred_boxes"]).clamp(0, 1)
@@ -96,11 +96,11 @@ class ServedDetector(nn.Module):
 def served(
     network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0
 ) -> ServedClassifier | ServedDetector:
-    """Wrap a network for serving, by what it is.
+    """Wrap a network for serving.
 
     Raises:
-        ValueError: `temperature` is not above 0, or the network is a detector, whose scores are not calibrated: most
-            queries answer "no object", so that one temperature for all of them would say little about the boxes.
+        ValueError: `temperature` is not above 0, or not 1 for a detector: most queries predict "no object", so that one
+            temperature for all queries would not calibrate the boxes' scores.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a number above 0, found {temperature}")

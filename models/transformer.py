@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vitrine.models.attention import MultiHeadAttention, SelfAttention
 
-# "exact" is x times the normal distribution function, "tanh" its approximation, which Flax computes unless told
-# otherwise and Google's weights were therefore trained with (Hendrycks & Gimpel 2016, sec. 2).
+# "exact" is x times the normal distribution function; "tanh" is its approximation (Hendrycks & Gimpel 2016, sec. 2),
+# Flax's default and therefore what Google's weights were trained with.
 Gelu = Literal["exact", "tanh"]
 
 
@@ -32,7 +32,7 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, drop a residual branch for a random part of the samples (Huang et al. 2016)."""
+    """Stochastic depth: during training, drop a residual branch for random samples (Huang et al. 2016)."""
 
     def __init__(self, probability: float) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [B, ...], with the expectation kept."""
+        """[B, ...] -> [B, ...] with the same expectation."""
         if not self.training or self.probability == 0:
             return x
         keep = 1 - self.probability
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; `record` takes the attention weights [B, H, N, N]."""
+        """[B, N, D] -> [B, N, D]; the attention weights [B, H, N, N] are appended to `record`."""
         if self.pre_norm:
             x = x + self.drop_path(self.attn(self.norm1(x), record))
             x = x + self.drop_path(self.mlp(self.norm2(x)))
@@ -99,7 +99,7 @@ class DetrEncoderBlock(nn.Module):
         Args:
             x, positions: [B, M, D].
             padding_bias: float [B, 1, 1, M], minus infinity at padding.
-            record: takes the attention weights [B, H, M, M].
+            record: list that the attention weights [B, H, M, M] are appended to.
 
         Returns:
             [B, M, D].
@@ -111,10 +111,10 @@ class DetrEncoderBlock(nn.Module):
 
 
 class SpatialPrior(nn.Module):
-    """Where a query looks first: a Gaussian around its reference box, as wide as the box times a learned factor.
+    """Cross-attention bias: a Gaussian around a query's reference box, as wide as the box times a learned factor.
 
-    Each head learns its own (Gao et al. 2021, "Fast Convergence of DETR with Spatially Modulated Co-Attention", eq. 3
-    and 4).
+    Each head has its own (Gao et al. 2021, "Fast Convergence of DETR with Spatially Modulated Co-Attention", eq. 3 and
+    4).
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -171,11 +171,11 @@ class DetrDecoderBlock(nn.Module):
 
         Args:
             x, query_positions: [B, N, D].
-            memory, positions: [B, M, D], the encoder's output and the encoding of where its cells lie.
+            memory, positions: [B, M, D], the encoder's output and its position encoding.
             bias: of the cross-attention, broadcastable to [B, H, N, M], minus infinity at padding.
-            groups: equal parts of the N queries that do not see each other in self-attention.
-            query_bias: [B, N], how much each query is seen in self-attention: very negative hides it from its group.
-            record: takes the cross-attention weights [B, H, N, M].
+            groups: number of equal groups of the N queries that do not attend to each other.
+            query_bias: [B, N], added to the self-attention logits of each key: very negative masks a query.
+            record: list that the cross-attention weights [B, H, N, M] are appended to.
 
         Returns:
             [B, N, D].
@@ -185,9 +185,9 @@ class DetrDecoderBlock(nn.Module):
         value = x.unflatten(1, (groups, -1)).flatten(0, 1)
         if query_bias is not None:
             query_bias = query_bias.reshape(batch * groups, 1, 1, -1)
-        seen = self.self_attn(query, query, value, query_bias)
-        seen = seen.unflatten(0, (batch, groups)).flatten(1, 2)  # [B, N, D]
-        x = self.norm1(x + self.dropout(seen))
+        attended = self.self_attn(query, query, value, query_bias)
+        attended = attended.unflatten(0, (batch, groups)).flatten(1, 2)  # [B, N, D]
+        x = self.norm1(x + self.dropout(attended))
         attended = self.multihead_attn(x + query_positions, memory + positions, memory, bias, record)
         x = self.norm2(x + self.dropout(attended))
         x = self.norm3(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))

@@ -15,11 +15,11 @@ from vitrine.models.transformer import Block, Gelu
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """The shape of a ViT.
+    """Configuration of a ViT.
 
     `stem` "patch" is the paper's linear patch embedding, "conv" a stack of stride-2 3x3 convolutions (Xiao et al. 2021,
     "Early Convolutions Help Transformers See Better"). `global_pool` "token" classifies the class token's state, "avg"
-    the mean of the patches', and has no class token. `representation_size` is that of a layer with tanh before the head
+    the mean over the patches, without a class token. `representation_size` is the width of a tanh layer before the head
     (the paper's pre-training head).
     """
 
@@ -45,8 +45,8 @@ class ViTConfig:
         return patch_grid(self.image_size, self.patch_size)
 
 
-# Table 1 of the paper, and its small siblings from Touvron et al. 2021 (DeiT) and Steiner et al. 2022; table 1 leaves
-# out what every size has, a patch of 14, 16 or 32 pixels. The last two are for images of 32 x 32 pixels.
+# Table 1 of the paper with patches of 14, 16 or 32 pixels, and the smaller sizes of Touvron et al. 2021 (DeiT) and
+# Steiner et al. 2022. The last two are for images of 32 x 32 pixels.
 VARIANTS: dict[str, dict[str, Any]] = {
     f"vit_{size}_patch{patch}": {"patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
     for size, dim, depth, heads, patches in (
@@ -64,7 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of square patches that cut an image without a rest."""
+    """Return the rows and columns of square patches; the image must divide into whole patches."""
     height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
     if height % patch_size or width % patch_size:
         raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
@@ -113,7 +113,7 @@ class ConvStem(nn.Module):
 
 
 class ViT(nn.Module):
-    """Image to class logits. Parts: patchify stem, class token, positions, encoder blocks, norm, linear head."""
+    """Image to class logits: patch embedding, class token, positions, encoder blocks, norm, linear head."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -136,7 +136,10 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> logits [B, K]; `record` takes each block's attention weights."""
+        """Normalised images float [B, 3, H, W] -> logits [B, K].
+
+        Each block's attention weights are appended to `record`.
+        """
         x = self.patch_embed(x)  # [B, N, D]
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, 1 + N, D]

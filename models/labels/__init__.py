@@ -1,1 +1,1 @@
-"""The label lists that come with Vitrine: ImageNet-1k and COCO."""
+"""Label lists of ImageNet-1k and COCO."""

@@ -2,8 +2,8 @@
 
 from importlib import resources
 
-NAMED = {"imagenet-1k": "ImageNet-1k", "coco": "COCO"}  # label files that come with Vitrine
-NOT_A_CLASS = "N/A"  # how DETR's lists name a class id that stands for nothing
+NAMED = {"imagenet-1k": "ImageNet-1k", "coco": "COCO"}  # label files in this folder
+NOT_A_CLASS = "N/A"  # DETR's name of an unused class id
 
 
 def named_labels(name: str) -> list[tuple[str, str]]:
@@ -14,7 +14,7 @@ def named_labels(name: str) -> list[tuple[str, str]]:
 
 
 def coco_by_category_id(classes: int) -> list[str]:
-    """COCO's labels at the places of their category ids, `NOT_A_CLASS` at all other places."""
+    """Return COCO's labels at the indices of their category ids, `NOT_A_CLASS` at all others."""
     labels = [NOT_A_CLASS] * classes
     for id_, label in named_labels("coco"):
         labels[int(id_)] = label

@@ -1,1 +1,1 @@
-"""Published weights: reading their files safely, knowing their layouts, and making runs of them (`vitrine import`)."""
+"""Published weights: read their files safely, recognise their layouts, and convert them to runs (`vitrine import`)."""

@@ -1,6 +1,6 @@
-"""Layouts of published DETRs (facebookresearch, Hugging Face) and of the ResNets that initialise their backbones."""
+"""Layouts of published DETRs (facebookresearch, Hugging Face) and of ResNets that initialise a backbone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -8,17 +8,18 @@ from torch import Tensor
 from vitrine.models.build import VARIANTS
 from vitrine.models.published.errors import ImportSettingError
 from vitrine.models.published.files import Tensors
-from vitrine.models.published.layout import Layout, Rule, Settings, count, rule, rules
+from vitrine.models.published.layout import IMAGENET, Layout, Rule, Settings, count, rule, rules
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-PREPROCESSING = {"task": "object-detection", "shortest_edge": 800, "longest_edge": 1333, **_IMAGENET}
+PREPROCESSING = {"task": "object-detection", "shortest_edge": 800, "longest_edge": 1333, **IMAGENET}
+_HEAD = ("class_embed.weight", "class_embed.bias")
+_IGNORED = (r".*\.num_batches_tracked",)
 _NORM = ("weight", "bias", "running_mean", "running_var")
-# Behind "detr." lies the detection part of a panoptic network.
+# "detr." is the prefix of the detection part of a panoptic network.
 _PREFIXES = {"": (), "module.": (), "detr.": (r"bbox_attention\..*", r"mask_head\..*")}
 
 
 def _backbone_rules(prefix: str) -> tuple[Rule, ...]:
-    """torchvision's and timm's names of a ResNet, behind a prefix."""
+    """torchvision's and timm's names of a ResNet, after a prefix."""
     block = f"{prefix}layer{{i1}}.{{j}}"
     ours = "backbone.stages.{i}.{j}"
     return (
@@ -65,20 +66,16 @@ def _transformer_settings(tensors: Tensors, *, query: str, encoder: str, decoder
 _BODY = "backbone.0.body."
 
 
-def _third(number: int) -> Any:
-    """Queries, keys or values of a projection that computes all three, [3 D, ...] -> [D, ...]."""
-
-    def take(fused: Tensor) -> Tensor:
-        return fused.chunk(3)[number]
-
-    return take
+def _qkv_part(index: int) -> Callable[[Tensor], Tensor]:
+    """Query, key or value part of a fused projection, [3 D, ...] -> [D, ...]."""
+    return lambda fused: fused.chunk(3)[index]
 
 
 def _attention(target: str, source: str) -> tuple[Rule, ...]:
     return (
         *(
-            rule(f"{target}.{part}_proj.{kind}", f"{source}.in_proj_{kind}", transform=_third(number))
-            for number, part in enumerate("qkv")
+            rule(f"{target}.{part}_proj.{kind}", f"{source}.in_proj_{kind}", transform=_qkv_part(index))
+            for index, part in enumerate("qkv")
             for kind in ("weight", "bias")
         ),
         *rules(f"{target}.out_proj", f"{source}.out_proj"),
@@ -118,7 +115,7 @@ FACEBOOK = Layout(
         "backbone.0.body.conv1.weight",
     ),
     prefixes=_PREFIXES,
-    ignored=(r".*\.num_batches_tracked",),
+    ignored=_IGNORED,
     rules=(
         *_backbone_rules(_BODY),
         *rules("input_proj", "input_proj"),
@@ -138,7 +135,7 @@ FACEBOOK = Layout(
     ),
     settings=_facebook_settings,
     preprocessing=PREPROCESSING,
-    head=("class_embed.weight", "class_embed.bias"),
+    head=_HEAD,
 )
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
@@ -159,26 +156,25 @@ def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Setti
     }
     backbone = config.get("backbone_config")
     backbone = backbone if isinstance(backbone, Mapping) else {}
-    for found, key, needed in (
+    for section, key, expected in (
         (config, "position_embedding_type", "sine"),
         (config, "activation_function", "relu"),
         (backbone, "downsample_in_bottleneck", False),
         (backbone, "downsample_in_first_stage", False),
     ):
-        if found.get(key, needed) != needed:
-            raise ImportSettingError(f"config.json: {key}: expected {needed!r}, found {found[key]!r}")
+        if section.get(key, expected) != expected:
+            raise ImportSettingError(f"config.json: {key}: expected {expected!r}, found {section[key]!r}")
     heads = {config[key] for key in ("encoder_attention_heads", "decoder_attention_heads") if key in config}
     if len(heads) > 1:
         raise ImportSettingError(f"config.json: attention heads: expected one number for both parts, found {heads}")
     if heads:
         settings["num_heads"] = heads.pop()
-    if "dilation" in config and backbone.get("model_type") != "resnet":  # its own ResNet has none, whatever it says
+    if "dilation" in config and backbone.get("model_type") != "resnet":  # transformers' ResNet ignores it
         settings["dilation"] = bool(config["dilation"])
     return settings
 
 
 _HF_ENCODER, _HF_DECODER = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
-_HF_ATTENTION = tuple(f"{part}_proj" for part in ("q", "k", "v", "out"))
 
 HUGGING_FACE = Layout(
     name="Hugging Face's DETR",
@@ -196,23 +192,16 @@ HUGGING_FACE = Layout(
         (r"^model\.backbone\.model\.", _MODEL),
         (r"^(model\.(?:en|de)coder\.layers\.\d+)\.mlp\.", r"\1."),
         (r"\.o_proj\.", ".out_proj."),
-        # its own ResNet, beside timm's, whose names are torchvision's
+        # transformers' ResNet; the alternative is timm's, with torchvision's names
         (r"\.model\.embedder\.embedder\.convolution\.", ".model.conv1."),
         (r"\.model\.embedder\.embedder\.normalization\.", ".model.bn1."),
-        (r"\.model\.encoder\.stages\.0\.layers\.", ".model.layer1."),
-        (r"\.model\.encoder\.stages\.1\.layers\.", ".model.layer2."),
-        (r"\.model\.encoder\.stages\.2\.layers\.", ".model.layer3."),
-        (r"\.model\.encoder\.stages\.3\.layers\.", ".model.layer4."),
-        (r"\.layer\.0\.convolution\.", ".conv1."),
-        (r"\.layer\.1\.convolution\.", ".conv2."),
-        (r"\.layer\.2\.convolution\.", ".conv3."),
-        (r"\.layer\.0\.normalization\.", ".bn1."),
-        (r"\.layer\.1\.normalization\.", ".bn2."),
-        (r"\.layer\.2\.normalization\.", ".bn3."),
+        *((rf"\.model\.encoder\.stages\.{n}\.layers\.", f".model.layer{n + 1}.") for n in range(4)),
+        *((rf"\.layer\.{n}\.convolution\.", f".conv{n + 1}.") for n in range(3)),
+        *((rf"\.layer\.{n}\.normalization\.", f".bn{n + 1}.") for n in range(3)),
         (r"\.shortcut\.convolution\.", ".downsample.0."),
         (r"\.shortcut\.normalization\.", ".downsample.1."),
     ),
-    ignored=(r".*\.num_batches_tracked",),
+    ignored=_IGNORED,
     rules=(
         *_backbone_rules(_MODEL),
         *rules("input_proj", "model.input_projection"),
@@ -223,7 +212,7 @@ HUGGING_FACE = Layout(
                 ("decoder.{i}.self_attn", f"{_HF_DECODER}.self_attn"),
                 ("decoder.{i}.multihead_attn", f"{_HF_DECODER}.encoder_attn"),
             )
-            for part in _HF_ATTENTION
+            for part in ("q_proj", "k_proj", "v_proj", "out_proj")
             for made in rules(f"{ours}.{part}", f"{theirs}.{part}")
         ),
         *rules("encoder.{i}.linear1", f"{_HF_ENCODER}.fc1"),
@@ -242,10 +231,10 @@ HUGGING_FACE = Layout(
     ),
     settings=_hugging_face_settings,
     preprocessing=PREPROCESSING,
-    head=("class_embed.weight", "class_embed.bias"),
+    head=_HEAD,
 )
 
-# A backbone alone -----------------------------------------------------------------------------------------------------
+# ResNet ---------------------------------------------------------------------------------------------------------------
 
 
 def _resnet_settings(tensors: Tensors, _: Mapping[str, Any]) -> Settings:
@@ -258,11 +247,11 @@ RESNET = Layout(
     name="torchvision's or timm's ResNet (the backbone of a new DETR)",
     architecture="detr",
     signature=("conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.conv1.weight"),
-    ignored=(r".*\.num_batches_tracked", r"fc\.(weight|bias)"),
+    ignored=(*_IGNORED, r"fc\.(weight|bias)"),
     rules=_backbone_rules(""),
     settings=_resnet_settings,
     preprocessing=PREPROCESSING,
-    head=("class_embed.weight", "class_embed.bias"),
+    head=_HEAD,
 )
 
 LAYOUTS = (FACEBOOK, HUGGING_FACE, RESNET)

@@ -1,7 +1,7 @@
-"""Files of weights, read safely: nothing in them is executed, and a tensor is read when it is needed.
+"""Read weights files lazily and safely: no code in them is executed.
 
-safetensors; what `torch.save` wrote (archives, and the plain pickles before torch 1.6), through torch's restricted
-unpickler; NumPy's `.npz`, without pickled objects. The kind is told by the file's first bytes, never by its name.
+Formats: safetensors; `torch.save` (archives, and the plain pickles before torch 1.6), through torch's restricted
+unpickler; NumPy's `.npz`, without pickled objects. The first bytes determine the format, never the file's name.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from vitrine.models.published.errors import UnreadableFileError
 
-# Where training scripts put the network among optimizer, epoch and arguments (timm, DeiT, DETR, Lightning).
+# Keys of the state dict in training checkpoints (timm, DeiT, DETR, Lightning).
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still in its file."""
+    """A tensor that is read from its file on demand."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -42,28 +42,28 @@ Tensors = Mapping[str, LazyTensor]
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a file holds."""
+    """The content of a weights file."""
 
     tensors: Tensors
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the training script, where it saved them
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the training script, if it saved them
 
 
 def open_weights(file: Path) -> WeightsFile:
-    """Open a file of weights.
+    """Open a weights file.
 
     Raises:
-        UnreadableFileError: it is broken, no file of weights, or would run code.
+        UnreadableFileError: it is broken, not a weights file, or loading it would run code.
     """
     if not is_file(file):
         raise UnreadableFileError(file, "expected a file, found none")
-    with _sentences(file):
+    with _read_errors(file):
         with file.open("rb") as stream:
             start = stream.read(9)
         if start[8:9] == b"{":
             opened = WeightsFile(_safetensors(file))
-        elif start.startswith(b"PK") and _holds(file, ".npy"):
+        elif start.startswith(b"PK") and _has_member(file, ".npy"):
             opened = WeightsFile(_npz(file))
-        elif start.startswith(b"PK") and _holds(file, "constants.pkl"):
+        elif start.startswith(b"PK") and _has_member(file, "constants.pkl"):
             raise UnreadableFileError(file, "expected weights, found a TorchScript program; save its state_dict()")
         elif start.startswith((b"PK", b"\x80")):
             opened = _torch(file)
@@ -73,13 +73,13 @@ def open_weights(file: Path) -> WeightsFile:
     if not opened.tensors:
         raise UnreadableFileError(file, "expected named tensors, found none")
     for key in opened.tensors:
-        if not key.isprintable():  # it would be shown to the user
+        if not key.isprintable():  # keys are shown to the user
             raise UnreadableFileError(file, f"expected names of tensors, found {key[:100]!r}")
     return opened
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file of that name; a name that cannot be is none."""
+    """Whether `path` is a file; False for an invalid name."""
     try:
         return path.is_file()
     except OSError:
@@ -87,8 +87,8 @@ def is_file(path: Path) -> bool:
 
 
 @contextmanager
-def _sentences(file: Path) -> Iterator[None]:
-    """Whatever a broken file makes its reader raise is one sentence; what readers warn about is not for users."""
+def _read_errors(file: Path) -> Iterator[None]:
+    """Raise an `UnreadableFileError` for any exception of a reader, and suppress its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -97,13 +97,13 @@ def _sentences(file: Path) -> Iterator[None]:
         raise
     except pickle.UnpicklingError as error:
         raise UnreadableFileError(file, _unpickling_reason(str(error))) from error
-    except Exception as error:  # on broken bytes, unpicklers and NumPy's reader of headers raise almost anything
+    except Exception as error:  # unpicklers and NumPy's header reader raise almost any type on broken bytes
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UnreadableFileError(file, reason) from error
 
 
-def _holds(file: Path, suffix: str) -> bool:
-    """Whether an archive has a member whose name ends so."""
+def _has_member(file: Path, suffix: str) -> bool:
+    """Whether an archive has a member whose name ends with `suffix`."""
     with zipfile.ZipFile(file) as archive:
         return any(name.endswith(suffix) for name in archive.namelist())
 
@@ -112,12 +112,12 @@ def _safetensors(file: Path) -> Tensors:
     opened = safe_open(file, framework="pt")
     return {
         key: LazyTensor(tuple(opened.get_slice(key).get_shape()), partial(_read_safetensor, file, opened, key))
-        for key in opened.keys()  # noqa: SIM118 (it is no dict)
+        for key in opened.keys()  # noqa: SIM118 (not a dict)
     }
 
 
 def _read_safetensor(file: Path, opened: Any, key: str) -> Tensor:
-    with _sentences(file):
+    with _read_errors(file):
         tensor: Tensor = opened.get_tensor(key)
         return tensor
 
@@ -137,35 +137,35 @@ def _npz(file: Path) -> Tensors:
 
 
 def _read_array(file: Path, member: str) -> Tensor:
-    with _sentences(file), zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+    with _read_errors(file), zipfile.ZipFile(file) as archive, archive.open(member) as stream:
         array = np.lib.format.read_array(stream, allow_pickle=False)
-        if array.dtype == np.dtype("V2"):  # NumPy has no bfloat16 and stores it as two bytes without a meaning
+        if array.dtype == np.dtype("V2"):  # bfloat16, which NumPy lacks and stores as two raw bytes
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
 
 def _torch(file: Path) -> WeightsFile:
-    # DETR saves its command line. A Namespace takes any attributes and does nothing with them.
+    # DETR saves its arguments as a Namespace, which is safe: it only stores attributes.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        if zipfile.is_zipfile(file) and file.suffix != ".safetensors":  # which torch.load would take at its word
+        if zipfile.is_zipfile(file) and file.suffix != ".safetensors":  # torch.load trusts that suffix
             content: object = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        else:  # older files, which cannot be mapped into memory
+        else:  # older files, which cannot be memory-mapped
             with file.open("rb") as stream:
                 content = torch.load(stream, map_location="cpu", weights_only=True)
     arguments: object = content.get("args") if isinstance(content, dict) else None
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
-    tensors = {key: _in_memory(file, key, value) for key, value in _network(content, depth=4).items()}
+    tensors = {key: _in_memory(file, key, value) for key, value in _state_dict(content, depth=4).items()}
     return WeightsFile(tensors, arguments if isinstance(arguments, dict) else {})
 
 
-def _network(content: object, depth: int) -> dict[str, Tensor]:
-    """The named tensors in what a training script saved, out of less than `depth` wrappers."""
+def _state_dict(content: object, depth: int) -> dict[str, Tensor]:
+    """Return the state dict of a training checkpoint, nested in fewer than `depth` wrappers."""
     if not isinstance(content, dict) or depth == 0:
         return {}
     for name in _WRAPPERS:
-        if found := _network(content.get(name), depth - 1):
-            return found
+        if nested := _state_dict(content.get(name), depth - 1):
+            return nested
     return {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
 
 
@@ -184,10 +184,10 @@ def _unpickling_reason(message: str) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object that was published beside weights; empty if there is no such file.
+    """Read a JSON object published with the weights; empty if there is no such file.
 
     Raises:
-        UnreadableFileError: it is no JSON object.
+        UnreadableFileError: the file is not a JSON object.
     """
     if not is_file(file):
         return {}
@@ -201,6 +201,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,6 +1,6 @@
-"""How Flax writes the layers that Google's `.npz` files hold, as rules for our names.
+"""Rules that convert the Flax layers in Google's `.npz` files.
 
-Kernels of dense layers are [in, out], of convolutions [height, width, in, out]; a norm's weight is its `scale`.
+Kernels of dense layers are [in, out], of convolutions [height, width, in, out]; a norm's weight is named `scale`.
 """
 
 import torch
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from vitrine.models.published.layout import Rule, rule
 
-# Training checkpoints keep the network beside the optimizer's state.
-_BESIDE = (r"opt/.*", r"chrono/.*", r"accum_train_time", r"epoch", r"step")
+# Training checkpoints also hold the optimizer's state.
+_TRAINING_STATE = (r"opt/.*", r"chrono/.*", r"accum_train_time", r"epoch", r"step")
 PREFIXES = {
     "": (),
-    "opt/target/": _BESIDE,
-    "params/": _BESIDE,
-    "params/img/": (*_BESIDE, r"params/(?!img/).*"),  # beside a text tower
+    "opt/target/": _TRAINING_STATE,
+    "params/": _TRAINING_STATE,
+    "params/img/": (*_TRAINING_STATE, r"params/(?!img/).*"),  # with a text tower
 }
 
 
 def dense_kernel(kernel: Tensor) -> Tensor:
-    """[in, out], perhaps among axes of length one -> [out, in]."""
+    """[in, out], possibly with axes of length one -> [out, in]."""
     return kernel.squeeze().T if kernel.squeeze().ndim == 2 else kernel.T
 
 
@@ -29,7 +29,7 @@ def conv_kernel(kernel: Tensor) -> Tensor:
 
 
 def heads_in(*kernels: Tensor) -> Tensor:
-    """Projections to heads, each [D, H, d] (a bias [H, d]) -> one fused [3 H d, D] ([3 H d])."""
+    """Query, key and value kernels [D, H, d] (biases [H, d]) -> a fused weight [3 H d, D] (bias [3 H d])."""
     return torch.cat([kernel.flatten(-2).T if kernel.ndim == 3 else kernel.flatten() for kernel in kernels])
 
 
@@ -39,7 +39,7 @@ def heads_out(kernel: Tensor) -> Tensor:
 
 
 def dense(target: str, source: str) -> tuple[Rule, ...]:
-    """A dense layer."""
+    """Rules of a dense layer."""
     return (
         rule(f"{target}.weight", f"{source}/kernel", transform=dense_kernel),
         rule(f"{target}.bias", f"{source}/bias", transform=lambda bias: bias.flatten()),
@@ -47,7 +47,7 @@ def dense(target: str, source: str) -> tuple[Rule, ...]:
 
 
 def conv(target: str, source: str) -> tuple[Rule, ...]:
-    """A convolution with bias."""
+    """Rules of a convolution with bias."""
     return (
         rule(f"{target}.weight", f"{source}/kernel", transform=conv_kernel),
         rule(f"{target}.bias", f"{source}/bias"),
@@ -55,5 +55,5 @@ def conv(target: str, source: str) -> tuple[Rule, ...]:
 
 
 def norm(target: str, source: str) -> tuple[Rule, ...]:
-    """A layer norm."""
+    """Rules of a layer norm."""
     return rule(f"{target}.weight", f"{source}/scale"), rule(f"{target}.bias", f"{source}/bias")

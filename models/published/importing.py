@@ -1,4 +1,4 @@
-"""`vitrine import`: from a published file of weights to a run, or to an error that leaves nothing behind."""
+"""`vitrine import`: convert published weights to a run. If it fails, nothing is written."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from vitrine.models.vit import patch_grid
 
 _FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
-# How many heads the published network of a width has: no shape of a projection tells it.
+# Number of heads of the published networks by width: it cannot be inferred from the shapes.
 _PUBLISHED_HEADS = {
     (architecture, settings["embed_dim"]): settings["num_heads"]
     for architecture, settings in VARIANTS.values()
@@ -36,12 +36,12 @@ _PUBLISHED_HEADS = {
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What an import found and made."""
+class ImportResult:
+    """The imported checkpoint, with notes for the user."""
 
     checkpoint: Checkpoint
     parameters: int
-    notes: list[str]  # what was assumed or left out
+    notes: list[str]  # assumptions, and files that were not used
 
 
 def import_weights(
@@ -52,18 +52,18 @@ def import_weights(
     labels: str | None = None,
     reset_head: bool = False,
     changes: Sequence[str] = (),
-) -> Imported:
-    """Write a run with the weights of a published file.
+) -> ImportResult:
+    """Write a run with published weights.
 
     Args:
-        source: the file, or a folder with `model.safetensors` or `pytorch_model.bin` in it.
-        variant: a key of `models.build.VARIANTS`, for what the shapes in the file do not tell.
+        source: the file, or a folder with `model.safetensors` or `pytorch_model.bin`.
+        variant: key of `models.build.VARIANTS`, for settings that the shapes in the file do not determine.
         labels: "imagenet-1k", "coco" or a file with a label on each line.
-        reset_head: start the last layer from random weights, for other labels than the file's.
-        changes: `key=value` of the architecture's settings or of `preprocessing`, against what was found.
+        reset_head: initialise the last layer randomly, for other labels than the file's.
+        changes: `key=value` of the architecture's settings or of `preprocessing`, overriding the inferred values.
 
     Raises:
-        WeightsError: the file, or what was asked for, cannot be used; nothing is written.
+        WeightsError: the file or the options cannot be used; nothing is written.
     """
     if is_file(run / CHECKPOINT_FILE):
         raise ImportSettingError(f"{run}: a run is already there; choose another --out")
@@ -75,16 +75,17 @@ def import_weights(
 
     context = {**settings_changes, **weights_file.arguments, **published.config}
     tensors, settings, size_in_file = _settings(layout, tensors, context, variant, settings_changes, file, notes)
-    fields, where = find_preprocessing(layout, published, settings)
+    fields, origin = find_preprocessing(layout, published, settings)
     if layout.architecture != "detr" and "image_size" in settings_changes:
         fields["input_size"] = input_size(settings)
     fields = {"task": Task.CLASSIFICATION, **fields, **preprocessing_changes}
     preprocessing = validated(Preprocessing, fields, "preprocessing")
     if isinstance(preprocessing, ClassificationPreprocessing):
-        settings = _agreeing(layout, settings, preprocessing)
-    notes.append(f"preprocessing is {where}: {_said(preprocessing)}")
+        settings = _match_image_size(layout, settings, preprocessing)
+    values = preprocessing.model_dump(mode="json", exclude={"task"}).items()
+    notes.append(f"preprocessing is {origin}: {', '.join(f'{key}={json.dumps(value)}' for key, value in values)}")
     if layout is detr.FACEBOOK and variant is None and "dilation" not in {**context, **settings}:
-        notes.append("no tensor tells whether it is a DC5: taken for none; dilation=true makes it one")
+        notes.append("assumed not to be a DC5, which no tensor shows; dilation=true makes it one")
 
     head = [key for key in layout.head if reset_head or layout is detr.RESNET]
     rows = None if head else _classes_in_file(layout, tensors, file)
@@ -96,7 +97,7 @@ def import_weights(
     in_file = settings if size_in_file is None else {**settings, "image_size": size_in_file}
     weights, untrained = _weights(layout, tensors, in_file, classes.labels, file, head)
     if not head:
-        order = [*classes.named, *classes.unused, *([-1] if detection else [])]  # "no object" stays the last
+        order = [*classes.named, *classes.unused, *([-1] if detection else [])]  # "no object" stays last
         weights |= {key: weights[key][order] for key in layout.head}
     if size_in_file is not None:
         weights |= _resized(weights, size_in_file, settings)
@@ -117,14 +118,14 @@ def import_weights(
     )
     parameters = sum(parameter.numel() for parameter in checkpoint.build().parameters())
     _write(checkpoint, run)
-    return Imported(checkpoint, parameters, notes)
+    return ImportResult(checkpoint, parameters, notes)
 
 
 def _file_in(source: Path) -> Path:
     try:
         if not source.is_dir():
             return source
-    except OSError:  # no name that a file could have
+    except OSError:  # an invalid name
         return source
     for name in _FOLDER_FILES:
         if (source / name).is_file():
@@ -133,10 +134,10 @@ def _file_in(source: Path) -> Path:
 
 
 def _parse(changes: Sequence[str], layout: Layout) -> tuple[Settings, dict[str, Any]]:
-    """`key=value` of the architecture's settings, and of its preprocessing."""
-    task = DetectionPreprocessing if layout.architecture == "detr" else ClassificationPreprocessing
-    of_network = setting_names(layout.architecture)
-    of_images = [f"preprocessing.{name}" for name in task.model_fields if name not in ("task", "input_size")]
+    """Parse `key=value` into the architecture's settings and the preprocessing's fields."""
+    fields = (DetectionPreprocessing if layout.architecture == "detr" else ClassificationPreprocessing).model_fields
+    network_keys = setting_names(layout.architecture)
+    preprocessing_keys = [f"preprocessing.{name}" for name in fields if name not in ("task", "input_size")]
     settings: Settings = {}
     preprocessing: dict[str, Any] = {}
     for change in changes:
@@ -147,12 +148,12 @@ def _parse(changes: Sequence[str], layout: Layout) -> tuple[Settings, dict[str, 
             value = json.loads(text)
         except ValueError:
             value = text
-        if key in of_network:
+        if key in network_keys:
             settings[key] = value
-        elif key in of_images:
+        elif key in preprocessing_keys:
             preprocessing[key.removeprefix("preprocessing.")] = value
         else:
-            raise ImportSettingError(unknown(key, of_network + of_images))
+            raise ImportSettingError(unknown(key, network_keys + preprocessing_keys))
     return settings, preprocessing
 
 
@@ -165,22 +166,21 @@ def _settings(
     file: Path,
     notes: list[str],
 ) -> tuple[Tensors, Settings, Any]:
-    """Tensors as the layout's rules speak of them, the network's settings, and a ViT's image size in the file.
+    """Return the tensors that the layout's rules refer to, the network's settings, and a ViT's image size in the file.
 
-    Settings are what the shapes tell, then the variant, then the user's changes. What had to be assumed is added to
-    `notes`.
+    Settings come from the shapes, then the variant, then the user's changes. Assumptions are appended to `notes`.
     """
     try:
         tensors = layout.prepare(tensors, context)
         settings = layout.settings(tensors, context)
     except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{file}: it is like {layout.name}, but its shapes are not: {error}") from error
+        raise WeightsError(f"{file}: its keys match {layout.name}, but its shapes do not: {error}") from error
     if variant is not None:
-        known = [name for name, (architecture, _) in VARIANTS.items() if architecture == layout.architecture]
-        if variant not in known:
-            raise ImportSettingError(f"--variant: {unknown(variant, known)}")
+        variants = [name for name, (architecture, _) in VARIANTS.items() if architecture == layout.architecture]
+        if variant not in variants:
+            raise ImportSettingError(f"--variant: {unknown(variant, variants)}")
         settings |= VARIANTS[variant][1]
-    # A ViT's positions are brought to another resolution once they are read; a Mixer's filters cannot be.
+    # A ViT's positions are resized after reading; a Mixer's weights cannot be.
     size_in_file = settings.get("image_size", changes.get("image_size")) if layout.architecture == "vit" else None
     settings |= changes
     published = (layout.architecture, settings.get("embed_dim"))
@@ -189,7 +189,8 @@ def _settings(
         notes.append(f"num_heads={settings['num_heads']} is that of the published network of this width")
     for key in ("num_heads", "image_size"):
         if key not in settings and key in setting_names(layout.architecture):
-            raise ImportSettingError(f"{file}: {key}: no shape in the file tells it; say {key}=VALUE or --variant NAME")
+            options = f"{key}=VALUE or --variant NAME"
+            raise ImportSettingError(f"{file}: {key}: cannot be inferred from the file; pass {options}")
     for key, value in settings.items():
         if isinstance(value, int | float) and not 0 <= value < math.inf:
             raise ImportSettingError(f"settings: {key}: expected a number from 0, found {value}")
@@ -199,12 +200,12 @@ def _settings(
     return tensors, settings, size_in_file
 
 
-def _agreeing(layout: Layout, settings: Settings, preprocessing: ClassificationPreprocessing) -> Settings:
-    """Settings whose image size is that of the preprocessing."""
+def _match_image_size(layout: Layout, settings: Settings, preprocessing: ClassificationPreprocessing) -> Settings:
+    """Return the settings with the image size of the preprocessing."""
     found = preprocessing.input_size
     if input_size(settings) == found:
         return settings
-    if layout.architecture == "resnetv2":  # any size can be given: what was published is right
+    if layout.architecture == "resnetv2":  # accepts any size: use the published one
         return {**settings, "image_size": found[0] if found[0] == found[1] else found}
     raise ImportSettingError(
         f"preprocessing: input_size: expected the network's {input_size(settings)}, found {found}; "
@@ -213,7 +214,7 @@ def _agreeing(layout: Layout, settings: Settings, preprocessing: ClassificationP
 
 
 def _classes_in_file(layout: Layout, tensors: Tensors, file: Path) -> int:
-    """How many classes the file's head tells apart, without "no object"."""
+    """Number of classes of the file's head, without "no object"."""
     rule = next(rule for rule in layout.rules if rule.target == layout.head[1])
     bias = tensors.get(rule.sources[0])
     if bias is None:
@@ -224,21 +225,21 @@ def _classes_in_file(layout: Layout, tensors: Tensors, file: Path) -> int:
 def _weights(
     layout: Layout, tensors: Tensors, settings: Settings, labels: list[str], file: Path, new: list[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """All weights of the network, and which parts of it the file did not fill."""
+    """Return all weights of the network, and the names of its parts that are not in the file."""
     state = _build(layout, settings, len(labels)).state_dict()
     if layout is detr.RESNET:
         new = [name for name in state if not name.startswith("backbone.")]
     weights = convert(layout, tensors, state, file=file, skip=new)
     if new:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same file and arguments make the same run
+            torch.manual_seed(0)  # importing is reproducible
             fresh = build_model(layout.architecture, settings, len(labels)).state_dict()
         weights |= {name: fresh[name] for name in new}
     return {name: weights[name] for name in state}, sorted({name.split(".")[0] for name in new})
 
 
 def _build(layout: Layout, settings: Settings, classes: int) -> nn.Module:
-    """The network without its weights."""
+    """Build the network on "meta", without its weights."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors without elements
@@ -248,19 +249,14 @@ def _build(layout: Layout, settings: Settings, classes: int) -> nn.Module:
 
 
 def _resized(weights: Mapping[str, Tensor], size_in_file: Any, settings: Settings) -> dict[str, Tensor]:
-    """A ViT's positions for the image size in the settings."""
+    """Return a ViT's positions, resized to the image size in the settings."""
     name = "pos_embed.embedding"
     sizes = [input_size({"image_size": size}) for size in (size_in_file, settings["image_size"])]
     grids = [patch_grid(size, settings["patch_size"]) for size in sizes]
     try:
         return {name: interpolate_positions(weights[name], grids[0], grids[1])}
-    except RuntimeError as error:  # more of them than fit in memory
+    except RuntimeError as error:  # out of memory
         raise ImportSettingError(f"settings: image_size: {error}") from error
-
-
-def _said(preprocessing: ClassificationPreprocessing | DetectionPreprocessing) -> str:
-    fields = preprocessing.model_dump(mode="json", exclude={"task"})
-    return ", ".join(f"{key}={json.dumps(value)}" for key, value in fields.items())
 
 
 def _arguments(variant: str | None, labels: str | None, reset_head: bool, changes: Sequence[str]) -> list[str]:
@@ -271,20 +267,20 @@ def _arguments(variant: str | None, labels: str | None, reset_head: bool, change
 
 
 def _write(checkpoint: Checkpoint, run: Path) -> None:
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         for folder in (*reversed(run.parents), run):
             if not folder.is_dir():
                 folder.mkdir()
-                made.append(folder)
+                created.append(folder)
         try:
             save_checkpoint(checkpoint, run)
         except BaseException:
             (run / f"{CHECKPOINT_FILE}.partial").unlink(missing_ok=True)
             raise
     except BaseException as error:
-        for folder in reversed(made):
+        for folder in reversed(created):
             folder.rmdir()
-        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk by the latter
+        if isinstance(error, OSError | RuntimeError):  # torch.save raises the latter on a full disk
             raise ImportSettingError(f"{run}: cannot be written: {error}") from error
         raise

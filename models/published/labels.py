@@ -1,4 +1,4 @@
-"""The names of a network's classes: from the user, from what was published with the weights, or from the data set."""
+"""Class labels of published weights: from the user, from the published `config.json`, or from the data set."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pydantic import Field
 from vitrine.models.labels.named import NAMED, NOT_A_CLASS, coco_by_category_id, named_labels
 from vitrine.models.published.errors import ImportSettingError, validated
 
-COCO_CLASSES = (91, 250)  # of a DETR's head, without "no object": COCO's category ids, and the panoptic network's
+COCO_CLASSES = (91, 250)  # sizes of a DETR's head without "no object": COCO category ids, and of the panoptic network
 
 ClassId = Annotated[int, Field(ge=0, lt=100_000)]
 
@@ -21,15 +21,15 @@ class Classes:
     """The classes of a head."""
 
     labels: list[str]
-    named: list[int]  # the class id in the file of each label
-    unused: list[int]  # class ids in the file that stand for no label
+    named: list[int]  # class id of each label in the file
+    unused: list[int]  # class ids in the file without a label
 
 
 def read_labels(source: str) -> list[str]:
-    """The user's choice: a name in `NAMED`, or a text file with a label on each line.
+    """Read the user's labels: a name in `NAMED`, or a text file with a label on each line.
 
     Raises:
-        ImportSettingError: it is neither, or a line is empty.
+        ImportSettingError: `source` is neither, or a line is empty.
     """
     if source in NAMED:
         return [label for _, label in named_labels(source)]
@@ -48,12 +48,12 @@ def read_labels(source: str) -> list[str]:
 
 
 def published_labels(config: Mapping[str, Any]) -> list[str] | None:
-    """The labels in a `config.json`: Hugging Face's `id2label`, or timm's `label_names` and their descriptions.
+    """Return the labels in a `config.json`: Hugging Face's `id2label`, or timm's `label_names` and descriptions.
 
-    "LABEL_0" and so on, which Hugging Face writes where nobody gave names, are none.
+    None if there are none, or only Hugging Face's placeholders "LABEL_0" and so on.
 
     Raises:
-        ImportSettingError: they are of another kind.
+        ImportSettingError: a field has an invalid value.
     """
     if "id2label" in config:
         by_id: dict[int, str] = validated(dict[ClassId, str], config["id2label"], "config.json: id2label")
@@ -62,24 +62,24 @@ def published_labels(config: Mapping[str, Any]) -> list[str] | None:
         return [by_id.get(i, NOT_A_CLASS) for i in range(max(by_id) + 1)]
     if "label_names" in config:
         names: list[str] = validated(list[str], config["label_names"], "config.json: label_names")
-        found = validated(dict[str, str] | None, config.get("label_descriptions"), "config.json: label_descriptions")
-        return [(found or {}).get(name, name) for name in names]
+        text = validated(dict[str, str] | None, config.get("label_descriptions"), "config.json: label_descriptions")
+        return [(text or {}).get(name, name) for name in names]
     return None
 
 
 def choose_labels(
     chosen: str | None, config: Mapping[str, Any], *, classes: int | None, detection: bool, file: Path
 ) -> tuple[Classes, str | None]:
-    """The classes of a head, and what is to be said about their names.
+    """Return the classes of a head, and a note for the user about their labels.
 
     Args:
-        chosen: by the user: a name in `NAMED` or a file.
-        config: the `config.json` beside the weights.
-        classes: how many the head in the file tells apart, without "no object"; None for a new head.
-        detection: whether the classes are a detector's, whose lists may have holes.
+        chosen: the user's choice: a name in `NAMED` or a file.
+        config: the published `config.json`.
+        classes: number of classes of the head in the file, without "no object"; None for a new head.
+        detection: whether the network is a detector, whose class ids may have gaps.
 
     Raises:
-        ImportSettingError: nothing names the classes, or there are more or fewer names than classes.
+        ImportSettingError: there are no labels, or not as many as classes.
     """
     note = None
     if classes is None:
@@ -93,28 +93,29 @@ def choose_labels(
     elif detection and classes in COCO_CLASSES:
         labels = coco_by_category_id(classes)
         if chosen is None:
-            note = f"labels are those of COCO, for the head has {classes} classes"
+            note = f"labels are those of COCO, because the head has {classes} classes"
     elif not detection and classes == 1000:
         labels = read_labels("imagenet-1k")
-        note = "labels are those of ImageNet-1k, for the head has 1,000 classes"
+        note = "labels are those of ImageNet-1k, because the head has 1,000 classes"
     else:
         raise ImportSettingError(
-            f"{file}: no names for its {classes:,} classes: --labels {', '.join(NAMED)} or a file with one on each line"
+            f"{file}: no labels for its {classes:,} classes: "
+            f"--labels {', '.join(NAMED)} or a file with one on each line"
         )
     if classes not in (None, len(labels)):
         raise ImportSettingError(
             f"labels: expected {classes:,}, one for each class of the head, found {len(labels):,}; "
             "--reset-head makes a new head, to be trained"
         )
-    holes = [i for i, label in enumerate(labels) if label == NOT_A_CLASS and detection]
-    named = [i for i in range(len(labels)) if i not in holes]
-    return Classes(distinct([labels[i] for i in named]), named, holes), note
+    unused = [i for i, label in enumerate(labels) if label == NOT_A_CLASS and detection]
+    named = [i for i in range(len(labels)) if i not in unused]
+    return Classes(distinct([labels[i] for i in named]), named, unused), note
 
 
 def distinct(labels: Sequence[str]) -> list[str]:
-    """Labels that occur twice (ImageNet has two cranes) get their class id behind them."""
-    made = list(labels)
-    while len(set(made)) < len(made):
-        occurrences = Counter(made)
-        made = [f"{label} ({i})" if occurrences[label] > 1 else label for i, label in enumerate(made)]
-    return made
+    """Append the class id to labels that occur more than once (ImageNet has two cranes)."""
+    unique = list(labels)
+    while len(set(unique)) < len(unique):
+        occurrences = Counter(unique)
+        unique = [f"{label} ({i})" if occurrences[label] > 1 else label for i, label in enumerate(unique)]
+    return unique

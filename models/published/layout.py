@@ -1,7 +1,7 @@
-"""What a layout is: the names and shapes under which someone publishes a network, and how they become ours.
+"""Layouts of published weights: names and shapes of a network's tensors, and their conversion to ours.
 
-A layout is written as a literal table from our names to theirs. Conversion is strict: every tensor of the network must
-come from the file, every tensor of the file must be used or be known to be of no use, and every shape must fit.
+A layout is a literal table from our names to the published ones. Conversion is strict: every tensor of the network must
+come from the file, every tensor of the file must be used or explicitly ignored, and every shape must match.
 """
 
 import re
@@ -18,12 +18,16 @@ from vitrine.models.published.files import LazyTensor, Tensors
 
 Settings = dict[str, Any]
 
+# Mean and standard deviation that published networks normalise images with (RGB in 0..1), by timm's names.
+INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
 
 @dataclass(frozen=True)
 class Rule:
     """Our tensor `target` is `transform` of the file's `sources`.
 
-    Names hold {i} and {j} for indices; a source may also count from one ({i1}, {j1}).
+    {i} and {j} in names stand for indices; sources may also count from one ({i1}, {j1}).
     """
 
     target: str
@@ -32,11 +36,11 @@ class Rule:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches what `target` names."""
-        return _pattern(self.target)
+        """Pattern of the names that `target` stands for."""
+        return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(self.target)))
 
     def source_names(self, target: str) -> list[str] | None:
-        """The names in the file for one of our tensors, None if this rule is not about it."""
+        """Return the file's names for one of our tensors; None if the rule does not apply to it."""
         match = self.pattern.fullmatch(target)
         if match is None:
             return None
@@ -45,24 +49,25 @@ class Rule:
         return [source.format(**indices) for source in self.sources]
 
 
-def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(name)))
-
-
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def rule(target: str, *sources: str, transform: Callable[..., Tensor] = _same) -> Rule:
-    """One of our tensors."""
+def rule(target: str, *sources: str, transform: Callable[..., Tensor] = _identity) -> Rule:
+    """Rule of a single tensor."""
     return Rule(target, sources, transform)
 
 
 def rules(
-    target: str, *sources: str, parts: Iterable[str] = ("weight", "bias"), transform: Callable[..., Tensor] = _same
+    target: str, *sources: str, parts: Iterable[str] = ("weight", "bias"), transform: Callable[..., Tensor] = _identity
 ) -> tuple[Rule, ...]:
-    """Our tensors `target.weight` and `target.bias`, which the file calls the same."""
+    """Rules of a module's parameters, by default `weight` and `bias`, which have the same names in the file."""
     return tuple(rule(f"{target}.{part}", *(f"{s}.{part}" for s in sources), transform=transform) for part in parts)
+
+
+def same_names(*modules: str) -> tuple[Rule, ...]:
+    """Rules of modules that have the same names in the file."""
+    return tuple(made for module in modules for made in rules(module, module))
 
 
 _TORCH_PREFIXES = ("", "module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
@@ -70,22 +75,22 @@ _TORCH_PREFIXES = ("", "module.", "_orig_mod.", "model.")  # of DistributedDataP
 
 @dataclass(frozen=True)
 class Layout:
-    """How a network is published.
+    """Layout in which a network is published.
 
     Attributes:
-        name: for people.
-        architecture: the key of `models.build.ARCHITECTURES`.
+        name: display name.
+        architecture: key of `models.build.ARCHITECTURES`.
         signature: keys that every file of this layout has, after prefix and aliases.
-        rules: every tensor of our network.
-        settings: the network's settings, from the shapes in the file and what was published beside it.
-        preprocessing: the family's published defaults, without what the network's settings say.
-        prefixes: what may stand before every key, with patterns of the keys that then lie beside the network.
-        aliases: pattern and replacement, from other names of the same thing to those in the rules.
-        ignored: patterns of keys that hold nothing that the network needs.
-        prepare: from the tensors as they are in the file to those that the rules speak of.
+        rules: for every tensor of our network.
+        settings: infers the network's settings from the shapes in the file and the published `config.json`.
+        preprocessing: the family's published defaults, except those that follow from the network's settings.
+        prefixes: possible prefixes of all keys, each with patterns of the keys outside the network that have none.
+        aliases: pattern and replacement, from alternative names to those in the rules.
+        ignored: patterns of keys that the network does not need.
+        prepare: converts the file's tensors to those that the rules refer to.
         head: our names of the last layer, which depends on the labels.
-        model_type: that of a Hugging Face `config.json`.
-        timm_names: how the architectures begin in a `config.json` of timm.
+        model_type: in a Hugging Face `config.json`.
+        timm_names: prefixes of the `architecture` in a `config.json` of timm.
     """
 
     name: str
@@ -103,7 +108,7 @@ class Layout:
     timm_names: tuple[str, ...] = ()
 
     def canonical(self, tensors: Tensors, prefix: str) -> Tensors:
-        """The file's tensors under the names in the rules."""
+        """Return the file's tensors under the names in the rules."""
         renamed: dict[str, LazyTensor] = {}
         for key, tensor in tensors.items():
             if not key.startswith(prefix):
@@ -114,12 +119,12 @@ class Layout:
             for pattern, replacement in self.aliases:
                 name = re.sub(pattern, replacement, name)
             if name in renamed:
-                name = f"{key} (beside another {name})"  # which makes it unexpected
+                name = f"{key} (duplicate of {name})"  # an unexpected key
             renamed[name] = tensor
         return renamed
 
     def find_prefix(self, tensors: Tensors) -> str | None:
-        """The prefix under which the file has this layout, None if it has not."""
+        """Return the prefix with which the file has this layout; None if it does not have it."""
         for prefix in self.prefixes:
             if any(key.startswith(prefix) for key in tensors) and set(self.signature) <= set(
                 self.canonical(tensors, prefix)
@@ -128,20 +133,20 @@ class Layout:
         return None
 
     def known_share(self, tensors: Tensors) -> float:
-        """The part of the file's keys that could be of this layout, 0 to 1."""
-        shapes = {_numberless(source) for rule_ in self.rules for source in rule_.sources}
-        names = [_numberless(name) for name in self.canonical(tensors, "")]
-        return sum(name in shapes for name in names) / max(1, len(names))
+        """Share of the file's keys that this layout could have, 0 to 1."""
+        known = {_without_indices(source) for rule_ in self.rules for source in rule_.sources}
+        names = [_without_indices(name) for name in self.canonical(tensors, "")]
+        return sum(name in known for name in names) / max(1, len(names))
 
 
-def _numberless(name: str) -> str:
+def _without_indices(name: str) -> str:
     return re.sub(r"\{\w+(:\w+)?\}|\d+", "#", name)
 
 
 def count(tensors: Tensors, name: str, **indices: int) -> int:
-    """How many units there are: the highest index among the keys that begin as `name` does, up to its {n} or {n1}.
+    """Count units by the highest index among the keys that begin like `name` up to its {n} or {n1}.
 
-    {n} counts from zero, {n1} from one. Units that miss the very tensor of `name` are counted, and missed later.
+    {n} counts from zero, {n1} from one. Units without the tensor `name` count too; conversion reports it as missing.
     """
     start, _, rest = name.partition("{n")
     pattern = re.compile(re.escape(start.format(**indices)) + r"(\d+)(?!\d)")
@@ -152,16 +157,16 @@ def count(tensors: Tensors, name: str, **indices: int) -> int:
 def convert(
     layout: Layout, tensors: Tensors, network: Mapping[str, Tensor], *, file: object, skip: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """The weights of our network from the tensors of a file, float32.
+    """Convert the tensors of a file to the weights of our network, float32.
 
     Args:
         tensors: under the names in the layout's rules.
-        network: names and shapes of our network, on any device (also "meta").
-        skip: tensors of the network that are not to be read.
+        network: our network's state dict, on any device (also "meta").
+        skip: tensors of the network that are not read.
 
     Raises:
-        MismatchError: listing all that is missing, unexpected or of another shape.
-        WeightsError: numbers in it are not finite.
+        MismatchError: lists all tensors that are missing, unexpected or of another shape.
+        WeightsError: numbers are not finite, or not floating-point.
     """
     weights: dict[str, Tensor] = {}
     for target, rule_, names in _plan(layout, tensors, network, file, set(skip)):
@@ -171,7 +176,7 @@ def convert(
         weight = rule_.transform(*parts).to(torch.float32)
         if not torch.isfinite(weight).all():
             raise WeightsError(f"{file}: {', '.join(names)}: expected finite numbers, found others")
-        # A view would drag the whole tensor that it is cut from into the run.
+        # A view would save the whole storage that it belongs to in the checkpoint.
         whole = weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes
         weights[target] = weight if whole else weight.clone(memory_format=torch.contiguous_format)
     return weights
@@ -180,18 +185,18 @@ def convert(
 def _plan(
     layout: Layout, tensors: Tensors, network: Mapping[str, Tensor], file: object, skipped: set[str]
 ) -> list[tuple[str, Rule, list[str]]]:
-    """Each tensor of our network with its rule and its sources, once all is known to fit."""
+    """Return each tensor of our network with its rule and sources, after checking names and shapes."""
     plan: list[tuple[str, Rule, list[str]]] = []
     used: set[str] = set()
-    missing: dict[str, None] = {}  # a set that keeps its order
+    missing: dict[str, None] = {}  # an ordered set
     shapes: dict[str, tuple[object, object]] = {}
     for target, expected in network.items():
-        found = next(((r, names) for r in layout.rules if (names := r.source_names(target)) is not None), None)
-        if found is None:
+        match = next(((r, names) for r in layout.rules if (names := r.source_names(target)) is not None), None)
+        if match is None:
             if target not in skipped:
-                missing[f"anything for our {target}"] = None
+                missing[f"a source of our {target}"] = None
             continue
-        rule_, names = found
+        rule_, names = match
         used.update(names)
         if target in skipped:
             continue
@@ -210,7 +215,7 @@ def _plan(
 
 
 def _shape_after(rule_: Rule, sources: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """The shape that the rule makes, None if it cannot be applied to such shapes."""
+    """Return the shape that the rule produces; None if it does not accept these shapes."""
     try:
         return tuple(rule_.transform(*(torch.empty(shape, device="meta") for shape in sources)).shape)
     except (RuntimeError, ValueError, IndexError):

@@ -6,9 +6,7 @@ from typing import Any
 
 from vitrine.models.published import flax
 from vitrine.models.published.files import Tensors
-from vitrine.models.published.layout import Layout, Settings, count, rules
-
-_HALF = (0.5, 0.5, 0.5)
+from vitrine.models.published.layout import INCEPTION, Layout, Settings, count, same_names
 
 
 def _google_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
@@ -37,7 +35,7 @@ GOOGLE = Layout(
     ),
     prefixes=flax.PREFIXES,
     aliases=(
-        # the layout of the first files, whose kernels have further axes of length one
+        # names in the first files, whose kernels have additional axes of length one
         (r"^embedding/", "stem/"),
         (r"^Mixer/encoderblock_(\d+)/", r"MixerBlock_\1/"),
         (r"/(token|channel)_mixing_phase_0/(kernel|bias)1$", r"/\1_mixing/Dense_0/\2"),
@@ -56,7 +54,7 @@ GOOGLE = Layout(
         *flax.dense("head", "head"),
     ),
     settings=_google_settings,
-    preprocessing={"crop_mode": "squash", "mean": _HALF, "std": _HALF},
+    preprocessing={"crop_mode": "squash", **INCEPTION},
 )
 
 
@@ -73,26 +71,17 @@ def _timm_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
     }
 
 
-_SAME_NAMES = (
-    "stem.proj",
-    "blocks.{i}.norm1",
-    "blocks.{i}.mlp_tokens.fc1",
-    "blocks.{i}.mlp_tokens.fc2",
-    "blocks.{i}.norm2",
-    "blocks.{i}.mlp_channels.fc1",
-    "blocks.{i}.mlp_channels.fc2",
-    "norm",
-    "head",
-)
-
 TIMM = Layout(
     name="timm's MLP-Mixer",
     timm_names=("mixer_",),
     architecture="mlp_mixer",
     signature=("stem.proj.weight", "blocks.0.mlp_tokens.fc1.weight", "blocks.0.mlp_channels.fc1.weight"),
-    rules=tuple(rule for name in _SAME_NAMES for rule in rules(name, name)),
+    rules=(
+        *same_names("stem.proj", "norm", "head", "blocks.{i}.norm1", "blocks.{i}.norm2"),
+        *same_names(*(f"blocks.{{i}}.{mlp}.{fc}" for mlp in ("mlp_tokens", "mlp_channels") for fc in ("fc1", "fc2"))),
+    ),
     settings=_timm_settings,
-    preprocessing={"crop_pct": 0.875, "interpolation": "bicubic", "mean": _HALF, "std": _HALF},
+    preprocessing={"crop_pct": 0.875, "interpolation": "bicubic", **INCEPTION},
 )
 
 LAYOUTS = (GOOGLE, TIMM)

@@ -1,9 +1,9 @@
-"""How images were prepared for published weights: from the JSON files beside them, or the family's defaults."""
+"""Preprocessing of published weights: from the JSON files in their folder, or the family's defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,8 +12,9 @@ from vitrine.models.published.errors import ImportSettingError, validated
 from vitrine.models.published.files import read_json
 from vitrine.models.published.layout import Layout, Settings
 
-_RESAMPLE = {2: Interpolation.BILINEAR, 3: Interpolation.BICUBIC}  # Pillow's numbers, which Hugging Face writes
-_FULL_CROP_ABOVE = 224  # pixels: published networks of higher resolution see the whole picture
+_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+_RESAMPLE = {2: Interpolation.BILINEAR, 3: Interpolation.BICUBIC}  # Pillow's constants, as in Hugging Face's files
+_FULL_CROP_ABOVE = 224  # pixels: published networks with a higher resolution use the whole image
 
 Edge = Annotated[int, Field(ge=1)]
 Channels = tuple[float, float, float]
@@ -21,7 +22,7 @@ Channels = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Published:
-    """What lies beside the weights: Hugging Face's or timm's `config.json`, and Hugging Face's preprocessor."""
+    """JSON files published with the weights: Hugging Face's or timm's `config.json`, Hugging Face's preprocessor."""
 
     config: Mapping[str, Any]
     preprocessor: Mapping[str, Any]
@@ -35,14 +36,9 @@ class _Size(BaseModel):
     shortest_edge: Edge | None = None
     longest_edge: Edge | None = None
 
-    @property
-    def edges(self) -> tuple[int, int] | None:
-        """Height and width, where both are given."""
-        return None if self.height is None or self.width is None else (self.height, self.width)
-
 
 class _Preprocessor(BaseModel):
-    """What Vitrine can do of Hugging Face's `preprocessor_config.json`, in its spellings since 2020."""
+    """The supported values of Hugging Face's `preprocessor_config.json`, in its formats since 2020."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -54,17 +50,13 @@ class _Preprocessor(BaseModel):
     image_mean: Channels | None = Field(None, strict=False)
     image_std: Channels | None = Field(None, strict=False)
     size: Edge | _Size
-    max_size: Edge = 1333  # of the first detectors
+    max_size: Edge = 1333  # in the first detectors' format
     do_center_crop: bool | None = None
     crop_size: Edge | _Size | None = None
 
-    def height_and_width(self, value: int | _Size | None) -> tuple[int, int] | None:
-        """Both edges of `size` or `crop_size`, where they are given."""
-        return (value, value) if isinstance(value, int) else None if value is None else value.edges
-
 
 class _Timm(BaseModel):
-    """What Vitrine can do of timm's `pretrained_cfg`."""
+    """The supported values of timm's `pretrained_cfg`."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -77,39 +69,18 @@ class _Timm(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nothing(cls, value: Any) -> Any:
+    def _without_nulls(cls, value: Any) -> Any:
         return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else value
 
     def fields(self) -> dict[str, Any]:
-        """As fields of a `ClassificationPreprocessing`."""
+        """Return the fields of a `ClassificationPreprocessing`."""
         return {**self.model_dump(exclude_none=True, exclude={"input_size"}), "input_size": self.input_size[1:]}
 
 
-class _Detector(BaseModel):
-    """The edges of a detector's picture."""
-
-    shortest_edge: Edge
-    longest_edge: Edge
-
-    @classmethod
-    def of(cls, config: _Preprocessor) -> Self:
-        size = config.size
-        if isinstance(size, int):
-            return cls(shortest_edge=size, longest_edge=config.max_size)
-        if size.shortest_edge is None or size.longest_edge is None:
-            raise ImportSettingError(
-                f"{_PREPROCESSOR}: size: expected shortest_edge and longest_edge, found {_given(size)}"
-            )
-        return cls(shortest_edge=size.shortest_edge, longest_edge=size.longest_edge)
-
-
-_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
-
-
 def read_published(folder: Path, layout: Layout) -> tuple[Published, list[str]]:
-    """The JSON files in the folder of the weights, and what is to be said about them.
+    """Read the JSON files in the folder of the weights; also return notes for the user.
 
-    A `config.json` of another model does not belong to these weights: it is not used, nor is what lies beside it.
+    A `config.json` of another model does not belong to these weights: neither it nor the preprocessor is used.
     """
     config, preprocessor = read_json(folder / _CONFIG), read_json(folder / _PREPROCESSOR)
     if not config:
@@ -122,15 +93,15 @@ def read_published(folder: Path, layout: Layout) -> tuple[Published, list[str]]:
 
 
 def find_preprocessing(layout: Layout, published: Published, settings: Settings) -> tuple[dict[str, Any], str]:
-    """The fields of a `bundle.manifest.Preprocessing`, and where they are from.
+    """Return the fields of a `bundle.manifest.Preprocessing`, and a description of their source.
 
     Raises:
-        ImportSettingError: the images were prepared in a way that Vitrine has not.
+        ImportSettingError: the published preprocessing is not supported.
     """
     if published.preprocessor:
         config = validated(_Preprocessor, published.preprocessor, _PREPROCESSOR)
         return _hugging_face(config, layout), f"that of {_PREPROCESSOR}"
-    timm = published.config.get("pretrained_cfg", published.config)  # older files have its fields at the top
+    timm = published.config.get("pretrained_cfg", published.config)  # older files have its fields at the top level
     if layout.timm_names and (timm is not published.config or "mean" in timm):
         return validated(_Timm, timm, _CONFIG).fields(), f"that of {_CONFIG}"
     fields = dict(layout.preprocessing)
@@ -138,11 +109,11 @@ def find_preprocessing(layout: Layout, published: Published, settings: Settings)
         fields["input_size"] = input_size(settings)
         if max(fields["input_size"]) > _FULL_CROP_ABOVE:
             fields["crop_pct"] = 1.0
-    return fields, f"the published default of {layout.name}, for the file holds none"
+    return fields, f"the published default of {layout.name}, because the file has none"
 
 
 def input_size(settings: Settings) -> tuple[int, int]:
-    """Height and width that the network sees."""
+    """Height and width of the network's input."""
     size = settings["image_size"]
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -154,9 +125,9 @@ def _hugging_face(config: _Preprocessor, layout: Layout) -> dict[str, Any]:
         "std": config.image_std or layout.preprocessing["std"],
     }
     if layout.architecture == "detr":
-        return {"task": "object-detection", **_Detector.of(config).model_dump(), **fields}
-    crop = config.height_and_width(config.crop_size) if config.do_center_crop else None
-    edges = config.height_and_width(config.size)
+        return {"task": "object-detection", **_detector_edges(config), **fields}
+    crop = _height_and_width(config.crop_size) if config.do_center_crop else None
+    edges = _height_and_width(config.size)
     if config.do_center_crop and crop is None:
         raise ImportSettingError(f"{_PREPROCESSOR}: crop_size: expected height and width, found {config.crop_size}")
     if edges is not None:
@@ -167,10 +138,27 @@ def _hugging_face(config: _Preprocessor, layout: Layout) -> dict[str, Any]:
     if crop is None or shortest is None or shortest < max(crop):
         raise ImportSettingError(
             f"{_PREPROCESSOR}: size: expected height and width, or shortest_edge and a centre crop within it, "
-            f"found {_given(config.size)} and crop {crop}"
+            f"found {_plain(config.size)} and crop {crop}"
         )
     return {"input_size": crop, "crop_pct": min(crop) / shortest, **fields}
 
 
-def _given(size: int | _Size) -> object:
+def _detector_edges(config: _Preprocessor) -> dict[str, int]:
+    size = config.size
+    if isinstance(size, int):
+        return {"shortest_edge": size, "longest_edge": config.max_size}
+    if size.shortest_edge is None or size.longest_edge is None:
+        raise ImportSettingError(
+            f"{_PREPROCESSOR}: size: expected shortest_edge and longest_edge, found {_plain(size)}"
+        )
+    return {"shortest_edge": size.shortest_edge, "longest_edge": size.longest_edge}
+
+
+def _height_and_width(size: int | _Size | None) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    return None if size is None or size.height is None or size.width is None else (size.height, size.width)
+
+
+def _plain(size: int | _Size) -> object:
     return size.model_dump(exclude_none=True) if isinstance(size, _Size) else size

@@ -1,17 +1,17 @@
-"""Which layout a file has: told by its keys, never by its name."""
+"""Recognise the layout of a weights file by its keys, never by its name."""
 
 import re
 from pathlib import Path
 
 from vitrine.models.published import detr, mlp_mixer, resnetv2, vit
-from vitrine.models.published.errors import OtherNetworkError, UnknownLayoutError
+from vitrine.models.published.errors import UnknownLayoutError, UnsupportedNetworkError
 from vitrine.models.published.files import Tensors
 from vitrine.models.published.layout import Layout
 
 LAYOUTS = (*vit.LAYOUTS, *mlp_mixer.LAYOUTS, *resnetv2.LAYOUTS, *detr.LAYOUTS)
 
-# Neighbours that share most of their keys with a network that we have, but compute something else.
-OTHER_NETWORKS = (
+# Networks that share most of their keys with a supported one, but compute something else.
+UNSUPPORTED_NETWORKS = (
     (r"MAPHead_\d|(^|\.)attn_pool\.", "a ViT with attention pooling (a MAP head, as SigLIP's)"),
     (r"conv_root/kernel|gn_root/", "big_vision's BiT, which normalises after each convolution (or a hybrid with it)"),
     (r"sampling_offsets", "a Deformable DETR"),
@@ -30,16 +30,16 @@ OTHER_NETWORKS = (
 
 
 def recognise(tensors: Tensors, file: Path) -> tuple[Layout, Tensors]:
-    """The layout of a file, and its tensors under the names in the layout's rules.
+    """Return the layout of a file, and its tensors under the names in the layout's rules.
 
     Raises:
-        OtherNetworkError: it is of a network that Vitrine does not have.
-        UnknownLayoutError: it is of no layout that Vitrine knows.
+        UnsupportedNetworkError: the file holds a network that is not supported.
+        UnknownLayoutError: its keys match no supported layout.
     """
-    for pattern, network in OTHER_NETWORKS:
+    for pattern, network in UNSUPPORTED_NETWORKS:
         key = next((key for key in tensors if re.search(pattern, key)), None)
         if key is not None:
-            raise OtherNetworkError(file, network=network, key=key)
+            raise UnsupportedNetworkError(file, network=network, key=key)
     for layout in LAYOUTS:
         prefix = layout.find_prefix(tensors)
         if prefix is not None:

@@ -8,18 +8,16 @@ from torch import Tensor
 from vitrine.models.published import flax
 from vitrine.models.published.errors import ImportSettingError
 from vitrine.models.published.files import Tensors
-from vitrine.models.published.layout import Layout, Rule, Settings, count, rule, rules
-
-_HALF = (0.5, 0.5, 0.5)
+from vitrine.models.published.layout import INCEPTION, Layout, Rule, Settings, count, rule, rules
 
 
 def _linear(kernel: Tensor) -> Tensor:
-    """[1, 1, in, out] -> [out, in]: a 1x1 convolution on one cell is a linear layer."""
+    """[1, 1, in, out] -> [out, in]: the head is a 1x1 convolution."""
     return kernel.flatten(0, -2).T
 
 
 def _settings(tensors: Tensors, stem_channels: int, unit: str, image_size: int) -> Settings:
-    """`unit` names a tensor of each unit and counts stages {s} and units {n}."""
+    """Infer the settings; `unit` is the key of a tensor in each unit, with stage {s} and unit {n}."""
     layers: list[int] = []
     while units := count(tensors, unit, s=len(layers), s1=len(layers) + 1):
         layers.append(units)
@@ -33,7 +31,7 @@ _UNIT = "resnet/block{i1}/unit{j1:02d}"
 
 
 def _group_norm(target: str, source: str) -> tuple[Rule, ...]:
-    """Its parameters are [C], or [1, 1, 1, C] in some files."""
+    """Parameters are [C], in some files [1, 1, 1, C]."""
     return (
         rule(f"{target}.weight", f"{source}/gamma", transform=Tensor.flatten),
         rule(f"{target}.bias", f"{source}/beta", transform=Tensor.flatten),
@@ -71,14 +69,14 @@ GOOGLE = Layout(
         "resnet/block{s1}/unit{n1:02d}/a/group_norm/gamma",
         480,
     ),
-    preprocessing={"crop_mode": "squash", "mean": _HALF, "std": _HALF},
+    preprocessing={"crop_mode": "squash", **INCEPTION},
 )
 
 # timm -----------------------------------------------------------------------------------------------------------------
 
 
 def _pytorch_rules(stem: str, unit: str, norm: str) -> tuple[Rule, ...]:
-    """timm and Hugging Face name the parts of a unit alike."""
+    """timm and Hugging Face use the same names within a unit."""
     return (
         rule("stem.weight", f"{stem}.weight"),
         rule("stages.{i}.{j}.downsample.weight", f"{unit}.downsample.conv.weight"),
@@ -107,13 +105,13 @@ TIMM = Layout(
     settings=lambda tensors, _: _settings(
         tensors, tensors["stem.conv.weight"].shape[0], "stages.{s}.blocks.{n}.norm1.weight", 448
     ),
-    preprocessing={"mean": _HALF, "std": _HALF},
+    preprocessing=INCEPTION,
 )
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
 
-# What the network would be if its config.json said otherwise, we do not have.
-_NEEDED = {
+# The only supported values in config.json.
+_SUPPORTED = {
     "layer_type": "preactivation",
     "num_groups": 32,
     "global_padding": None,
@@ -124,9 +122,9 @@ _NEEDED = {
 
 
 def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
-    for key, needed in _NEEDED.items():
-        if config.get(key, needed) != needed:
-            raise ImportSettingError(f"config.json: {key}: expected {needed!r}, found {config[key]!r}")
+    for key, expected in _SUPPORTED.items():
+        if config.get(key, expected) != expected:
+            raise ImportSettingError(f"config.json: {key}: expected {expected!r}, found {config[key]!r}")
     return _settings(
         tensors,
         tensors["bit.embedder.convolution.weight"].shape[0],
@@ -146,7 +144,7 @@ HUGGING_FACE = Layout(
         *rules("head", "classifier.1"),
     ),
     settings=_hugging_face_settings,
-    preprocessing={"interpolation": "bicubic", "mean": _HALF, "std": _HALF},
+    preprocessing={"interpolation": "bicubic", **INCEPTION},
 )
 
 LAYOUTS = (GOOGLE, TIMM, HUGGING_FACE)

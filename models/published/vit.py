@@ -12,14 +12,16 @@ from vitrine.models.position import sincos_2d
 from vitrine.models.published import flax
 from vitrine.models.published.errors import ImportSettingError
 from vitrine.models.published.files import LazyTensor, Tensors
-from vitrine.models.published.layout import Layout, Settings, count, rule, rules
-
-_HALF = (0.5, 0.5, 0.5)
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from vitrine.models.published.layout import IMAGENET, INCEPTION, Layout, Settings, count, rule, rules, same_names
 
 
-def _settings(tensors: Tensors, *, patch: str, position: str, token: str, block: str, hidden: str) -> Settings:
-    """What the shapes tell (not the number of heads); the names are those of the layout, `block` counts {n}."""
+def _settings(
+    tensors: Tensors, *, patch: str, position: str, token: str, block: str, hidden: str, pre_logits: str = ""
+) -> Settings:
+    """Infer the settings from the shapes, except the number of heads.
+
+    All names are keys of the layout, of tensors in PyTorch's axis order; `block` counts the blocks with {n}.
+    """
     embed_dim, patch_size = tensors[patch].shape[0], tensors[patch].shape[-1]
     has_token = token in tensors
     side = math.isqrt(patches) if (patches := tensors[position].shape[-2] - has_token) > 0 else 0
@@ -32,32 +34,34 @@ def _settings(tensors: Tensors, *, patch: str, position: str, token: str, block:
     }
     if side * side == patches:
         settings["image_size"] = side * patch_size
+    if pre_logits in tensors:
+        settings["representation_size"] = tensors[pre_logits].shape[0]
     return settings
 
 
 def with_class_slot(tensors: Tensors, position: str, token: str, patches: int | None) -> Tensors:
-    """Position embeddings without a slot for the class token get one of zeros: nothing is added to it then.
+    """Prepend a zero for the class token to position embeddings that have none for it.
 
     Args:
         position, token: names of the position embeddings and of the class token.
-        patches: how many there are, where it is known. Else a square number of positions is taken for a grid.
+        patches: number of patches, if known. Otherwise a square number of positions is assumed to be a grid.
     """
     if token not in tensors or position not in tensors or len(tensors[position].shape) != 3:
         return tensors
-    found = tensors[position]
-    _, positions, dim = found.shape
+    embedding = tensors[position]
+    _, positions, dim = embedding.shape
     has_slot = positions - 1 == patches
     if has_slot or (positions != patches and math.isqrt(positions) ** 2 != positions):
         return tensors
 
-    def widened() -> Tensor:
-        return torch.cat((torch.zeros(1, 1, dim), found.read().float()), dim=1)
+    def padded() -> Tensor:
+        return torch.cat((torch.zeros(1, 1, dim), embedding.read().float()), dim=1)
 
-    return {**tensors, position: LazyTensor((1, 1 + positions, dim), widened)}
+    return {**tensors, position: LazyTensor((1, 1 + positions, dim), padded)}
 
 
-def _patches(image_size: object, patch_size: int) -> int | None:
-    """How many patches an image has; None if its size is not known."""
+def _num_patches(image_size: object, patch_size: int) -> int | None:
+    """Number of patches of an image; None if its size is not known."""
     edges = [image_size] * 2 if isinstance(image_size, int) else image_size
     if not isinstance(edges, list) or not all(isinstance(edge, int) for edge in edges) or patch_size < 1:
         return None
@@ -69,12 +73,12 @@ def _patches(image_size: object, patch_size: int) -> int | None:
 
 def _timm_prepare(tensors: Tensors, context: Mapping[str, Any]) -> Tensors:
     patch = "patch_embed.proj.weight"
-    if len(tensors[patch].shape) == 2:  # timm's oldest files have a linear layer here
+    if len(tensors[patch].shape) == 2:  # a linear layer in timm's oldest files
         flat = tensors[patch]
         side = math.isqrt(flat.shape[1] // 3)
         shape = (flat.shape[0], 3, side, side)
         tensors = {**tensors, patch: LazyTensor(shape, lambda: flat.read().reshape(shape))}
-    patches = _patches(context.get("image_size"), tensors[patch].shape[-1])
+    patches = _num_patches(context.get("image_size"), tensors[patch].shape[-1])
     return with_class_slot(tensors, "pos_embed", "cls_token", patches)
 
 
@@ -86,9 +90,8 @@ def _timm_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
         token="cls_token",
         block="blocks.{n}.norm1.weight",
         hidden="blocks.0.mlp.fc1.weight",
+        pre_logits="pre_logits.fc.weight",
     )
-    if "pre_logits.fc.weight" in tensors:
-        settings["representation_size"] = tensors["pre_logits.fc.weight"].shape[0]
     model_args = config.get("model_args")
     if isinstance(model_args, Mapping) and "num_heads" in model_args:
         settings["num_heads"] = model_args["num_heads"]
@@ -103,20 +106,13 @@ TIMM = Layout(
     rules=(
         rule("cls_token", "cls_token"),
         rule("pos_embed.embedding", "pos_embed"),
-        *rules("patch_embed.proj", "patch_embed.proj"),
-        *rules("blocks.{i}.norm1", "blocks.{i}.norm1"),
-        *rules("blocks.{i}.attn.qkv", "blocks.{i}.attn.qkv"),
-        *rules("blocks.{i}.attn.proj", "blocks.{i}.attn.proj"),
-        *rules("blocks.{i}.norm2", "blocks.{i}.norm2"),
-        *rules("blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
-        *rules("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
-        *rules("norm", "norm"),
+        *same_names("patch_embed.proj", "norm", "head", "blocks.{i}.norm1", "blocks.{i}.norm2"),
+        *same_names("blocks.{i}.attn.qkv", "blocks.{i}.attn.proj", "blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc2"),
         *rules("pre_logits.0", "pre_logits.fc"),
-        *rules("head", "head"),
     ),
     settings=_timm_settings,
     prepare=_timm_prepare,
-    preprocessing={"crop_pct": 0.9, "interpolation": "bicubic", "mean": _HALF, "std": _HALF},
+    preprocessing={"crop_pct": 0.9, "interpolation": "bicubic", **INCEPTION},
 )
 
 # Google ---------------------------------------------------------------------------------------------------------------
@@ -128,47 +124,47 @@ _SCANNED = "Transformer/encoderblock/"
 def _google_prepare(tensors: Tensors, context: Mapping[str, Any]) -> Tensors:
     prepared: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
-        if key.startswith(_SCANNED):  # a scanned network holds all blocks in one tensor
+        if key.startswith(_SCANNED):  # scanned networks stack all blocks in one tensor
             stacked = cache(tensor.read)
             for layer in range(tensor.shape[0]):
                 name = f"Transformer/encoderblock_{layer}/{key.removeprefix(_SCANNED)}"
-                prepared[name] = LazyTensor(tensor.shape[1:], partial(_layer, stacked, layer))
+                prepared[name] = LazyTensor(tensor.shape[1:], partial(_unstack, stacked, layer))
         else:
             prepared[key] = tensor
     patch, _, _, dim = prepared["embedding/kernel"].shape
     if _POSITION not in prepared and "cls" not in prepared:
-        # Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k": average pooling, positions that are not
-        # learned and not in the file. They were trained on 224 pixels.
+        # Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k": average pooling, and fixed positions that are
+        # not in the file. These networks were trained on 224 pixels.
         side = 224 // patch
         positions = partial(sincos_2d, (side, side), dim)
         prepared[_POSITION] = LazyTensor((1, side * side, dim), positions)
-    return with_class_slot(prepared, _POSITION, "cls", _patches(context.get("image_size"), patch))
+    return with_class_slot(prepared, _POSITION, "cls", _num_patches(context.get("image_size"), patch))
 
 
-def _layer(stacked: Any, layer: int) -> Tensor:
+def _unstack(stacked: Any, layer: int) -> Tensor:
     tensor: Tensor = stacked()[layer]
     return tensor
 
 
 def _google_settings(tensors: Tensors, _: Mapping[str, Any]) -> Settings:
-    block = "Transformer/encoderblock_{n}/LayerNorm_0/scale"
-    kernel = tensors["embedding/kernel"]
-    patch = {"patch": LazyTensor((kernel.shape[3], 3, *kernel.shape[:2]), kernel.read)}
-    first = "Transformer/encoderblock_0/"
-    hidden = tensors[f"{first}MlpBlock_3/Dense_0/kernel"]
+    first = "Transformer/encoderblock_0"
+    patch, hidden, pre_logits = "embedding/kernel", f"{first}/MlpBlock_3/Dense_0/kernel", "pre_logits/kernel"
+    transposed = {
+        name: LazyTensor(tensors[name].shape[::-1], tensors[name].read)  # [out, in], [out, in, width, height]
+        for name in (patch, hidden, pre_logits)
+        if name in tensors
+    }
     settings = _settings(
-        {**tensors, **patch, "hidden": LazyTensor(hidden.shape[::-1], hidden.read)},
-        patch="patch",
+        {**tensors, **transposed},
+        patch=patch,
         position=_POSITION,
         token="cls",
-        block=block,
-        hidden="hidden",
+        block="Transformer/encoderblock_{n}/LayerNorm_0/scale",
+        hidden=hidden,
+        pre_logits=pre_logits,
     )
-    settings["num_heads"] = tensors[f"{first}MultiHeadDotProductAttention_1/query/kernel"].shape[1]
-    settings["gelu"] = "tanh"
-    if "pre_logits/kernel" in tensors:
-        settings["representation_size"] = tensors["pre_logits/kernel"].shape[1]
-    return settings
+    heads = tensors[f"{first}/MultiHeadDotProductAttention_1/query/kernel"].shape[1]
+    return {**settings, "num_heads": heads, "gelu": "tanh"}
 
 
 _BLOCK, _ATTENTION = "Transformer/encoderblock_{i}", "Transformer/encoderblock_{i}/MultiHeadDotProductAttention_1"
@@ -179,7 +175,7 @@ GOOGLE = Layout(
     signature=("embedding/kernel", "Transformer/encoder_norm/scale", "head/kernel"),
     prefixes=flax.PREFIXES,
     aliases=(
-        # big_vision numbers each kind of layer from zero; the numbers in the rules are of the ViT paper's code.
+        # big_vision numbers layers of each kind from zero; the rules have the numbers of the ViT paper's code.
         (r"/LayerNorm_1/", "/LayerNorm_2/"),
         (r"/MultiHeadDotProductAttention_0/", "/MultiHeadDotProductAttention_1/"),
         (r"/MlpBlock_0/", "/MlpBlock_3/"),
@@ -209,7 +205,7 @@ GOOGLE = Layout(
     ),
     settings=_google_settings,
     prepare=_google_prepare,
-    preprocessing={"crop_mode": "squash", "mean": _HALF, "std": _HALF},
+    preprocessing={"crop_mode": "squash", **INCEPTION},
 )
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
@@ -288,25 +284,10 @@ HUGGING_FACE = Layout(
     ),
     settings=_hugging_face_settings,
     prepare=_hugging_face_prepare,
-    preprocessing={"crop_mode": "squash", "mean": _HALF, "std": _HALF},
+    preprocessing={"crop_mode": "squash", **INCEPTION},
 )
 
 # torchvision ----------------------------------------------------------------------------------------------------------
-
-
-def _torchvision_settings(tensors: Tensors, _: Mapping[str, Any]) -> Settings:
-    settings = _settings(
-        tensors,
-        patch="conv_proj.weight",
-        position="encoder.pos_embedding",
-        token="class_token",
-        block="encoder.layers.encoder_layer_{n}.ln_1.weight",
-        hidden="encoder.layers.encoder_layer_0.mlp.0.weight",
-    )
-    if "heads.pre_logits.weight" in tensors:
-        settings["representation_size"] = tensors["heads.pre_logits.weight"].shape[0]
-    return settings
-
 
 _ENCODER_LAYER = "encoder.layers.encoder_layer_{i}"
 
@@ -314,7 +295,7 @@ TORCHVISION = Layout(
     name="torchvision's ViT",
     architecture="vit",
     signature=("class_token", "conv_proj.weight", "encoder.pos_embedding", "encoder.ln.weight"),
-    aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),  # its first version's names
+    aliases=((r"\.mlp\.linear_1\.", ".mlp.0."), (r"\.mlp\.linear_2\.", ".mlp.3.")),  # in its first version
     rules=(
         rule("cls_token", "class_token"),
         rule("pos_embed.embedding", "encoder.pos_embedding"),
@@ -330,8 +311,16 @@ TORCHVISION = Layout(
         *rules("pre_logits.0", "heads.pre_logits"),
         *rules("head", "heads.head"),
     ),
-    settings=_torchvision_settings,
-    preprocessing={"crop_pct": 0.875, "mean": _IMAGENET_MEAN, "std": _IMAGENET_STD},
+    settings=lambda tensors, _: _settings(
+        tensors,
+        patch="conv_proj.weight",
+        position="encoder.pos_embedding",
+        token="class_token",
+        block="encoder.layers.encoder_layer_{n}.ln_1.weight",
+        hidden="encoder.layers.encoder_layer_0.mlp.0.weight",
+        pre_logits="heads.pre_logits.weight",
+    ),
+    preprocessing={"crop_pct": 0.875, **IMAGENET},
 )
 
 LAYOUTS = (TIMM, GOOGLE, HUGGING_FACE, TORCHVISION)

@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
     "backbone_width": 4,
 }
 
-# With the 91 classes of the published weights, frozen convolutions included; the small one is this project's own.
+# With the 91 classes of the published weights, including frozen convolutions; the small one is this project's.
 PARAMETERS = {
     "detr_resnet50": 41_524_768,
     "detr_resnet50_dc5": 41_524_768,
@@ -37,7 +37,7 @@ every_kind = pytest.mark.parametrize("queries", KINDS)
 
 
 def make(**settings: Any) -> Detr:
-    """A tiny network as after training: boxes depend on the image, and the norms do not keep zero at zero."""
+    """A tiny network as after training: boxes depend on the image, and norms do not map zero to zero."""
     torch.manual_seed(0)
     network = Detr(DetrConfig(**{**TINY, **settings})).eval()
     nn.init.normal_(network.bbox_embed.layers[-1].weight)  # zero at first for queries="boxes"
@@ -54,7 +54,7 @@ def images(batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def padded(edges: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Images alone [1, 3, H, W], the same as a padded batch, and their sizes."""
+    """Single images [1, 3, H, W], the same images as a padded batch, and their sizes."""
     torch.manual_seed(1)
     alone = [torch.randn(1, 3, *edge) for edge in edges]
     sizes = torch.tensor(edges)
@@ -94,7 +94,7 @@ def test_every_published_number_belongs_to_a_variant() -> None:
 
 def test_the_small_variants_number_of_parameters_is_the_formula() -> None:
     dim, hidden = 256, 1024
-    backbone = 11_176_512 - 2 * 4_800  # ResNet-18 without its classifier and without its norms' factors and shifts
+    backbone = 11_176_512 - 2 * 4_800  # ResNet-18 without its classifier and its norms' affine parameters
     linear, norm = dim * dim + dim, 2 * dim
     feedforward = dim * hidden + hidden + hidden * dim + dim
     encoder = 3 * (4 * linear + feedforward + 2 * norm)
@@ -197,7 +197,7 @@ def test_learned_queries_answer_in_the_order_of_their_vectors() -> None:
 
 
 def inputs_of(block: nn.Module, network: Detr, *arguments: Tensor) -> tuple[Tensor, ...]:
-    """What a block is given while the network answers."""
+    """The arguments of a block during a forward pass."""
     seen: list[tuple[Tensor, ...]] = []
     with block.register_forward_pre_hook(lambda _, given: seen.append(given)):
         network(*arguments)
@@ -234,7 +234,7 @@ def test_queries_with_boxes_start_at_their_vectors_and_move_with_their_boxes() -
 
 @every_kind
 def test_queries_do_not_see_cells_outside_the_valid_region(queries: Any) -> None:
-    """Far from the valid region, where no convolution reaches it, pixels have no effect at all."""
+    """Pixels beyond the receptive field of the valid region have no effect at all."""
     network = make(queries=queries)
     pixels, _ = images(1, 32, 256)
     other = pixels.clone()
@@ -290,7 +290,7 @@ def test_published_padding_leaks_into_the_answers_of_a_padded_batch(queries: Any
 
 
 def test_published_padding_samples_the_mask() -> None:
-    """One row of cells too few or too many are seen where the padded image's edges are not whole cells."""
+    """The masks differ by a row of cells if the padded image's edges are not multiples of the stride."""
     network, record = make(backbone_layers=(1, 1, 1, 1), queries="learned"), list[Tensor]()
     batch, sizes = torch.randn(1, 3, 33, 33), torch.tensor([[17, 33]])
     network(batch, sizes, record)
@@ -317,7 +317,7 @@ def test_recorded_weights_come_from_every_layer_and_change_no_answer(queries: An
 def test_a_query_with_a_box_looks_at_its_box_first() -> None:
     network, record = Detr(DetrConfig(**{**TINY, "num_queries": 4}, queries="boxes")).eval(), list[Tensor]()
     for block in network.decoder:
-        nn.init.zeros_(block.multihead_attn.q_proj.weight)  # only the prior is left
+        nn.init.zeros_(block.multihead_attn.q_proj.weight)  # only the prior remains
     network(*images(1, 128, 128), record)
     centres = network.query_boxes.boxes.sigmoid()[:, :2]  # (x, y)
     weights = record[1][0].mean(dim=0).reshape(4, 16, 16)
@@ -421,7 +421,7 @@ def test_groups_of_noised_objects_do_not_see_each_other_but_themselves() -> None
 
 
 def test_padding_among_noised_objects_is_not_seen() -> None:
-    """An image's objects are restored as in a batch without padding, and an image without any does no harm."""
+    """Objects are restored as without padding in the batch, and an image without objects has no effect."""
     network, (pixels, sizes) = restoring(), images(2, 32, 48)
     given = noised([[True, True, False], [False, False, False]])
     alone = Denoising(given.boxes_cxcywh[:1, :, :2], given.class_ids[:1, :, :2], given.valid[:1, :2])
@@ -458,7 +458,7 @@ def test_denoising_in_half_precision() -> None:
 
 
 def test_an_answer_does_not_depend_on_the_embedding_of_noised_labels() -> None:
-    """It is left out of an exported graph."""
+    """Exported graphs do not contain it."""
     network = restoring().eval()
     exported = torch.export.export(network, images(2, 32, 32))
     used = {node.target for node in exported.graph.nodes if node.op == "placeholder" and node.users}

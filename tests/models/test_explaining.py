@@ -1,4 +1,4 @@
-"""What the explained networks show: beside the served answers, attention that adds up and exact activation maps."""
+"""Explained networks: the served outputs, attention that sums to one, and exact activation maps."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ SIZES = torch.tensor([[64, 96], [40, 33], [9, 96]])
 
 
 def make_network(architecture: str, settings: dict[str, Any]) -> torch.nn.Module:
-    """A network with random weights large enough to tell its answers apart."""
+    """A network with random weights large enough for distinct outputs."""
     torch.manual_seed(0)
     network = build_model(architecture, settings, 3).eval()
     for parameter in network.parameters():
@@ -88,7 +88,7 @@ def test_attention_is_what_the_classified_state_sees(global_pool: str) -> None:
 def test_the_rollout_of_one_layer_is_its_attention() -> None:
     network, x = make_network("vit", {**VIT, "depth": 1}), pixels(2, 16, 24, 3)
     found = explain(explained(network, MEAN, STD), x)
-    attention = found["attention"][:, 0].mean(dim=1)  # the residual connection leads from the token to itself alone
+    attention = found["attention"][:, 0].mean(dim=1)  # the residual connection maps the token to itself only
     torch.testing.assert_close(found["rollout"], attention / attention.sum(dim=(1, 2), keepdim=True))
 
 
@@ -101,7 +101,7 @@ def test_a_class_activation_map_sums_to_the_logit(name: str) -> None:
     activation = explain(explained(network, MEAN, STD, 3.0), x)["activation"]
     assert activation.shape[:2] == (2, 3)
     assert activation.shape[2] * activation.shape[3] > 1
-    logits = network(module.normalise(x))  # the temperature comes after them
+    logits = network(module.normalise(x))  # before the temperature
     torch.testing.assert_close(activation.sum(dim=(2, 3)) + network.head.bias, logits, atol=1e-5, rtol=1e-5)
 
 

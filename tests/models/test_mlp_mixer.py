@@ -11,7 +11,7 @@ TINY = MlpMixerConfig(
     num_classes=5, image_size=16, patch_size=4, embed_dim=8, depth=2, tokens_mlp_dim=12, channels_mlp_dim=20
 )
 
-# With 1000 classes, as timm counts them; the huge one by the formula below, the one for 32 x 32 pixels is our own.
+# timm's counts for 1000 classes; the huge one by the formula below, the one for 32 x 32 pixels is this project's.
 PARAMETERS = {
     "mixer_s16": 18_528_264,
     "mixer_s32": 19_104_624,

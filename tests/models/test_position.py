@@ -169,7 +169,7 @@ def test_corners_of_a_full_grid() -> None:
 @given(grid=GRIDS, data=st.data())
 def test_padding_does_not_move_the_points(offset: float, grid: tuple[int, int], data: st.DataObject) -> None:
     height, width = data.draw(st.integers(1, grid[0])), data.draw(st.integers(1, grid[1]))
-    neighbour = rectangle(grid, *grid)  # it makes padding necessary
+    neighbour = rectangle(grid, *grid)  # makes padding necessary
     padded = grid_points(torch.stack((rectangle(grid, height, width), neighbour)), offset)
     alone = grid_points(torch.ones(1, height, width, dtype=torch.bool), offset)
     assert torch.equal(padded[:1, :height, :width], alone)
@@ -177,7 +177,7 @@ def test_padding_does_not_move_the_points(offset: float, grid: tuple[int, int], 
 
 
 def test_points_and_their_encoding_are_those_of_published_detr() -> None:
-    """Literally its `PositionEmbeddingSine`, with `normalize=True`."""
+    """DETR's `PositionEmbeddingSine`, with `normalize=True`."""
     valid, half = torch.stack((rectangle((5, 7), 3, 6), rectangle((5, 7), 5, 7))), 8
     y, x = valid.cumsum(1, dtype=torch.float32), valid.cumsum(2, dtype=torch.float32)
     y, x = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi, x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
@@ -213,7 +213,7 @@ def test_sampling_the_mask_rounds_up_where_the_padded_edges_are_whole_cells(
 def test_sampling_the_mask_is_torchs_nearest_interpolation(image: tuple[int, int], data: st.DataObject) -> None:
     grid = (math.ceil(image[0] / 32), math.ceil(image[1] / 32))
     height, width = data.draw(st.integers(1, image[0])), data.draw(st.integers(1, image[1]))
-    padding = ~rectangle(image, height, width)  # the mask as published DETR has it
+    padding = ~rectangle(image, height, width)  # the mask as in published DETR
     expected = ~F.interpolate(padding[None, None].float(), size=grid).to(torch.bool)[0, 0]
     assert torch.equal(nearest_valid_cells(torch.tensor([[height, width]]), image, grid)[0], expected)
 

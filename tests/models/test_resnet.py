@@ -18,7 +18,7 @@ from vitrine.models.resnet import (
     thaw_frozen_norm,
 )
 
-# As torchvision counts them, without the classifier of 1000 classes.
+# torchvision's counts, without the classifier of 1000 classes.
 PARAMETERS = {
     "resnet18": 11_689_512 - (512 * 1000 + 1000),
     "resnet34": 21_797_672 - (512 * 1000 + 1000),
@@ -35,7 +35,7 @@ def seed() -> None:
 
 
 def make(layers: tuple[int, ...] = (1, 1, 2), **settings: Any) -> ResNet:
-    """A narrow network as after training: its norms do not keep zero at zero."""
+    """A narrow network as after training: its norms do not map zero to zero."""
     network = ResNet(ResNetConfig(layers, 4, **settings)).eval()
     randomise_norms(network)
     return network
@@ -91,7 +91,7 @@ def test_stride_and_width(
 @pytest.mark.parametrize(("channels", "stride", "projected"), [(4, 1, False), (8, 1, True), (4, 2, True)])
 def test_shortcut_is_projected_where_the_shape_changes(norm: Any, channels: int, stride: int, projected: bool) -> None:
     block = BasicBlock(4, channels, stride, (1, 1), norm).eval()
-    torch.nn.init.zeros_(block.bn2.weight)  # the branch answers zero: only the shortcut is left
+    torch.nn.init.zeros_(block.bn2.weight)  # the branch is zero: only the shortcut remains
     x = torch.randn(1, 4, 6, 6)
     torch.testing.assert_close(block(x, None, None), block.downsample(x).relu())
     assert isinstance(block.downsample, torch.nn.Identity) is not projected
@@ -139,7 +139,7 @@ def test_frozen_norm_does_not_change_in_training() -> None:
     x = torch.randn(2, 3, 32, 32)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
     expected = network(x)
-    assert torch.equal(expected, network.eval()(x))  # it does not depend on the mode either
+    assert torch.equal(expected, network.eval()(x))  # nor does it depend on the mode
     expected.square().sum().backward()
     optimiser.step()
     assert not torch.equal(network(x), expected)  # the convolutions do learn
@@ -169,7 +169,7 @@ def test_dilation_changes_no_parameters_name_or_shape(block: Any) -> None:
 def test_every_second_cell_of_dilated_features_is_that_of_strided_ones(
     block: Any, size: tuple[int, int], other: tuple[int, int]
 ) -> None:
-    """The point of dilation: the same weights see the same pixels, at twice as many places."""
+    """With dilation, the same weights see the same pixels on a grid twice as fine."""
     torch.manual_seed(0)
     strided, dilated = (make(block=block, dilation=dilation) for dilation in (False, True))
     dilated.load_state_dict(strided.state_dict())

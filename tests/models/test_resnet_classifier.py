@@ -7,7 +7,7 @@ from torch import nn
 from vitrine.models.detr import Detr, DetrConfig
 from vitrine.models.resnet_classifier import VARIANTS, ResNetClassifier, ResNetClassifierConfig
 
-# As torchvision counts them, with 1000 classes.
+# torchvision's counts for 1000 classes.
 PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
@@ -44,7 +44,7 @@ def test_logits_are_the_head_of_averaged_features(block: Any, height: int, width
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 def test_backbone_is_that_of_a_detr(block: Any) -> None:
-    """A trained backbone goes from a classifier to a detector by its names and shapes."""
+    """A classifier's backbone weights load into a detector by name and shape."""
     classifier = make(block=block)
     shape = {"backbone_layers": (1, 1), "backbone_width": 4, "backbone_block": block}
     detector = Detr(DetrConfig(num_classes=2, embed_dim=8, num_heads=2, **shape))

@@ -21,7 +21,7 @@ from vitrine.models.resnetv2 import (
 TINY = ResNetV2Config(num_classes=5, layers=(2, 1), width_factor=0.5)
 STEMS: list[Any] = ["large", "small"]
 
-# With 1000 classes, as timm counts them; the two for 32 x 32 pixels are this project's own.
+# timm's counts for 1000 classes; the two for 32 x 32 pixels are this project's.
 PARAMETERS = {
     "resnetv2_50x1": 25_549_352,
     "resnetv2_50x3": 217_319_080,
@@ -40,7 +40,7 @@ def seed() -> None:
 
 
 def make(**changes: Any) -> ResNetV2:
-    """A narrow network as after training: its head does not answer zero, and its norms are not plain."""
+    """A narrow network as after training: its head is not zero, and its norms are not the identity."""
     network = ResNetV2(replace(TINY, **changes)).eval()
     nn.init.normal_(network.head.weight)
     for module in network.modules():
@@ -51,7 +51,7 @@ def make(**changes: Any) -> ResNetV2:
 
 
 def standardised(weight: Tensor) -> Tensor:
-    """By hand, in double precision."""
+    """Standardised filters, computed explicitly in double precision."""
     rows = weight.double().flatten(1)
     rows = (rows - rows.mean(dim=1, keepdim=True)) / rows.std(dim=1, keepdim=True, correction=0)
     return rows.reshape(weight.shape).float()
@@ -64,7 +64,7 @@ def count_by_formula(settings: dict[str, Any], classes: int = 1000) -> int:
     for index, units in enumerate(settings["layers"]):
         narrow = width * 2**index
         wide = 4 * narrow
-        total += channels * wide  # the projected shortcut of a stage's first unit
+        total += channels * wide  # the projection shortcut of a stage's first unit
         for _ in range(units):
             total += 2 * channels + 2 * narrow + 2 * narrow  # norms
             total += channels * narrow + 9 * narrow * narrow + narrow * wide
@@ -164,7 +164,7 @@ def test_zeros_around_the_map_win_against_negative_values_before_pooling() -> No
 def test_logits_depend_on_the_zeros_before_pooling() -> None:
     network, x = make(), torch.randn(2, 3, 32, 32)
     padded = network(x)
-    network.pool = nn.MaxPool2d(3, 2, padding=1)  # torch's own padding is never the largest
+    network.pool = nn.MaxPool2d(3, 2, padding=1)  # its padding is minus infinity
     assert (network(x) - padded).abs().max() > 1e-3
 
 

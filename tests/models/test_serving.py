@@ -148,7 +148,7 @@ def test_scores_and_classes_are_the_best_of_the_softmax_without_what_stands_for_
     valid[0], valid[1, :, :20, :30] = 1, 1
     logits = detector.network(detector.normalise(x) * valid, sizes)["pred_logits"]
     assert logits.shape == (2, 10, 6)
-    assert (logits.argmax(dim=-1) > 2).any()  # else this would test nothing
+    assert (logits.argmax(dim=-1) > 2).any()  # otherwise this would test nothing
     scores, class_ids, _ = detector(x, sizes)
     for i, j in itertools.product(range(2), range(10)):
         exponentials = [math.exp(logit) for logit in logits[i, j].tolist()]
@@ -176,11 +176,11 @@ def test_image_answers_the_same_in_any_batch(detector: ServedDetector) -> None:
 def test_a_padded_batch_answers_what_each_image_answers_alone(detector: ServedDetector) -> None:
     torch.manual_seed(2)
     for module in detector.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # as after training: zero does not stay zero
+        if isinstance(module, torch.nn.BatchNorm2d):  # as after training: zero does not map to zero
             torch.nn.init.normal_(module.bias)
             torch.nn.init.normal_(module.running_mean)
     sizes = torch.tensor([[32, 48], [21, 37], [5, 64], [40, 9]])
-    batch = pixels(4, 48, 64, 3)  # noise where there is padding
+    batch = pixels(4, 48, 64, 3)  # noise in the padding
     together = detector(batch, sizes)
     for i, (height, width) in enumerate(sizes.tolist()):
         alone = detector(batch[i : i + 1, :height, :width], sizes[i : i + 1])

@@ -18,7 +18,7 @@ def seed() -> None:
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Every parameter at random: fresh norms and biases would hide where they are applied."""
+    """Randomise all parameters: initial norms and biases would hide where they are applied."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
     return module
@@ -61,7 +61,7 @@ def test_drop_path_keeps_the_expectation(probability: float) -> None:
     assert dropped.mean().item() == pytest.approx(1, abs=0.03)
     kept = 1 / (1 - probability)
     assert ((dropped == 0) | torch.isclose(dropped, torch.tensor(kept))).all()
-    assert (dropped[:, 0] == dropped[:, 1]).all()  # a sample is dropped as a whole
+    assert (dropped[:, 0] == dropped[:, 1]).all()  # samples are dropped as a whole
 
 
 def test_drop_path_is_identity_outside_training() -> None:
@@ -207,7 +207,7 @@ def test_encoder_block_hands_the_record_to_its_attention() -> None:
     torch.testing.assert_close(block(x, positions, bias, record), block(x, positions, bias), atol=1e-5, rtol=1e-5)
     (weights,) = record
     assert weights.shape == (3, 2, 6, 6)
-    assert (weights[2, :, :, 0] == 1).all()  # the only cell that is not hidden
+    assert (weights[2, :, :, 0] == 1).all()  # the only unmasked cell
 
 
 def test_encoder_block_does_not_see_padding() -> None:
@@ -296,7 +296,7 @@ def test_decoder_block_records_its_cross_attention_alone(groups: int) -> None:
 
 
 def test_hidden_queries_are_not_seen_in_their_group() -> None:
-    """Of two groups of three, the last of the first group and all of the second are hidden, per image."""
+    """In each image, the last of the first group of three is masked, and all of the second group."""
     block, queries = DetrDecoderBlock(8, 2, 16, 0.0), torch.randn(2, 6, 8)
     query_bias = torch.zeros(2, 6)
     query_bias[0, 2:] = -1e4

@@ -19,7 +19,7 @@ TINY: dict[str, Any] = {
     "num_heads": 2,
 }
 
-# With 1000 classes, as timm counts them; the two for 32 x 32 pixels are this project's own.
+# timm's counts for 1000 classes; the two for 32 x 32 pixels are this project's.
 PARAMETERS = {
     "vit_tiny_patch16": 5_717_416,
     "vit_small_patch8": 22_055_272,
@@ -164,7 +164,7 @@ def test_patch_embedding_is_a_linear_layer_on_patches() -> None:
 def test_tokens_are_the_patches_row_by_row(stem: type[PatchEmbed | ConvStem], row: int, column: int) -> None:
     embed, blank = stem(4, 8).eval(), torch.zeros(1, 3, 8, 12)
     marked = blank.clone()
-    marked[..., 4 * row, 4 * column] = 100  # not even a conv stem's other cells see a patch's first pixel
+    marked[..., 4 * row, 4 * column] = 100  # outside the receptive field of a conv stem's other cells
     changed = (embed(marked) - embed(blank)).abs().amax(dim=-1)[0] > 1e-4
     assert changed.nonzero().tolist() == [[3 * row + column]]
 
@@ -190,7 +190,7 @@ def test_patches_must_tile_the_image(image_size: Any, found: str) -> None:
 
 def test_without_positions_the_order_of_patches_is_invisible() -> None:
     x = torch.randn(1, 3, 16, 16)
-    swapped = torch.cat((x[..., 8:], x[..., :8]), dim=-1)  # whole patches change places
+    swapped = torch.cat((x[..., 8:], x[..., :8]), dim=-1)  # swaps whole patches
     for pos_embed in ("sine_1d", "sine_2d", "learned"):
         network = ViT(ViTConfig(**TINY, pos_embed=pos_embed)).eval()
         assert not torch.allclose(network(x), network(swapped), atol=1e-4)
@@ -228,7 +228,7 @@ def test_recorded_weights_are_those_of_the_blocks_in_their_order() -> None:
     network = ViT(ViTConfig(**TINY)).eval()
     torch.nn.init.normal_(network.blocks[0].attn.qkv.weight)
     for parameter in network.blocks[1].attn.qkv.parameters():
-        torch.nn.init.zeros_(parameter)  # the second block attends to all tokens alike
+        torch.nn.init.zeros_(parameter)  # the second block attends to all tokens equally
     record: list[Tensor] = []
     network(torch.randn(1, 3, 16, 16), record)
     assert record[0].std() > 0.01

@@ -1,4 +1,4 @@
-"""The label lists that come with Vitrine."""
+"""Vitrine's label lists."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Published DETRs, and the ResNets for their backbones, become networks that compute the same.
+"""Imported DETRs, and ResNets imported as backbones, compute the same as the published networks.
 
 Compared with a public implementation: Hugging Face's (transformers, also at full size). Compared with a network written
 here, of torch's own layers, that takes the published names by a strict `load_state_dict`: facebookresearch's (with
@@ -27,6 +27,9 @@ from vitrine.models.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("forward_only")
 
+Import, Agree, Randomise = Callable[..., Checkpoint], Callable[..., None], Callable[..., nn.Module]
+Save, HuggingFace = Callable[..., Path], Callable[..., Any]
+
 DIM, HEADS, HIDDEN, QUERIES, CLASSES = 16, 2, 24, 7, 5
 BOX_SPREAD = 0.02  # in fractions of an image
 WIDTH = 8  # of the backbone's first convolution
@@ -37,7 +40,7 @@ transformers.logging.set_verbosity_error()
 
 
 class FrozenNorm(nn.Module):
-    """Batch norm of four buffers, without a count of batches."""
+    """Batch norm with four buffers, without num_batches_tracked."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -52,7 +55,7 @@ class FrozenNorm(nn.Module):
 
 
 class PublishedUnit(nn.Module):
-    """torchvision's BasicBlock (two convolutions) and Bottleneck (three) by their names."""
+    """torchvision's BasicBlock (two convolutions) and Bottleneck (three), with their names."""
 
     def __init__(
         self, inputs: int, channels: int, bottleneck: bool, stride: int, dilation: int, norm: type[nn.Module]
@@ -82,7 +85,7 @@ class PublishedUnit(nn.Module):
 
 
 class PublishedResNet(nn.Module):
-    """torchvision's ResNet by its names; `dilated` is its replace_stride_with_dilation for the last stage."""
+    """torchvision's ResNet with its names; `dilated` is its replace_stride_with_dilation for the last stage."""
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class Backbone(nn.Module):
 
 
 class PublishedLayer(nn.Module):
-    """A post-norm layer of DETR's transformer, of the decoder if it looks at a memory."""
+    """A post-norm layer of DETR's transformer, of the decoder if it attends to a memory."""
 
     def __init__(self, decoder: bool) -> None:
         super().__init__()
@@ -170,7 +173,7 @@ class PublishedMlp(nn.Module):
 
 
 def sine_positions(hidden: Tensor) -> Tensor:
-    """Normalised sine encoding [B, D, h, w] of the cells that are not hidden, y before x."""
+    """Normalised sine encoding [B, D, h, w] of the unmasked cells, y before x."""
     frequencies = 10000 ** (2 * (torch.arange(DIM // 2) // 2) / (DIM // 2))
     encoded = []
     for axis in (1, 2):
@@ -183,7 +186,7 @@ def sine_positions(hidden: Tensor) -> Tensor:
 
 
 class PublishedDetr(nn.Module):
-    """facebookresearch's DETR by its names."""
+    """facebookresearch's DETR with its names."""
 
     def __init__(
         self,
@@ -226,7 +229,7 @@ class PublishedDetr(nn.Module):
 
 
 def batch(*sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Noisy patchworks of these heights and widths, padded with zeros; and their sizes."""
+    """Noisy patchwork images of these heights and widths, padded with zeros, and their sizes."""
     height, width = (max(edges) for edges in zip(*sizes, strict=True))
     pixels = torch.zeros(len(sizes), 3, height, width)
     for image, (h, w) in zip(pixels, sizes, strict=True):
@@ -236,9 +239,9 @@ def batch(*sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def settle(network: nn.Module, forward: Callable[[], object]) -> None:
-    """Brings a random ResNet near to a trained one: what it computes neither dies out nor amplifies rounding errors.
+    """Makes a random ResNet similar to a trained one: activations neither vanish nor amplify rounding errors.
 
-    Every batch norm takes the statistics of what it sees, and a unit adds little to its shortcut.
+    Every batch norm takes the statistics of its inputs, and units add little to their shortcuts.
     """
 
     def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -258,10 +261,10 @@ def settle(network: nn.Module, forward: Callable[[], object]) -> None:
 
 
 def enliven(network: nn.Module, last: list[nn.Linear], projection: nn.Conv2d, forward: Callable[[], object]) -> None:
-    """Random layers one behind another make all places and all queries alike; this lets them differ.
+    """Makes the outputs differ between positions and queries, which stacked random layers would make alike.
 
-    The backbone's norms take the statistics of what they see, attention is sharpened, and the projection of the
-    features and the last layers spread out what they give.
+    The backbone's norms take the statistics of their inputs, attention is sharpened, and the outputs of the feature
+    projection and of the last layers are standardised.
     """
     settle(network, forward)
     for name, parameter in network.named_parameters():
@@ -269,7 +272,7 @@ def enliven(network: nn.Module, last: list[nn.Linear], projection: nn.Conv2d, fo
             parameter.mul_(2)
         elif name.endswith("in_proj_weight"):
             parameter[: 2 * DIM].mul_(2)
-        elif "decoder" in name and name.endswith("bias"):  # what is the same for all queries
+        elif "decoder" in name and name.endswith("bias"):  # shared by all queries
             parameter.mul_(0.3)
     for layer in (projection, *last):
         seen: list[Tensor] = []
@@ -291,15 +294,15 @@ def compare(
     what: str,
     run: Checkpoint,
     published: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    agree: Callable[..., None],
+    agree: Agree,
     size: tuple[int, int] = (96, 133),
     order: list[int] | None = None,
 ) -> None:
-    """One image at a time without padding, and a padded batch with and without the published handling of padding.
+    """Compares single images without padding, and a padded batch with and without the published padding behaviour.
 
     Args:
         size: height and width of the larger images.
-        order: the published rows of the class head in the order of ours.
+        order: published class ids in the order of ours.
     """
     network = cast(Detr, run.build())
     order = list(range(network.class_embed.out_features)) if order is None else order
@@ -319,8 +322,11 @@ def compare(
     agree(f"{what}: boxes of a padded batch", found_boxes, boxes, spread=BOX_SPREAD)
 
 
+Facebook = Callable[..., PublishedDetr]
+
+
 @pytest.fixture
-def facebook(randomise: Callable[..., nn.Module]) -> Callable[..., PublishedDetr]:
+def facebook(randomise: Randomise) -> Facebook:
     def make(**shape: Any) -> PublishedDetr:
         network = PublishedDetr(**shape)
         randomise(network)
@@ -329,7 +335,7 @@ def facebook(randomise: Callable[..., nn.Module]) -> Callable[..., PublishedDetr
         last = cast(nn.Linear, network.bbox_embed.layers[-1])
         enliven(network, [network.class_embed, last], network.input_proj, lambda: network(*example))
         for faint in (network.input_proj, network.transformer.encoder.layers[0].self_attn.out_proj):
-            faint.weight.mul_(0.03)  # so that the epsilon of the encoder's first norm is seen
+            faint.weight.mul_(0.03)  # so that the epsilon of the encoder's first norm matters
             faint.bias.mul_(0.03)
         return network
 
@@ -362,48 +368,32 @@ FACEBOOK: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], dict[str
 
 
 @pytest.mark.parametrize("variant", FACEBOOK)
-def test_facebook_detr(
-    variant: str,
-    facebook: Callable[..., PublishedDetr],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_facebook_detr(variant: str, facebook: Facebook, import_file: Import, agree: Agree) -> None:
     shape, published, form = FACEBOOK[variant]
     network = facebook(**shape)
     changes = [] if "args" in variant else [f"num_heads={HEADS}"]
-    run = import_file(save(published(network.state_dict()), form), CLASSES, changes=changes)
+    run = import_file(published(network.state_dict()), CLASSES, form=form, changes=changes)
     assert run.settings["num_heads"] == HEADS
     assert run.settings["unused_classes"] == 0
     compare(f"facebookresearch DETR, {variant}", run, network, agree)
 
 
-def test_facebook_detr_of_unknown_width_asks_for_the_number_of_heads(
-    facebook: Callable[..., PublishedDetr], save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
-    with pytest.raises(ImportSettingError, match="num_heads: no shape in the file tells it"):
-        import_file(save(facebook().state_dict(), "pth"), CLASSES)
+def test_facebook_detr_of_unknown_width_asks_for_the_number_of_heads(facebook: Facebook, import_file: Import) -> None:
+    with pytest.raises(ImportSettingError, match="num_heads: cannot be inferred from the file"):
+        import_file(facebook().state_dict(), CLASSES, form="pth")
 
 
-def test_dilation_in_the_arguments_gives_dc5(
-    facebook: Callable[..., PublishedDetr],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_dilation_in_the_arguments_gives_dc5(facebook: Facebook, import_file: Import, agree: Agree) -> None:
     network = facebook(layers=(1, 1, 1, 2), dilated=True)
     arguments = argparse.Namespace(**{**vars(ARGUMENTS), "dilation": True})
-    run = import_file(save({"model": network.state_dict(), "args": arguments}, "pth"), CLASSES)
+    run = import_file({"model": network.state_dict(), "args": arguments}, CLASSES, form="pth")
     assert run.settings["dilation"] is True
     assert cast(Detr, run.build()).backbone.config.stride == 16
     compare("facebookresearch DETR, dc5 by args", run, network, agree)
 
 
 def test_the_variant_gives_dc5_with_the_same_keys_and_other_answers(
-    facebook: Callable[..., PublishedDetr],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    facebook: Facebook, import_file: Import, agree: Agree
 ) -> None:
     layers = (3, 4, 6, 3)  # as the variant says
     network = facebook(layers=layers, dilated=True)
@@ -411,38 +401,32 @@ def test_the_variant_gives_dc5_with_the_same_keys_and_other_answers(
     plain.load_state_dict(network.state_dict(), strict=True)
     shape = VARIANTS["detr_resnet50_dc5"][1]
     assert shape["dilation"] is True
-    file = save({"model": network.state_dict()}, "pth")
-    changes = [f"num_heads={HEADS}"]
-    dilated = import_file(file, CLASSES, changes=changes, variant="detr_resnet50_dc5")
-    undilated = import_file(file, CLASSES, changes=changes)
+    options = {"form": "pth", "changes": [f"num_heads={HEADS}"]}
+    dilated = import_file({"model": network.state_dict()}, CLASSES, variant="detr_resnet50_dc5", **options)
+    undilated = import_file({"model": network.state_dict()}, CLASSES, **options)
     compare("facebookresearch DETR, dc5 by --variant", dilated, network, agree)
     compare("facebookresearch DETR, the same file without --variant", undilated, plain.eval(), agree)
     pixels, sizes = batch((96, 133))
     assert (answers(dilated.build(), pixels, sizes)[0] - answers(undilated.build(), pixels, sizes)[0]).abs().max() > 0.1
 
 
-def test_learned_positions_in_the_arguments_are_refused(
-    facebook: Callable[..., PublishedDetr], save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_learned_positions_in_the_arguments_are_refused(facebook: Facebook, import_file: Import) -> None:
     arguments = argparse.Namespace(**{**vars(ARGUMENTS), "position_embedding": "learned"})
     with pytest.raises(ImportSettingError, match="position_embedding: expected 'sine', found 'learned'"):
-        import_file(save({"model": facebook().state_dict(), "args": arguments}, "pth"), CLASSES)
+        import_file({"model": facebook().state_dict(), "args": arguments}, CLASSES, form="pth")
 
 
 # COCO's classes -------------------------------------------------------------------------------------------------------
 
-# Category ids that stand for no object; 0 is none either.
+# Unused category ids, and 0, which is not one.
 HOLES = [0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
 
 
 def test_cocos_holes_are_unused_classes_that_take_part_in_the_softmax(
-    facebook: Callable[..., PublishedDetr],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    facebook: Facebook, import_file: Import, agree: Agree
 ) -> None:
     network = facebook(rows=92)
-    run = import_file(save({"model": network.state_dict(), "args": ARGUMENTS}, "pth"))
+    run = import_file({"model": network.state_dict(), "args": ARGUMENTS}, form="pth")
     things = [id_ for id_ in range(91) if id_ not in HOLES]
     assert len(run.labels) == len(things) == 80
     assert run.labels[0] == "person"
@@ -464,11 +448,7 @@ def test_cocos_holes_are_unused_classes_that_take_part_in_the_softmax(
 
 @pytest.mark.parametrize("labels", [None, "coco"])
 def test_a_panoptic_file_gives_its_detection_part(
-    labels: str | None,
-    facebook: Callable[..., PublishedDetr],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    labels: str | None, facebook: Facebook, import_file: Import, agree: Agree
 ) -> None:
     network = facebook(rows=251)
     state = {f"detr.{key}": tensor for key, tensor in network.state_dict().items()}
@@ -479,9 +459,7 @@ def test_a_panoptic_file_gives_its_detection_part(
         "mask_head.gn1.bias": torch.zeros(DIM),
         "mask_head.adapter1.weight": torch.zeros(DIM, DIM, 1, 1),
     }
-    run = import_file(
-        save({"model": state, "args": ARGUMENTS}, "pth"), **({} if labels is None else {"labels": labels})
-    )
+    run = import_file({"model": state, "args": ARGUMENTS}, form="pth", labels=labels)
     things = [id_ for id_ in range(91) if id_ not in HOLES]
     rest = [id_ for id_ in range(250) if id_ not in things]
     assert len(run.labels) == 80
@@ -489,22 +467,14 @@ def test_a_panoptic_file_gives_its_detection_part(
     compare("facebookresearch DETR, panoptic", run, network, agree, order=[*things, *rest, 250])
 
 
-def test_labels_must_be_as_many_as_the_classes(
-    facebook: Callable[..., PublishedDetr], save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
-    file = save({"model": facebook().state_dict(), "args": ARGUMENTS}, "pth")
+def test_labels_must_be_as_many_as_the_classes(facebook: Facebook, import_file: Import) -> None:
     with pytest.raises(ImportSettingError, match="expected 5, one for each class of the head, found 6"):
-        import_file(file, 6)
+        import_file({"model": facebook().state_dict(), "args": ARGUMENTS}, 6, form="pth")
 
 
-def test_reset_head_keeps_everything_but_the_classes(
-    facebook: Callable[..., PublishedDetr],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_reset_head_keeps_everything_but_the_classes(facebook: Facebook, import_file: Import, agree: Agree) -> None:
     network = facebook(rows=92)
-    run = import_file(save({"model": network.state_dict(), "args": ARGUMENTS}, "pth"), 3, reset_head=True)
+    run = import_file({"model": network.state_dict(), "args": ARGUMENTS}, 3, form="pth", reset_head=True)
     assert run.origin is not None
     assert run.origin.untrained == ["class_embed"]
     assert run.settings["unused_classes"] == 0
@@ -514,15 +484,13 @@ def test_reset_head_keeps_everything_but_the_classes(
     agree("facebookresearch DETR, boxes with a new head", boxes, network(pixels, sizes)[1], spread=BOX_SPREAD)
 
 
-def test_a_second_half_of_another_detr_is_named(
-    facebook: Callable[..., PublishedDetr], save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_a_second_half_of_another_detr_is_named(facebook: Facebook, import_file: Import) -> None:
     state = facebook().state_dict()
     del state["bbox_embed.layers.1.weight"]
     state["backbone.0.body.layer2.0.bn3.running_var"] = torch.ones(3)
     state["reference.weight"] = torch.zeros(2)
     with pytest.raises(MismatchError) as caught:
-        import_file(save(state, "pth"), CLASSES, changes=[f"num_heads={HEADS}"])
+        import_file(state, CLASSES, form="pth", changes=[f"num_heads={HEADS}"])
     message = str(caught.value)
     assert "missing in the file: bbox_embed.layers.1.weight" in message
     assert "unexpected in the file: reference.weight" in message
@@ -550,12 +518,7 @@ RESNETS = {
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 @pytest.mark.parametrize("name", RESNETS)
 def test_a_resnet_initialises_the_backbone_of_a_new_detr(
-    name: str,
-    form: str,
-    randomise: Callable[..., nn.Module],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    name: str, form: str, randomise: Randomise, import_file: Import, agree: Agree
 ) -> None:
     layers, bottleneck = RESNETS[name]
     network = randomise(PublishedResNet(layers, bottleneck))
@@ -563,7 +526,7 @@ def test_a_resnet_initialises_the_backbone_of_a_new_detr(
     settle(network, lambda: network(pixels))
     state = network.state_dict() | {"fc.weight": torch.zeros(1000, 8), "fc.bias": torch.zeros(1000)}
     assert "layer1.0.bn1.num_batches_tracked" in state
-    run = import_file(save(state, form), CLASSES, changes=SMALL_TRANSFORMER)
+    run = import_file(state, CLASSES, form=form, changes=SMALL_TRANSFORMER)
     assert run.settings["backbone_layers"] == list(layers)
     assert run.settings["backbone_norm"] == "frozen"
     assert run.labels == [f"thing {i}" for i in range(CLASSES)]
@@ -575,14 +538,9 @@ def test_a_resnet_initialises_the_backbone_of_a_new_detr(
     assert detr(pixels, sizes)["pred_logits"].shape == (3, 4, CLASSES + 1)
 
 
-def test_a_resnet18_at_full_width_gives_the_small_detr(
-    randomise: Callable[..., nn.Module],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_a_resnet18_at_full_width_gives_the_small_detr(randomise: Randomise, import_file: Import, agree: Agree) -> None:
     network = randomise(PublishedResNet((2, 2, 2, 2), False, width=64))
-    run = import_file(save(network.state_dict(), "pth"), CLASSES)
+    run = import_file(network.state_dict(), CLASSES, form="pth")
     small = VARIANTS["detr_small"][1]
     assert {key: run.settings[key] for key in ("encoder_layers", "decoder_layers", "feedforward_dim")} == {
         key: small[key] for key in ("encoder_layers", "decoder_layers", "feedforward_dim")
@@ -591,12 +549,10 @@ def test_a_resnet18_at_full_width_gives_the_small_detr(
     agree("torchvision ResNet, resnet18 at full width", cast(Detr, run.build()).backbone(pixels), network(pixels))
 
 
-def test_a_new_detr_needs_labels(
-    randomise: Callable[..., nn.Module], save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
-    file = save(randomise(PublishedResNet((1, 1, 1, 1), False)).state_dict(), "pth")
+def test_a_new_detr_needs_labels(randomise: Randomise, import_file: Import) -> None:
+    state = randomise(PublishedResNet((1, 1, 1, 1), False)).state_dict()
     with pytest.raises(ImportSettingError, match="a new head needs --labels"):
-        import_file(file)
+        import_file(state, form="pth")
 
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
@@ -630,7 +586,7 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture
-def hugging_face(randomise: Callable[..., nn.Module]) -> Callable[..., Any]:
+def hugging_face(randomise: Randomise) -> HuggingFace:
     def make(config: transformers.DetrConfig) -> Any:
         network: Any = randomise(transformers.DetrForObjectDetection(config))
         network.model.query_position_embeddings.weight.normal_(0, 2)
@@ -653,18 +609,6 @@ def public(network: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return forward
 
 
-def as_published(network: Any, folder: Path, names: str) -> Path:
-    """`save_pretrained` writes the names before transformers 5, `state_dict` has those since."""
-    source = folder / f"hugging_face_{names}"
-    source.mkdir()
-    if names == "old":
-        network.save_pretrained(source)
-    else:
-        torch.save(network.state_dict(), source / "pytorch_model.bin")
-        network.config.save_pretrained(source)
-    return source
-
-
 @pytest.mark.parametrize("names", ["old", "new"])
 @pytest.mark.parametrize(
     ("shape", "backbone", "settings"),
@@ -682,38 +626,31 @@ def test_hugging_face_detr(
     backbone: dict[str, Any],
     settings: dict[str, Any],
     names: str,
-    hugging_face: Callable[..., Any],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    hugging_face: HuggingFace,
+    import_file: Import,
+    agree: Agree,
 ) -> None:
     network = hugging_face(hugging_face_config(backbone, **{**TINY, **settings}))
-    run = import_file(as_published(network, folder, names), CLASSES)
+    run = import_file(network, CLASSES, names=names)
     compare(f"Hugging Face DETR, {names} names, {shape}", run, public(network), agree)
 
 
 def test_hugging_face_ignores_dilation_of_its_own_resnet(
-    hugging_face: Callable[..., Any],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    hugging_face: HuggingFace, import_file: Import, agree: Agree
 ) -> None:
     network = hugging_face(hugging_face_config({**BASIC_BLOCKS}, **TINY, dilation=True))
     assert network.config.dilation is True
-    run = import_file(as_published(network, folder, "old"), CLASSES)
+    run = import_file(network, CLASSES)
     compare("Hugging Face DETR, dilation beside its own ResNet", run, public(network), agree)
 
 
 def test_hugging_face_detr_without_its_config_needs_what_the_shapes_do_not_tell(
-    hugging_face: Callable[..., Any],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    hugging_face: HuggingFace, save_pretrained: Save, import_file: Import, agree: Agree
 ) -> None:
     network = hugging_face(hugging_face_config(BASIC_BLOCKS, **TINY))
-    source = as_published(network, folder, "new")
+    source = save_pretrained(network, "new")
     (source / "config.json").unlink()
-    with pytest.raises(ImportSettingError, match="num_heads: no shape in the file tells it"):
+    with pytest.raises(ImportSettingError, match="num_heads: cannot be inferred from the file"):
         import_file(source, CLASSES)
     run = import_file(source, CLASSES, changes=[f"num_heads={HEADS}"])
     compare("Hugging Face DETR, new names, no config.json", run, public(network), agree)
@@ -728,28 +665,21 @@ def test_hugging_face_detr_without_its_config_needs_what_the_shapes_do_not_tell(
     ],
 )
 def test_hugging_face_detr_of_another_kind_is_refused(
-    settings: dict[str, Any],
-    message: str,
-    hugging_face: Callable[..., Any],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
+    settings: dict[str, Any], message: str, hugging_face: HuggingFace, save_pretrained: Save, import_file: Import
 ) -> None:
-    source = as_published(hugging_face(hugging_face_config(BASIC_BLOCKS, **{**TINY, **settings})), folder, "old")
+    source = save_pretrained(hugging_face(hugging_face_config(BASIC_BLOCKS, **{**TINY, **settings})))
     with pytest.raises(Exception, match=message):
         import_file(source, CLASSES)
 
 
 def test_hugging_face_labels_and_preprocessing_are_used(
-    hugging_face: Callable[..., Any],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    hugging_face: HuggingFace, save_pretrained: Save, import_file: Import, agree: Agree
 ) -> None:
     names = ["N/A", "cat", "N/A", "dog", "cow"]
     settings = {**TINY, "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     del settings["num_labels"]
     network = hugging_face(hugging_face_config(BASIC_BLOCKS, **settings))
-    source = as_published(network, folder, "old")
+    source = save_pretrained(network)
     document = {
         "image_mean": [0.1, 0.2, 0.3],
         "image_std": [0.4, 0.5, 0.6],
@@ -769,14 +699,10 @@ def test_hugging_face_labels_and_preprocessing_are_used(
 
 @pytest.mark.parametrize("names", ["old", "new"])
 def test_hugging_face_detr_resnet50_at_full_size(
-    names: str,
-    hugging_face: Callable[..., Any],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    names: str, hugging_face: HuggingFace, import_file: Import, agree: Agree
 ) -> None:
     network = hugging_face(hugging_face_config(num_labels=91))
-    run = import_file(as_published(network, folder, names))
+    run = import_file(network, names=names)
     things = [id_ for id_ in range(91) if id_ not in HOLES]
     compare(
         f"Hugging Face DETR, ResNet-50 at full size, {names} names",

@@ -1,4 +1,4 @@
-"""Files of weights of every kind, whole, broken and malicious: what is read, and that nothing else happens."""
+"""Weights files of every format, valid, broken and malicious: what is read, and that no code runs."""
 
 import argparse
 import io
@@ -26,7 +26,7 @@ from torch import Tensor
 from vitrine.models.build import build_model
 from vitrine.models.published.errors import UnreadableFileError, WeightsError
 from vitrine.models.published.files import open_weights, read_json
-from vitrine.models.published.importing import Imported, import_weights
+from vitrine.models.published.importing import ImportResult, import_weights
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 LABELS = "blue\ngreen\nred\n"
@@ -69,12 +69,12 @@ def google_vit() -> Arrays:
 
 
 def write_npz(file: Path, arrays: Arrays, *, compressed: bool = False) -> None:
-    with file.open("wb") as stream:  # given a path, NumPy would add a suffix
+    with file.open("wb") as stream:  # for a path, NumPy would add a suffix
         (np.savez_compressed if compressed else np.savez)(stream, **arrays)  # type: ignore[arg-type]
 
 
 def write(kind: str, file: Path) -> None:
-    """A whole file of a tiny ViT."""
+    """A valid file of a tiny ViT."""
     if kind == "safetensors":
         save_file(timm_vit(), file)
     elif kind.startswith("npz"):
@@ -93,7 +93,7 @@ def whole(kind: str, folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def import_file(file: Path, **options: Any) -> Imported:
+def import_file(file: Path, **options: Any) -> ImportResult:
     """Import a tiny ViT into a folder two levels below the file's."""
     labels = file.parent / "labels.txt"
     labels.write_text(LABELS)
@@ -103,7 +103,7 @@ def import_file(file: Path, **options: Any) -> Imported:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing may be warned about: it would stand around the sentence on stderr."""
+    """Turn warnings into errors: they would clutter the error message on stderr."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -111,7 +111,7 @@ def quiet() -> Iterator[None]:
 
 
 def refused(file: Path, **options: Any) -> str:
-    """The one sentence with which a file is refused; nothing was written for it."""
+    """Return the message with which a file is rejected, after checking that nothing was written."""
     with quiet(), pytest.raises(WeightsError) as error:
         import_file(file, **options)
     assert not (file.parent / "deep").exists()

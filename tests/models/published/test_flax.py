@@ -1,4 +1,4 @@
-"""Flax's kernels, brought to the form of torch's layers, compute what einsum says that they do.
+"""Flax's kernels, converted to torch's layers, compute the same as einsum on the originals.
 
 The einsums are those of Flax's Dense, DenseGeneral (a multi-head attention's projections) and Conv.
 """

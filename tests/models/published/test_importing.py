@@ -1,4 +1,4 @@
-"""`vitrine import` as a whole: recognition, strictness, heads, what is written, memory, the command line."""
+"""`vitrine import` end to end: recognition, strictness, heads, output files, memory, the command line."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from vitrine.models.published.errors import (
     MismatchError,
     WeightsError,
 )
-from vitrine.models.published.importing import Imported, import_weights
+from vitrine.models.published.importing import ImportResult, import_weights
 from vitrine.models.published.labels import read_labels
 from vitrine.models.training.checkpoint import load_checkpoint
 
@@ -57,7 +57,7 @@ def resnet() -> dict[str, Tensor]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A tiny timm ViT, beside a file with its three labels."""
+    """A tiny timm ViT, with a file of its three labels."""
     save_file(timm_vit(), tmp_path / "vit.safetensors")
     (tmp_path / "labels.txt").write_text(LABELS)
     return tmp_path / "vit.safetensors"
@@ -68,14 +68,14 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "some" / "runs" / "vit"
 
 
-def make(file: Path, out: Path, *changes: str, labels: str | None = "labels.txt", **options: Any) -> Imported:
+def make(file: Path, out: Path, *changes: str, labels: str | None = "labels.txt", **options: Any) -> ImportResult:
     chosen = str(file.parent / labels) if labels == "labels.txt" else labels
     return import_weights(file, out, labels=chosen, changes=["num_heads=2", *changes], **options)
 
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The command line in this process; exit status, and what it printed."""
+    """Run the command line in this process; return its exit status and output."""
 
     def run(*arguments: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["vitrine", *map(str, arguments)])
@@ -249,7 +249,7 @@ def test_a_variant_of_another_size_does_not_fit(file: Path, out: Path) -> None:
 
 
 def test_heads_that_no_shape_tells_are_asked_for(file: Path, out: Path) -> None:
-    with pytest.raises(ImportSettingError, match="num_heads: no shape in the file tells it; say num_heads=VALUE"):
+    with pytest.raises(ImportSettingError, match="num_heads: cannot be inferred from the file; pass num_heads=VALUE"):
         import_weights(file, out, labels=str(file.parent / "labels.txt"))
 
 
@@ -436,7 +436,7 @@ def test_from_published_weights_to_a_bundle(
 ) -> None:
     labels = file.parent / "labels.txt"
     output = run_vitrine("import", file, "num_heads=2", "--out", out, "--labels", labels)
-    assert "preprocessing is the published default of timm's ViT, for the file holds none" in output
+    assert "preprocessing is the published default of timm's ViT, because the file has none" in output
     parameters = sum(weight.numel() for weight in timm_vit().values())
     assert f"imported: {out}  timm's ViT, {parameters / 1e6:.2f} M parameters, 3 labels" in output
     assert "to be trained" not in output
@@ -454,7 +454,7 @@ def test_from_published_weights_to_a_bundle(
     assert manifest["provenance"]["imported"]["arguments"] == ["num_heads=2", "--labels", str(labels)]
 
     assert command("verify", bundle) == (0, f"verified: {summary} (fp32, explain)\n")
-    assert command("bundles", tmp_path / "bundles") == (0, f"{summary}\n")
+    assert command("bundles", tmp_path / "bundles") == (0, f"{summary}  {bundle}\n")
     status, of_run = command("evaluate", out, "--data", colours)
     assert status == 0
     assert re.search(r"^top1\t0\.\d{4}$", of_run, flags=re.MULTILINE)
@@ -486,12 +486,12 @@ def test_labels_that_were_assumed_are_said(tmp_path: Path, out: Path, command: C
     save_file(timm_vit(1000), tmp_path / "m.safetensors")
     status, output = command("import", tmp_path / "m.safetensors", "num_heads=2", "--out", out)
     assert status == 0
-    assert "labels are those of ImageNet-1k, for the head has 1,000 classes" in output
+    assert "labels are those of ImageNet-1k, because the head has 1,000 classes" in output
     assert load_checkpoint(out).labels == read_labels("imagenet-1k")
 
 
 def test_heads_that_were_assumed_are_said(tmp_path: Path, out: Path) -> None:
-    """A width of 192 may have any number of heads; three is only what the published ones have."""
+    """A width of 192 allows any number of heads; three is only that of the published networks."""
     (tmp_path / "labels.txt").write_text(LABELS)
     save_file(timm_vit(embed_dim=192, num_heads=3), tmp_path / "m.safetensors")
     imported = import_weights(tmp_path / "m.safetensors", out, labels=str(tmp_path / "labels.txt"))

@@ -1,4 +1,4 @@
-"""The names of classes: data sets that come with Vitrine, the user's files, and what was published."""
+"""Class labels: from Vitrine's lists, the user's files, and published files."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from vitrine.models.build import build_model
 from vitrine.models.labels.named import NAMED
 from vitrine.models.published.errors import ImportSettingError
-from vitrine.models.published.importing import Imported, import_weights
+from vitrine.models.published.importing import ImportResult, import_weights
 from vitrine.models.published.labels import NOT_A_CLASS, coco_by_category_id, distinct, published_labels, read_labels
 
 TINY = {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
 
 
-def import_vit(folder: Path, classes: int, labels: str | None = None, **config: Any) -> Imported:
-    """Import a tiny timm ViT with a `config.json` beside it."""
+def import_vit(folder: Path, classes: int, labels: str | None = None, **config: Any) -> ImportResult:
+    """Import a tiny timm ViT with a `config.json`."""
     state = build_model("vit", TINY, classes).state_dict()
     state["pos_embed"] = state.pop("pos_embed.embedding")
     save_file(state, folder / "model.safetensors")
@@ -136,7 +136,7 @@ def test_distinct_labels_are_distinct(labels: list[str]) -> None:
 def test_a_thousand_classes_are_those_of_imagenet(tmp_path: Path) -> None:
     imported = import_vit(tmp_path, 1000)
     assert imported.checkpoint.labels == read_labels("imagenet-1k")
-    assert "labels are those of ImageNet-1k, for the head has 1,000 classes" in imported.notes
+    assert "labels are those of ImageNet-1k, because the head has 1,000 classes" in imported.notes
 
 
 def test_published_labels_stand_before_those_of_imagenet(tmp_path: Path) -> None:
@@ -160,14 +160,14 @@ def test_published_labels_that_occur_twice_get_their_class_id(tmp_path: Path) ->
 @pytest.mark.parametrize("classes", [1, 3, 21843])
 def test_classes_without_names_ask_for_labels(classes: int, tmp_path: Path) -> None:
     with pytest.raises(
-        ImportSettingError, match=f"no names for its {classes:,} classes: --labels imagenet-1k, coco or"
+        ImportSettingError, match=f"no labels for its {classes:,} classes: --labels imagenet-1k, coco or"
     ):
         import_vit(tmp_path, classes)
     assert not (tmp_path / "run").exists()
 
 
 def test_names_that_nobody_gave_ask_for_labels(tmp_path: Path) -> None:
-    with pytest.raises(ImportSettingError, match="no names for its 3 classes"):
+    with pytest.raises(ImportSettingError, match="no labels for its 3 classes"):
         import_vit(tmp_path, 3, id2label={str(i): f"LABEL_{i}" for i in range(3)})
 
 
@@ -192,7 +192,7 @@ def test_an_endless_class_id_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [80, 91, 100, 250])
 def test_a_coco_detector_of_any_head(rows: int, tmp_path: Path) -> None:
-    """Eighty rows in the order of the categories, or as many as there are category ids."""
+    """The head has 80 rows in the order of the categories, or as many as there are category ids."""
     size = {"num_heads": 2, "embed_dim": 16, "feedforward_dim": 16, "encoder_layers": 1, "decoder_layers": 1}
     size |= {"num_queries": 3, "backbone_layers": [1, 1], "backbone_width": 8, "backbone_norm": "frozen"}
     state = build_model("detr", size, rows).state_dict()

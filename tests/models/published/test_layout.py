@@ -1,4 +1,4 @@
-"""Conversion is strict: all that does not fit is said at once, and what fits is converted to the last bit."""
+"""Conversion is strict: all mismatches are reported at once, and matching tensors are converted exactly."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -122,7 +122,7 @@ def test_all_that_does_not_fit_is_listed_at_once(missing: set[str], unexpected: 
 
 
 def partner(key: str) -> str:
-    """The other source of the same tensor: without it, there is no shape to speak of."""
+    """The other source of the same tensor: without it, the shape is unknown."""
     if key.endswith((".a", ".b")):
         return key[:-1] + ("b" if key.endswith("a") else "a")
     return key
@@ -139,7 +139,7 @@ def test_shapes_are_told_as_expected_and_as_found() -> None:
 
 def test_a_part_that_the_layout_does_not_have_is_missing() -> None:
     further = network() | {"class_token": torch.empty(1, device="meta")}
-    with pytest.raises(MismatchError, match=r"anything for our class_token"):
+    with pytest.raises(MismatchError, match=r"a source of our class_token"):
         convert(LAYOUT, lazy(content()), further, file="weights.pth")
 
 

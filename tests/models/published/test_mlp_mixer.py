@@ -1,4 +1,4 @@
-"""Published MLP-Mixers become networks that compute the same.
+"""Imported MLP-Mixers compute the same as the published networks.
 
 No public implementation can be installed: every layout is compared with a forward pass written here in its own
 conventions. Google's .npz, in both namings: einsums over Flax's kernels, NHWC. timm's: functions of torch over its
@@ -8,7 +8,6 @@ names.
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from vitrine.models.training.checkpoint import Checkpoint
 pytestmark = pytest.mark.usefixtures("forward_only")
 
 State = dict[str, Tensor]
+Import, Agree = Callable[..., Checkpoint], Callable[..., None]
 DIM, DEPTH, PATCH, SIDE, TOKENS_HIDDEN, CHANNELS_HIDDEN, CLASSES = 16, 3, 4, 3, 10, 24, 5
 TOKENS = SIDE * SIDE
 
@@ -30,11 +30,21 @@ def images() -> Tensor:
     return torch.randn(4, 3, SIDE * PATCH, SIDE * PATCH)
 
 
+def mlp_shapes(tokens: int = TOKENS) -> dict[tuple[str, int], tuple[int, int]]:
+    """Inputs and outputs of both layers of token and channel mixing."""
+    return {
+        ("token", 0): (tokens, TOKENS_HIDDEN),
+        ("token", 1): (TOKENS_HIDDEN, tokens),
+        ("channel", 0): (DIM, CHANNELS_HIDDEN),
+        ("channel", 1): (CHANNELS_HIDDEN, DIM),
+    }
+
+
 # Google ---------------------------------------------------------------------------------------------------------------
 
 
 def google_arrays() -> State:
-    """Random parameters; the stem is faint, so that the norms' epsilon is seen."""
+    """Random parameters; the stem is small, so that the norms' epsilon matters."""
     arrays: State = {
         "stem/kernel": torch.randn(PATCH, PATCH, 3, DIM) * 0.01 / PATCH,
         "stem/bias": torch.randn(DIM) * 0.01,
@@ -44,12 +54,7 @@ def google_arrays() -> State:
         arrays |= {f"{norm}/scale": torch.rand(DIM) + 0.5, f"{norm}/bias": torch.randn(DIM) * 0.3}
     shapes = {"head": (DIM, CLASSES)}
     for i in range(DEPTH):
-        shapes |= {
-            f"MixerBlock_{i}/token_mixing/Dense_0": (TOKENS, TOKENS_HIDDEN),
-            f"MixerBlock_{i}/token_mixing/Dense_1": (TOKENS_HIDDEN, TOKENS),
-            f"MixerBlock_{i}/channel_mixing/Dense_0": (DIM, CHANNELS_HIDDEN),
-            f"MixerBlock_{i}/channel_mixing/Dense_1": (CHANNELS_HIDDEN, DIM),
-        }
+        shapes |= {f"MixerBlock_{i}/{mix}_mixing/Dense_{n}": shape for (mix, n), shape in mlp_shapes().items()}
     for name, (inputs, outputs) in shapes.items():
         arrays[f"{name}/kernel"] = torch.randn(inputs, outputs) * 1.5 / math.sqrt(inputs)
         arrays[f"{name}/bias"] = torch.randn(outputs) * 0.3
@@ -84,7 +89,7 @@ def behind(prefix: str, arrays: State) -> State:
 
 
 def of_first_files(arrays: State, kernel_shape: str, bias_shape: str) -> State:
-    """The first naming; `i` and `o` are a kernel's axes, 1 is an axis of length one."""
+    """Rename as in the first files; `i` and `o` are a kernel's axes, 1 is an axis of length one."""
     renamed: State = {}
     for key, array in arrays.items():
         name = re.sub(r"^stem/", "embedding/", key)
@@ -113,14 +118,9 @@ GOOGLE: dict[str, Callable[[State], State]] = {
 
 
 @pytest.mark.parametrize("variant", GOOGLE)
-def test_google_mixer(
-    variant: str,
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_google_mixer(variant: str, import_file: Import, agree: Agree) -> None:
     arrays, pixels = google_arrays(), images()
-    run = import_file(save(GOOGLE[variant](arrays), "npz"), CLASSES)
+    run = import_file(GOOGLE[variant](arrays), CLASSES, form="npz")
     assert run.settings == {
         "image_size": SIDE * PATCH,
         "patch_size": PATCH,
@@ -133,11 +133,9 @@ def test_google_mixer(
     agree(f"Google Mixer, {variant}", run.build()(pixels), google_forward(arrays, pixels.permute(0, 2, 3, 1)))
 
 
-def test_google_mixer_in_bfloat16(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint], agree: Callable[..., None]
-) -> None:
+def test_google_mixer_in_bfloat16(import_file: Import, agree: Agree) -> None:
     arrays, pixels = google_arrays(), images()
-    run = import_file(save({key: array.bfloat16() for key, array in arrays.items()}, "npz"), CLASSES)
+    run = import_file({key: array.bfloat16() for key, array in arrays.items()}, CLASSES, form="npz")
     rounded = {key: array.bfloat16().float() for key, array in arrays.items()}
     agree("Google Mixer, bfloat16", run.build()(pixels), google_forward(rounded, pixels.permute(0, 2, 3, 1)))
 
@@ -146,22 +144,17 @@ def test_google_mixer_in_bfloat16(
 
 
 def timm_state(grid: tuple[int, int] = (SIDE, SIDE)) -> State:
-    tokens = grid[0] * grid[1]
     state: State = {
         "stem.proj.weight": torch.randn(DIM, 3, PATCH, PATCH) * 0.01 / PATCH,
         "stem.proj.bias": torch.randn(DIM) * 0.01,
     }
     for norm in ("norm", *(f"blocks.{i}.norm{n}" for i in range(DEPTH) for n in (1, 2))):
         state |= {f"{norm}.weight": torch.rand(DIM) + 0.5, f"{norm}.bias": torch.randn(DIM) * 0.3}
-    shapes = {"head": (CLASSES, DIM)}
+    shapes = {"head": (DIM, CLASSES)}
+    mlps = mlp_shapes(grid[0] * grid[1])
     for i in range(DEPTH):
-        shapes |= {
-            f"blocks.{i}.mlp_tokens.fc1": (TOKENS_HIDDEN, tokens),
-            f"blocks.{i}.mlp_tokens.fc2": (tokens, TOKENS_HIDDEN),
-            f"blocks.{i}.mlp_channels.fc1": (CHANNELS_HIDDEN, DIM),
-            f"blocks.{i}.mlp_channels.fc2": (DIM, CHANNELS_HIDDEN),
-        }
-    for name, (outputs, inputs) in shapes.items():
+        shapes |= {f"blocks.{i}.mlp_{mix}s.fc{n + 1}": shape for (mix, n), shape in mlps.items()}
+    for name, (inputs, outputs) in shapes.items():
         state[f"{name}.weight"] = torch.randn(outputs, inputs) * 1.5 / math.sqrt(inputs)
         state[f"{name}.bias"] = torch.randn(outputs) * 0.3
     return state
@@ -194,23 +187,16 @@ TIMM: dict[str, tuple[Callable[[State], dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("variant", TIMM)
-def test_timm_mixer(
-    variant: str,
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_timm_mixer(variant: str, import_file: Import, agree: Agree) -> None:
     published, form = TIMM[variant]
     state, pixels = timm_state(), images()
-    run = import_file(save(published(state), form), CLASSES)
+    run = import_file(published(state), CLASSES, form=form)
     agree(f"timm Mixer, {variant}", run.build()(pixels), timm_forward(state, pixels))
 
 
-def test_a_mixer_cannot_be_brought_to_another_resolution(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_a_mixer_cannot_be_brought_to_another_resolution(import_file: Import) -> None:
     with pytest.raises(MismatchError) as caught:
-        import_file(save(timm_state()), CLASSES, changes=[f"image_size={4 * PATCH}"])
+        import_file(timm_state(), CLASSES, changes=[f"image_size={4 * PATCH}"])
     lines = str(caught.value)
     for i in range(DEPTH):
         assert f"blocks.{i}.mlp_tokens.fc1.weight: expected shape (10, 16), found (10, 9)" in lines
@@ -218,18 +204,14 @@ def test_a_mixer_cannot_be_brought_to_another_resolution(
         assert f"blocks.{i}.mlp_tokens.fc2.bias: expected shape (16,), found (9,)" in lines
 
 
-def test_image_size_tells_a_mixer_of_images_that_are_not_square(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint], agree: Callable[..., None]
-) -> None:
+def test_image_size_tells_a_mixer_of_images_that_are_not_square(import_file: Import, agree: Agree) -> None:
     state, pixels = timm_state(grid=(2, 3)), torch.randn(4, 3, 2 * PATCH, 3 * PATCH)
-    run = import_file(save(state), CLASSES, changes=[f"image_size=[{2 * PATCH},{3 * PATCH}]"])
+    run = import_file(state, CLASSES, changes=[f"image_size=[{2 * PATCH},{3 * PATCH}]"])
     agree("timm Mixer, 8x12", run.build()(pixels), timm_forward(state, pixels))
 
 
-def test_reset_head_gives_a_mixer_other_labels(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
-    run = import_file(save(google_arrays(), "npz"), 2, reset_head=True)
+def test_reset_head_gives_a_mixer_other_labels(import_file: Import) -> None:
+    run = import_file(google_arrays(), 2, form="npz", reset_head=True)
     assert run.origin is not None
     assert run.origin.untrained == ["head"]
     assert run.build()(images()).shape == (4, 2)

@@ -1,4 +1,4 @@
-"""How images are prepared for published weights: JSON files of every generation, defaults, the user's changes."""
+"""Preprocessing of published weights: JSON files of all versions, defaults, the user's changes."""
 
 import dataclasses
 import json
@@ -16,11 +16,12 @@ from vitrine.bundle.predictors import Detector
 from vitrine.models.build import build_model
 from vitrine.models.published import detr, resnetv2, vit
 from vitrine.models.published.errors import ImportSettingError, WeightsError
-from vitrine.models.published.importing import Imported, import_weights
+from vitrine.models.published.importing import ImportResult, import_weights
 from vitrine.models.published.layout import Layout
 from vitrine.models.published.preprocessing import Published, find_preprocessing, read_published
 from vitrine.models.published.recognition import LAYOUTS
-from vitrine.models.training.network import load_run_predictor
+from vitrine.models.training.checkpoint import load_checkpoint
+from vitrine.models.training.network import checkpoint_predictor
 
 transformers.logging.set_verbosity_error()
 
@@ -31,15 +32,15 @@ CROP = {"do_center_crop": True, "crop_size": {"height": 16, "width": 16}}
 TIMM = {"input_size": [3, 16, 16], "mean": ODD_MEAN, "std": ODD_STD, "crop_pct": 0.95, "interpolation": "bicubic"}
 
 
-def timm_vit(folder: Path, config: object = None, *changes: str) -> Imported:
-    """Import a tiny timm ViT with a `config.json` (an object or a text) beside it."""
+def timm_vit(folder: Path, config: object = None, *changes: str) -> ImportResult:
+    """Import a tiny timm ViT with a `config.json` (an object or a text)."""
     state = build_model("vit", VIT, 3).state_dict()
     state["pos_embed"] = state.pop("pos_embed.embedding")
     return _import(folder, state, {"config.json": config}, changes)
 
 
-def hugging_face_vit(folder: Path, preprocessor: object, *changes: str) -> Imported:
-    """Import a tiny Hugging Face ViT with a `config.json` and a `preprocessor_config.json` beside it."""
+def hugging_face_vit(folder: Path, preprocessor: object, *changes: str) -> ImportResult:
+    """Import a tiny Hugging Face ViT with a `config.json` and a `preprocessor_config.json`."""
     ours = build_model("vit", VIT, 3).state_dict()
     state = {}
     for rule in vit.HUGGING_FACE.rules:
@@ -50,7 +51,7 @@ def hugging_face_vit(folder: Path, preprocessor: object, *changes: str) -> Impor
     return _import(folder, state, files, changes)
 
 
-def _import(folder: Path, state: dict[str, Any], files: dict[str, object], changes: tuple[str, ...]) -> Imported:
+def _import(folder: Path, state: dict[str, Any], files: dict[str, object], changes: tuple[str, ...]) -> ImportResult:
     save_file(state, folder / "model.safetensors")
     for name, content in files.items():
         if content is not None:
@@ -89,7 +90,7 @@ def test_hugging_face_crop_that_keeps_all_is_a_squash() -> None:
 
 
 def test_a_crop_larger_than_the_picture_is_refused() -> None:
-    """Hugging Face pads it with black, which Vitrine does not."""
+    """Hugging Face pads it with black, Vitrine does not."""
     with pytest.raises(ImportSettingError):
         found(vit.HUGGING_FACE, {**NORMAL, **CROP, "size": {"shortest_edge": 12}})
 
@@ -282,7 +283,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_every_layout_has_a_default_that_is_said(layout: Layout) -> None:
     fields, where = find_preprocessing(layout, Published({}, {}), {"image_size": 224})
-    assert where == f"the published default of {layout.name}, for the file holds none"
+    assert where == f"the published default of {layout.name}, because the file has none"
     said = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
     assert DEFAULTS[layout.name].items() <= said.items()
     assert fields.get("input_size", (224, 224)) == (224, 224)
@@ -296,7 +297,7 @@ def test_networks_of_higher_resolution_see_the_whole_picture(size: int, crop_pct
 
 def test_a_run_says_that_its_preprocessing_was_assumed(tmp_path: Path) -> None:
     imported = timm_vit(tmp_path)
-    expected = "preprocessing is the published default of timm's ViT, for the file holds none: input_size=[16, 16]"
+    expected = "preprocessing is the published default of timm's ViT, because the file has none: input_size=[16, 16]"
     assert any(note.startswith(expected) for note in imported.notes)
     assert imported.checkpoint.preprocessing["crop_pct"] == 0.9
 
@@ -527,13 +528,13 @@ def test_a_photograph_is_answered_as_by_the_public_pipeline(name: str, photograp
         if parameter.ndim > 1:
             parameter.normal_(std=2 / parameter[0].numel() ** 0.5)
     if name == "detr":
-        network.model.query_position_embeddings.weight.normal_(std=3)  # queries that find different boxes
-        network.bbox_predictor.layers[-1].weight.mul_(0.4)  # which do not all fill the picture
+        network.model.query_position_embeddings.weight.normal_(std=3)  # so that queries find different boxes
+        network.bbox_predictor.layers[-1].weight.mul_(0.4)  # that do not all fill the image
     network.eval().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     (tmp_path / "labels").write_text("blue\ngreen\nred\n")
     import_weights(tmp_path, tmp_path / "run", labels=str(tmp_path / "labels"))
-    predictor, _ = load_run_predictor(tmp_path / "run")
+    predictor, _ = checkpoint_predictor(load_checkpoint(tmp_path / "run"))
     image = decode(photograph)
     public = network(**processor(image, return_tensors="pt"))
     if isinstance(predictor, Detector):
@@ -543,11 +544,11 @@ def test_a_photograph_is_answered_as_by_the_public_pipeline(name: str, photograp
         assert [found.class_id for found in detections] == expected["labels"][order].tolist()
         assert [found.score for found in detections] == pytest.approx(expected["scores"][order].tolist(), abs=1e-4)
         boxes = np.array([dataclasses.astuple(found.box) for found in detections])
-        inside = expected["boxes"][order].numpy().clip(0, (640, 480, 640, 480))  # Vitrine's boxes are
+        inside = expected["boxes"][order].numpy().clip(0, (640, 480, 640, 480))  # as Vitrine's boxes
         assert np.ptp(inside, axis=0).max() > 5
         assert np.abs(boxes - inside).max() < 0.05  # pixels
     else:
         expected = torch.softmax(public.logits[0], dim=-1)
         assert expected.std() > 0.05
-        # Pillow's two ways to the same crop differ by a level of 255 here and there.
+        # Pillow's two ways to compute the same crop differ by one level of 255 in some pixels.
         assert predictor.probabilities([image])[0].tolist() == pytest.approx(expected.tolist(), abs=2e-3)

@@ -1,4 +1,4 @@
-"""Layouts are told by their keys; neighbouring networks are refused by name, unknown files by the nearest layout."""
+"""Layouts are recognised by their keys; errors name unsupported networks, and the nearest layout of unknown files."""
 
 import re
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitrine.models.published.errors import OtherNetworkError, UnknownLayoutError
+from vitrine.models.published.errors import UnknownLayoutError, UnsupportedNetworkError
 from vitrine.models.published.files import open_weights
 from vitrine.models.published.layout import Layout
-from vitrine.models.published.recognition import OTHER_NETWORKS, recognise
+from vitrine.models.published.recognition import UNSUPPORTED_NETWORKS, recognise
 
 DETR_KEYS = (
     "query_embed.weight",
@@ -81,17 +81,17 @@ NEIGHBOURS = {
 
 
 @pytest.mark.parametrize(("network", "keys"), NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
-def test_neighbours_are_refused_by_name(network: str, keys: tuple[str, ...], tmp_path: Path) -> None:
+def test_unsupported_networks_are_named(network: str, keys: tuple[str, ...], tmp_path: Path) -> None:
     save_file({key: torch.zeros(1) for key in keys}, tmp_path / "vit.safetensors")
-    with pytest.raises(OtherNetworkError, match=re.escape(network)) as error:
+    with pytest.raises(UnsupportedNetworkError, match=re.escape(network)) as error:
         recognised(tmp_path / "vit.safetensors")
-    assert any(f"it has the key {key})" in str(error.value) for key in keys)
+    assert any(f"(key {key})" in str(error.value) for key in keys)
 
 
-def test_every_known_neighbour_is_tested() -> None:
+def test_every_unsupported_network_is_tested() -> None:
     cases = [network for network, _ in NEIGHBOURS.values()]
-    assert [name for _, name in OTHER_NETWORKS if not any(case in name for case in cases)] == []
-    for pattern, _ in OTHER_NETWORKS:
+    assert [name for _, name in UNSUPPORTED_NETWORKS if not any(case in name for case in cases)] == []
+    for pattern, _ in UNSUPPORTED_NETWORKS:
         for part in re.split(r"\|(?![^(]*\))", pattern):
             keys = [key for _, keys in NEIGHBOURS.values() for key in keys]
             assert any(re.search(part, key) for key in keys), part
@@ -103,7 +103,7 @@ def test_every_known_neighbour_is_tested() -> None:
 )
 def test_an_unknown_file_names_the_nearest_layout_and_what_it_lacks(lacking: str, nearest: str, tmp_path: Path) -> None:
     save_file({key: torch.zeros(1) for key in VIT_KEYS if key != lacking}, tmp_path / "m.safetensors")
-    with pytest.raises(UnknownLayoutError, match=f"the nearest known layout, {nearest}, would have {lacking} as well"):
+    with pytest.raises(UnknownLayoutError, match=f"the nearest known layout, {nearest}, also has {lacking}"):
         recognised(tmp_path / "m.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""Published ViTs become networks that compute the same.
+"""Imported ViTs compute the same as the published networks.
 
 Compared with a public implementation: Hugging Face's (transformers, also at full size). Compared with a forward pass
 written here in the layout's own conventions: timm's (functions of torch over its key names), Google's .npz (einsums
@@ -19,24 +19,26 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from vitrine.models.published.errors import ImportSettingError, MismatchError, OtherNetworkError, WeightsError
+from vitrine.models.published.errors import ImportSettingError, MismatchError, UnsupportedNetworkError, WeightsError
 from vitrine.models.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("forward_only")
 
 State = dict[str, Tensor]
+Import, Agree, Randomise = Callable[..., Checkpoint], Callable[..., None], Callable[..., nn.Module]
+Save, HuggingFace = Callable[..., Path], Callable[..., Any]
 DIM, HEADS, HIDDEN, DEPTH, PATCH, CLASSES = 16, 2, 24, 3, 4, 5
 
 transformers.logging.set_verbosity_error()
 
 
 def images(height: int = 8, width: int | None = None, count: int = 4) -> Tensor:
-    """[B, 3, H, W], each with an object of its own: noise alone looks alike to a network that averages."""
+    """[B, 3, H, W], each with a different mean: a network that averages cannot distinguish plain noise."""
     return torch.randn(count, 3, height, width or height) + torch.randn(count, 3, 1, 1)
 
 
 def dense(rows: int, columns: int) -> Tensor:
-    """A kernel that keeps the variance, whichever of its axes is summed over."""
+    """A kernel that preserves the variance."""
     return torch.randn(rows, columns) / math.sqrt(columns)
 
 
@@ -44,7 +46,7 @@ def dense(rows: int, columns: int) -> Tensor:
 
 
 def timm_state(grid: tuple[int, int] = (2, 2), slots: int = 1, token: bool = True, representation: int = 0) -> State:
-    """Random weights; `slots` is the number of class tokens in the positions."""
+    """Random weights; `slots` is the number of positions for the class token."""
     state: State = {
         "pos_embed": torch.randn(1, slots + grid[0] * grid[1], DIM) * 0.01,
         "patch_embed.proj.weight": dense(DIM, 3 * PATCH**2).reshape(DIM, 3, PATCH, PATCH) * 0.01,
@@ -101,7 +103,7 @@ def timm_forward(state: State, pixels: Tensor) -> Tensor:
 
 
 def loud(state: State) -> State:
-    """With patches and positions that no epsilon hides."""
+    """Scale patches and positions up, so that the norms' epsilon does not hide them."""
     return {
         key: tensor * 100 if key.startswith(("pos_embed", "patch_embed")) else tensor for key, tensor in state.items()
     }
@@ -131,40 +133,29 @@ TIMM: dict[str, tuple[dict[str, Any], Callable[[State], dict[str, Any]], str]] =
 
 
 @pytest.mark.parametrize("variant", TIMM)
-def test_timm_vit(
-    variant: str,
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_timm_vit(variant: str, import_file: Import, agree: Agree) -> None:
     shape, published, form = TIMM[variant]
     state = timm_state(**shape)
     if variant == "float16":
         state = {key: tensor.half().float() for key, tensor in state.items()}
-    run = import_file(save(published(state), form), CLASSES, changes=["num_heads=2"])
+    run = import_file(published(state), CLASSES, form=form, changes=["num_heads=2"])
     pixels = images()
     agree(f"timm ViT, {variant}", run.build()(pixels), timm_forward(state, pixels))
 
 
-def test_timm_vit_of_unknown_width_asks_for_the_number_of_heads(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
-    with pytest.raises(ImportSettingError, match="num_heads: no shape in the file tells it; say num_heads=VALUE"):
-        import_file(save(timm_state()), CLASSES)
+def test_timm_vit_of_unknown_width_asks_for_the_number_of_heads(import_file: Import) -> None:
+    with pytest.raises(ImportSettingError, match="num_heads: cannot be inferred from the file; pass num_heads=VALUE"):
+        import_file(timm_state(), CLASSES)
 
 
-def test_timm_config_tells_the_number_of_heads(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint], agree: Callable[..., None]
-) -> None:
+def test_timm_config_tells_the_number_of_heads(import_file: Import, agree: Agree) -> None:
     config = {"architecture": "vit_base_patch16_224", "num_classes": CLASSES, "model_args": {"num_heads": HEADS}}
     state, pixels = timm_state(), images()
-    run = import_file(save(state, config=config), CLASSES)
+    run = import_file(state, CLASSES, config=config)
     agree("timm ViT, heads from config.json", run.build()(pixels), timm_forward(state, pixels))
 
 
-def test_timm_vit_of_a_published_width_knows_its_number_of_heads(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_timm_vit_of_a_published_width_knows_its_number_of_heads(import_file: Import) -> None:
     shapes = {"qkv": (576, 192), "proj": (192, 192), "fc1": (768, 192), "fc2": (192, 768)}
     state = {"cls_token": torch.zeros(1, 1, 192), "pos_embed": torch.zeros(1, 5, 192)}
     state |= {"patch_embed.proj.weight": torch.zeros(192, 3, 16, 16), "patch_embed.proj.bias": torch.zeros(192)}
@@ -175,7 +166,7 @@ def test_timm_vit_of_a_published_width_knows_its_number_of_heads(
     for name in ("norm", "blocks.0.norm1", "blocks.0.norm2"):
         state |= {f"{name}.weight": torch.ones(192), f"{name}.bias": torch.zeros(192)}
     state |= {"head.weight": torch.zeros(CLASSES, 192), "head.bias": torch.zeros(CLASSES)}
-    run = import_file(save(state), CLASSES)
+    run = import_file(state, CLASSES)
     assert run.settings == {
         "image_size": 32,
         "patch_size": 16,
@@ -187,11 +178,9 @@ def test_timm_vit_of_a_published_width_knows_its_number_of_heads(
     }
 
 
-def test_imported_labels_and_weights_are_in_the_run(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_imported_labels_and_weights_are_in_the_run(import_file: Import) -> None:
     state = timm_state()
-    run = import_file(save(state), CLASSES, changes=["num_heads=2"])
+    run = import_file(state, CLASSES, changes=["num_heads=2"])
     assert run.labels == [f"thing {i}" for i in range(CLASSES)]
     assert run.origin is not None
     assert run.origin.untrained == []
@@ -209,19 +198,16 @@ def test_imported_labels_and_weights_are_in_the_run(
         ("attn_pool.latent", "attention pooling"),
     ],
 )
-def test_neighbours_of_timm_vit_are_refused(
-    key: str, network: str, save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
-    file = save({**timm_state(), key: torch.zeros(DIM)})
-    with pytest.raises(OtherNetworkError, match=network):
-        import_file(file, CLASSES, changes=["num_heads=2"])
+def test_neighbours_of_timm_vit_are_refused(key: str, network: str, import_file: Import) -> None:
+    with pytest.raises(UnsupportedNetworkError, match=network):
+        import_file({**timm_state(), key: torch.zeros(DIM)}, CLASSES, changes=["num_heads=2"])
 
 
 # Another resolution ---------------------------------------------------------------------------------------------------
 
 
 def resized(positions: Tensor, slots: int, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """As timm resizes learned positions: bicubic, with antialiasing."""
+    """Resize learned positions like timm: bicubic, with antialiasing."""
     grid = positions[:, slots:].reshape(1, *old, DIM).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=new, mode="bicubic", antialias=True)
     return torch.cat((positions[:, :slots], grid.permute(0, 2, 3, 1).reshape(1, -1, DIM)), dim=1)
@@ -230,26 +216,19 @@ def resized(positions: Tensor, slots: int, old: tuple[int, int], new: tuple[int,
 @pytest.mark.parametrize("slots", [0, 1])
 @pytest.mark.parametrize(("change", "size"), [("16", (16, 16)), ("[16,24]", (16, 24))])
 def test_image_size_brings_a_vit_to_another_resolution(
-    slots: int,
-    change: str,
-    size: tuple[int, int],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    slots: int, change: str, size: tuple[int, int], import_file: Import, agree: Agree
 ) -> None:
     state = loud(timm_state(slots=slots))
-    run = import_file(save(state), CLASSES, changes=["num_heads=2", f"image_size={change}"])
+    run = import_file(state, CLASSES, changes=["num_heads=2", f"image_size={change}"])
     new = {**state, "pos_embed": resized(state["pos_embed"], slots, (2, 2), (size[0] // PATCH, size[1] // PATCH))}
     pixels = images(*size)
     agree(f"timm ViT, 8x8 to {size[0]}x{size[1]}", run.build()(pixels), timm_forward(new, pixels))
     assert run.preprocessing["input_size"] == list(size)
 
 
-def test_the_class_slot_keeps_its_position_at_another_resolution(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_the_class_slot_keeps_its_position_at_another_resolution(import_file: Import) -> None:
     state = timm_state()
-    run = import_file(save(state), CLASSES, changes=["num_heads=2", "image_size=16"])
+    run = import_file(state, CLASSES, changes=["num_heads=2", "image_size=16"])
     positions = run.weights["pos_embed.embedding"]
     assert positions.shape == (1, 1 + 16, DIM)
     torch.testing.assert_close(positions[:, 0], state["pos_embed"][:, 0], rtol=0, atol=0)
@@ -258,39 +237,29 @@ def test_the_class_slot_keeps_its_position_at_another_resolution(
 @pytest.mark.parametrize("side", [1, 3, 4])
 @pytest.mark.parametrize("slots", [0, 1])
 def test_a_square_grid_has_positions_with_and_without_a_class_slot(
-    slots: int,
-    side: int,
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    slots: int, side: int, import_file: Import, agree: Agree
 ) -> None:
     state, pixels = loud(timm_state(grid=(side, side), slots=slots)), images(side * PATCH)
-    run = import_file(save(state), CLASSES, changes=["num_heads=2"])
+    run = import_file(state, CLASSES, changes=["num_heads=2"])
     assert run.weights["pos_embed.embedding"].shape == (1, 1 + side * side, DIM)
     agree(f"timm ViT, {side * side} patches, {slots} class slots", run.build()(pixels), timm_forward(state, pixels))
 
 
-def test_a_grid_that_is_not_square_needs_its_image_size(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint], agree: Callable[..., None]
-) -> None:
+def test_a_grid_that_is_not_square_needs_its_image_size(import_file: Import, agree: Agree) -> None:
     state, pixels = timm_state(grid=(2, 3)), images(8, 12)
-    file = save(state)
-    with pytest.raises(ImportSettingError, match="image_size: no shape in the file tells it"):
-        import_file(file, CLASSES, changes=["num_heads=2"])
-    run = import_file(file, CLASSES, changes=["num_heads=2", "image_size=[8,12]"])
+    with pytest.raises(ImportSettingError, match="image_size: cannot be inferred from the file"):
+        import_file(state, CLASSES, changes=["num_heads=2"])
+    run = import_file(state, CLASSES, changes=["num_heads=2", "image_size=[8,12]"])
     agree("timm ViT, 8x12", run.build()(pixels), timm_forward(state, pixels))
 
 
 @pytest.mark.parametrize("grid", [(2, 4), (1, 3)])
 def test_a_grid_one_short_of_a_square_is_not_taken_for_the_square(
-    grid: tuple[int, int],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    grid: tuple[int, int], import_file: Import, agree: Agree
 ) -> None:
     height, width = (edge * PATCH for edge in grid)
     state, pixels = loud(timm_state(grid=grid)), images(height, width)
-    run = import_file(save(state), CLASSES, changes=["num_heads=2", f"image_size=[{height},{width}]"])
+    run = import_file(state, CLASSES, changes=["num_heads=2", f"image_size=[{height},{width}]"])
     agree(f"timm ViT, {height}x{width}", run.build()(pixels), timm_forward(state, pixels))
 
 
@@ -300,7 +269,7 @@ def test_a_grid_one_short_of_a_square_is_not_taken_for_the_square(
 def google_arrays(
     slots: int = 1, token: bool = True, representation: int = 0, patch: int = PATCH, grid: int = 2
 ) -> State:
-    """Random parameters under the names of the ViT paper's code, with the positions at the top."""
+    """Random parameters under the names of the ViT paper's code, with the positions at the top level."""
     size = DIM // HEADS
     arrays: State = {
         "embedding/kernel": torch.randn(patch, patch, 3, DIM) / (patch * math.sqrt(3)),
@@ -384,7 +353,7 @@ def positions_at(name: str) -> Callable[[State], State]:
 
 
 def big_vision(arrays: State) -> State:
-    """Each kind of layer counted from zero."""
+    """Number the layers of each kind from zero."""
     renamed = {
         "LayerNorm_2": "LayerNorm_1",
         "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
@@ -395,7 +364,7 @@ def big_vision(arrays: State) -> State:
 
 
 def scanned(arrays: State) -> State:
-    """All blocks in one array, behind a leading axis."""
+    """Stack all blocks in one array along a leading axis."""
     plain = {key: array for key, array in arrays.items() if "encoderblock_" not in key}
     of_first = [key for key in arrays if "encoderblock_0/" in key]
     stacked = {
@@ -451,29 +420,18 @@ GOOGLE: dict[str, Google] = {
 
 
 @pytest.mark.parametrize("variant", GOOGLE)
-def test_google_vit(
-    variant: str,
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_google_vit(variant: str, import_file: Import, agree: Agree) -> None:
     shape, published = GOOGLE[variant]
     arrays, pixels = google_arrays(**shape), images()
-    run = import_file(save(published(arrays), "npz"), CLASSES)
+    run = import_file(published(arrays), CLASSES, form="npz")
     expected = google_forward(arrays, pixels.permute(0, 2, 3, 1))
     agree(f"Google ViT, {variant}", run.build()(pixels), expected)
 
 
 @pytest.mark.parametrize("published", [big_vision, lambda arrays: scanned(big_vision(arrays))])
-def test_google_vit_in_bfloat16(
-    published: Callable[[State], State],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_google_vit_in_bfloat16(published: Callable[[State], State], import_file: Import, agree: Agree) -> None:
     arrays, pixels = google_arrays(slots=0), images()
-    file = save(published({key: array.bfloat16() for key, array in arrays.items()}), "npz")
-    run = import_file(file, CLASSES)
+    run = import_file(published({key: array.bfloat16() for key, array in arrays.items()}), CLASSES, form="npz")
     rounded = {key: array.bfloat16().float() for key, array in arrays.items()}
     expected = google_forward(rounded, pixels.permute(0, 2, 3, 1))
     agree("Google ViT, bfloat16", run.build()(pixels), expected)
@@ -489,34 +447,25 @@ def sincos(side: int) -> Tensor:
 
 
 @pytest.mark.parametrize("prefix", ["", "params/"])
-def test_google_vit_without_positions_has_fixed_ones(
-    prefix: str,
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
-) -> None:
+def test_google_vit_without_positions_has_fixed_ones(prefix: str, import_file: Import, agree: Agree) -> None:
     arrays, pixels = google_arrays(slots=0, token=False, patch=56), images(224)
     published = big_vision({key: array for key, array in arrays.items() if key != "pos_embedding"})
-    run = import_file(save(behind(prefix, published), "npz"), CLASSES)
+    run = import_file(behind(prefix, published), CLASSES, form="npz")
     assert run.settings["image_size"] == 224
     expected = google_forward({**arrays, "pos_embedding": sincos(4)}, pixels.permute(0, 2, 3, 1))
     agree("Google ViT, sincos2d", run.build()(pixels), expected)
 
 
-def test_google_vit_with_a_map_head_is_refused(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_google_vit_with_a_map_head_is_refused(import_file: Import) -> None:
     arrays = big_vision(google_arrays(slots=0, token=False)) | {"MAPHead_0/probe": torch.zeros(1, 1, DIM)}
-    with pytest.raises(OtherNetworkError, match="MAP head"):
-        import_file(save(arrays, "npz"), CLASSES)
+    with pytest.raises(UnsupportedNetworkError, match="MAP head"):
+        import_file(arrays, CLASSES, form="npz")
 
 
-def test_google_vit_with_a_layer_too_many_names_it(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_google_vit_with_a_layer_too_many_names_it(import_file: Import) -> None:
     arrays = google_arrays() | {"Transformer/encoderblock_0/LayerNorm_7/scale": torch.ones(DIM)}
     with pytest.raises(MismatchError, match="unexpected in the file: Transformer/encoderblock_0/LayerNorm_7/scale"):
-        import_file(save(arrays, "npz"), CLASSES)
+        import_file(arrays, CLASSES, form="npz")
 
 
 # torchvision ----------------------------------------------------------------------------------------------------------
@@ -574,16 +523,11 @@ class TorchvisionViT(nn.Module):
 @pytest.mark.parametrize("representation", [None, 12])
 @pytest.mark.parametrize("names", ["mlp.0", "mlp.linear_1"])
 def test_torchvision_vit(
-    names: str,
-    representation: int | None,
-    randomise: Callable[..., nn.Module],
-    save: Callable[..., Path],
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    names: str, representation: int | None, randomise: Randomise, import_file: Import, agree: Agree
 ) -> None:
     network = randomise(TorchvisionViT(names == "mlp.linear_1", representation))
     assert f"encoder.layers.encoder_layer_0.{names}.weight" in network.state_dict()
-    run = import_file(save(network.state_dict(), "pth"), CLASSES, changes=["num_heads=2"])
+    run = import_file(network.state_dict(), CLASSES, form="pth", changes=["num_heads=2"])
     pixels = images()
     variant = names if representation is None else f"{names}, heads.pre_logits"
     agree(f"torchvision ViT, {variant}", run.build()(pixels), network(pixels))
@@ -602,20 +546,8 @@ TINY: dict[str, Any] = {
 }
 
 
-def as_published(network: Any, folder: Path, names: str) -> Path:
-    """`save_pretrained` writes the names before transformers 5, `state_dict` has those since."""
-    source = folder / f"hugging_face_{names}"
-    source.mkdir()
-    if names == "old":
-        network.save_pretrained(source)
-    else:
-        torch.save(network.state_dict(), source / "pytorch_model.bin")
-        network.config.save_pretrained(source)
-    return source
-
-
 @pytest.fixture
-def hugging_face(randomise: Callable[..., nn.Module]) -> Callable[..., Any]:
+def hugging_face(randomise: Randomise) -> HuggingFace:
     def make(**config: Any) -> Any:
         return randomise(transformers.ViTForImageClassification(transformers.ViTConfig(**{**TINY, **config})))
 
@@ -639,15 +571,10 @@ def hugging_face(randomise: Callable[..., nn.Module]) -> Callable[..., Any]:
     ids=str,
 )
 def test_hugging_face_vit(
-    config: dict[str, Any],
-    names: str,
-    hugging_face: Callable[..., Any],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    config: dict[str, Any], names: str, hugging_face: HuggingFace, import_file: Import, agree: Agree
 ) -> None:
     network = hugging_face(**config)
-    run = import_file(as_published(network, folder, names), CLASSES)
+    run = import_file(network, CLASSES, names=names)
     size = network.config.image_size
     pixels = images(*(size if isinstance(size, list) else [size]))
     agree(f"Hugging Face ViT, {names} names, {config}", run.build()(pixels), network(pixels).logits)
@@ -655,15 +582,11 @@ def test_hugging_face_vit(
 
 @pytest.mark.parametrize("names", ["old", "new"])
 def test_hugging_face_vit_base_at_full_size(
-    names: str,
-    randomise: Callable[..., nn.Module],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    names: str, randomise: Randomise, import_file: Import, agree: Agree
 ) -> None:
     config = transformers.ViTConfig(num_labels=1000)
     network = randomise(transformers.ViTForImageClassification(config), gain=1.5)
-    run = import_file(as_published(network, folder, names))
+    run = import_file(network, names=names)
     assert run.settings["norm_eps"] == 1e-12
     assert len(run.labels) == 1000
     pixels = images(224, count=2)
@@ -671,13 +594,10 @@ def test_hugging_face_vit_base_at_full_size(
 
 
 def test_hugging_face_vit_without_a_head_needs_a_new_one(
-    randomise: Callable[..., nn.Module],
-    folder: Path,
-    import_file: Callable[..., Checkpoint],
-    agree: Callable[..., None],
+    randomise: Randomise, save_pretrained: Save, import_file: Import, agree: Agree
 ) -> None:
     network = randomise(transformers.ViTModel(transformers.ViTConfig(**TINY)))
-    source = as_published(network, folder, "old")
+    source = save_pretrained(network)
     with pytest.raises(ImportSettingError, match="it has no head: --reset-head with --labels makes a new one"):
         import_file(source, CLASSES)
     with pytest.raises(ImportSettingError, match="a new head needs --labels"):
@@ -692,9 +612,9 @@ def test_hugging_face_vit_without_a_head_needs_a_new_one(
 
 
 def test_reset_head_keeps_everything_but_the_head(
-    hugging_face: Callable[..., Any], folder: Path, import_file: Callable[..., Checkpoint]
+    hugging_face: HuggingFace, save_pretrained: Save, import_file: Import
 ) -> None:
-    source = as_published(hugging_face(), folder, "old")
+    source = save_pretrained(hugging_face())
     whole, reset = import_file(source, CLASSES), import_file(source, 3, reset_head=True)
     assert reset.weights["head.weight"].shape == (3, DIM)
     same = [key for key in whole.weights if not key.startswith("head.")]
@@ -702,11 +622,11 @@ def test_reset_head_keeps_everything_but_the_head(
 
 
 def test_hugging_face_labels_and_preprocessing_are_used(
-    hugging_face: Callable[..., Any], folder: Path, import_file: Callable[..., Checkpoint]
+    hugging_face: HuggingFace, save_pretrained: Save, import_file: Import
 ) -> None:
     names = ["tench", "crane", "crane", "snail", "newt"]
     network = hugging_face(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
-    source = as_published(network, folder, "old")
+    source = save_pretrained(network)
     document = {
         "do_normalize": True,
         "do_resize": True,
@@ -729,18 +649,16 @@ def test_hugging_face_labels_and_preprocessing_are_used(
 
 
 def test_hugging_face_vit_with_another_activation_is_refused(
-    hugging_face: Callable[..., Any], folder: Path, import_file: Callable[..., Checkpoint]
+    hugging_face: HuggingFace, save_pretrained: Save, import_file: Import
 ) -> None:
-    source = as_published(hugging_face(hidden_act="relu"), folder, "old")
+    source = save_pretrained(hugging_face(hidden_act="relu"))
     with pytest.raises(ImportSettingError, match=r"hidden_act: expected one of gelu, .* found 'relu'"):
         import_file(source, CLASSES)
 
 
-def test_a_file_without_one_of_its_tensors_is_refused(
-    save: Callable[..., Path], import_file: Callable[..., Checkpoint]
-) -> None:
+def test_a_file_without_one_of_its_tensors_is_refused(import_file: Import) -> None:
     state = timm_state()
     for key in state:
         rest = {name: tensor for name, tensor in state.items() if name != key}
         with pytest.raises(WeightsError):
-            import_file(save(rest), CLASSES, changes=["num_heads=2"])
+            import_file(rest, CLASSES, changes=["num_heads=2"])
