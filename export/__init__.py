@@ -1,1 +1,1 @@
-"""From a training run to a verified bundle: serving graph, ONNX export, parity, model card."""
+"""Export a training run to a verified bundle: serving graph, ONNX export, parity, model card."""

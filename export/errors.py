@@ -1,16 +1,16 @@
-"""Errors of export: an export is a verified bundle or one of these."""
+"""Errors of export."""
 
 from vitrine.bundle.errors import VitrineError
 
 
 class ExportError(VitrineError):
-    """A run cannot become a bundle."""
+    """A run cannot be exported."""
 
     code = "export_error"
 
 
 class ParityError(ExportError):
-    """The ONNX graph answers something else than the torch network."""
+    """The ONNX graph's outputs differ from the torch network's."""
 
     code = "parity_error"
 

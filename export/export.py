@@ -1,4 +1,4 @@
-"""`vitrine export`: from a run to a verified bundle, or to an error that leaves nothing behind."""
+"""`vitrine export`: convert a run to a verified bundle. If it fails, nothing is written."""
 
 import json
 import re
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 from vitrine.bundle.loading import golden_name, hash_file, load_bundle, load_explain_network
 from vitrine.bundle.manifest import (
     CARD_FILE,
-    EXPLAIN_FILE,
     GATE_METRIC,
     GENERATED,
     GOLDEN_FILE,
@@ -25,53 +23,36 @@ from vitrine.bundle.manifest import (
     METADATA_KEY,
     MODEL_FILE,
     Calibration,
-    ClassificationPreprocessing,
     DetectionPreprocessing,
-    Explanation,
     File,
     Identity,
     Latency,
     Licences,
     Manifest,
-    Metrics,
     Name,
-    Parity,
     Precision,
-    Preprocessing,
-    Task,
     Variant,
     Version,
 )
 from vitrine.bundle.predictors import make_predictor
 from vitrine.bundle.runtime import CPU, OnnxNetwork
-from vitrine.bundle.tolerances import MAX_DROP, METRIC
-from vitrine.export.accuracy import agreement, measure_accuracy
-from vitrine.export.errors import AccuracyError, ExportError, ParityError
-from vitrine.export.explain import export_explain_graph
-from vitrine.export.graph import export_graph, fuse_transformer, write_metadata
-from vitrine.export.latency import Timing, measure_latency
+from vitrine.bundle.tolerances import MAX_DROP
+from vitrine.export.accuracy import measure_accuracy, measure_calibration, measure_variant
+from vitrine.export.errors import AccuracyError, ExportError
+from vitrine.export.explain import write_explanation
+from vitrine.export.graph import export_graph, served_module, write_metadata
+from vitrine.export.inputs import Inputs, calibration_inputs, evaluation_data, make_inputs, parity_images, trace_size
+from vitrine.export.latency import Timing, time_bundle
 from vitrine.export.model_card import model_card
-from vitrine.export.parity import Inputs, check_parity, generated_images, make_inputs
+from vitrine.export.parity import check_metrics, check_parity
 from vitrine.export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
 from vitrine.export.provenance import describe, provenance
 from vitrine.export.variants import make_variant
-from vitrine.models.explaining import explained
-from vitrine.models.mlp_mixer import MlpMixer
-from vitrine.models.serving import ServedClassifier, ServedDetector, served
-from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
-from vitrine.models.training.data.dataset import ClassificationData, Data, check_labels
-from vitrine.models.training.data.layouts import has_split, load_split
-from vitrine.models.training.evaluation.calibration import apply_temperature, calibration_error
-from vitrine.models.training.evaluation.metrics import ClassificationPredictions, Predictions, measure, predict
-from vitrine.models.training.network import torch_predictor
+from vitrine.models.training.checkpoint import load_checkpoint
+from vitrine.models.training.evaluation.metrics import predict
 
-_LARGEST_FILE = 2**31 - 2**20  # bytes of weights: protobuf's limit, less the graph
-_PARITY_IMAGES = 48
-_GENERATED_IMAGES = 12
 _GOLDEN_IMAGES = 3
-_GOLDEN_EDGES = 240, 320  # of detection, at most: the file stays small and a start quick
-_CALIBRATION_IMAGES = 96  # of the training images, for int8
-_CALIBRATION_BATCH = 8
+_GOLDEN_EDGES = 240, 320  # maximum for detection: keeps the file small and start-up fast
 
 
 def export_run(
@@ -89,25 +70,25 @@ def export_run(
 ) -> Manifest:
     """Write the bundle `out` (`.../<name>/<version>`) from the checkpoint of `run`.
 
-    Accuracy and parity are measured on the split `test` of the data, or `val` where there is no `test`. Without data,
-    which only an imported run may be, accuracy is not measured, and parity on generated images.
+    Accuracy and parity are measured on the data's split `test`, or `val` without it. Without data, which only imported
+    runs may lack, accuracy is not measured, and parity is measured on generated images.
 
     Args:
         data_path: the data set; by default where it was when the run was trained.
         licences: terms of the weights and of the data, for manifest and card.
         notes: what a reader of the figures must know.
-        variants: graphs to write beside the float32 one; they need data, int8 its training images.
+        variants: additional graphs besides the float32 one; they need data, int8 also its training images.
         max_drop: points of top-1 accuracy or AP that a variant may lose.
-        default: the variant that is served where no other is asked for.
-        timing: which ways to run the network are timed for the card.
-        providers: ONNX Runtime's names of where to verify, measure and time.
+        default: variant that is served unless a request selects another.
+        timing: runtimes that are timed for the card.
+        providers: ONNX Runtime execution providers to verify, measure and time with.
 
     Raises:
         CheckpointError, DataError: the run or its data cannot be read.
-        ExportError: `out` exists or is not named as a bundle is, or the weights are untrained or too large.
-        ParityError: the ONNX file does not answer what torch answers.
+        ExportError: `out` exists or is not a valid bundle path, or the weights are untrained or too large.
+        ParityError: the ONNX graph's outputs differ from torch's.
         AccuracyError: a variant loses more than `max_drop`.
-        ProviderError: a provider is not there or did not start.
+        ProviderError: a provider is not available or did not start.
     """
     if out.exists():
         raise ExportError(f"{out}: already there; a version is never changed, choose the next number")
@@ -120,17 +101,16 @@ def export_run(
         untrained = ", ".join(checkpoint.origin.untrained)
         raise ExportError(f"{run}: weights: expected a trained network, found random numbers in {untrained}")
     preprocessing = checkpoint.read_preprocessing()
-    data_path = _data_path(data_path, checkpoint)
-    data = _evaluation_data(data_path, checkpoint)
-    calibration = _calibration_inputs(data_path, checkpoint, precisions[1:])
-    module = _served(run, checkpoint)
+    data = evaluation_data(data_path, checkpoint)
+    calibration_batches = calibration_inputs(data_path, checkpoint, precisions[1:])
+    module = served_module(run, checkpoint)
     source = GENERATED if data is None else data.name
-    images = _images(data, preprocessing)
-    input_size = _input_size(preprocessing)
+    images = parity_images(data, preprocessing)
+    size = trace_size(preprocessing)
 
     with _staged(out) as bundle:
         model = bundle / MODEL_FILE
-        export_graph(module, input_size, model)
+        export_graph(module, size, model)
         parity = check_parity(module, model, images, preprocessing, source, providers)
         network = OnnxNetwork(model, providers=providers)
         identity = Identity(
@@ -148,28 +128,38 @@ def export_run(
             provenance=provenance(run, checkpoint, sum(p.numel() for p in module.network.parameters())),
         )
         metadata = identity.model_dump_json(exclude={"metrics"})
-        float_layers = _write_variants(bundle, precisions, calibration)
+        float_layers = _write_variants(bundle, precisions, calibration_batches)
         for precision in precisions:
             write_metadata(bundle / precision.file, {METADATA_KEY: metadata, "variant": precision.value})
         networks = {p: OnnxNetwork(bundle / p.file, providers=providers) for p in precisions}
         _write_golden(bundle / GOLDEN_FILE, networks, identity, images)
 
-        predictions = _predictions(networks, identity, data)
-        metrics = None if data is None else measure_accuracy(predictions[Precision.FP32], data, notes)
-        if data is not None and metrics is not None:
-            parity = _with_torch_metrics(parity, checkpoint, data, metrics)
-            _write_pictures(bundle, networks[Precision.FP32], identity, data, metrics)
-        listed = {p: _variant(p, predictions, data, float_layers[p]) for p in precisions}
+        metrics = None
+        calibration = None if checkpoint.temperature == 1 else Calibration(temperature=checkpoint.temperature)
+        listed = dict.fromkeys(precisions, Variant())
+        if data is not None:
+            predictors = {p: make_predictor(n, identity.preprocessing, identity.labels) for p, n in networks.items()}
+            predictions = {precision: predict(predictor, data) for precision, predictor in predictors.items()}
+            reference = predictions[Precision.FP32]
+            metrics = measure_accuracy(reference, data, notes)
+            parity = check_metrics(parity, checkpoint, data, metrics)
+            if calibration is not None:
+                calibration = measure_calibration(checkpoint.temperature, reference, data, metrics)
+            for precision in precisions[1:]:
+                listed[precision] = measure_variant(reference, predictions[precision], data, float_layers[precision])
+            sample_sheet(predictors[Precision.FP32], data).save(bundle / SAMPLES_FILE, quality=85)
+            if metrics.reliability is not None:
+                (bundle / RELIABILITY_FILE).write_text(reliability_svg(metrics.reliability))
         for precision, variant in listed.items():
             if variant.drop is not None and variant.drop > max_drop:
                 metric = GATE_METRIC[identity.task]
                 raise AccuracyError(precision, metric=metric, limit=max_drop, found=variant.drop)
-        explanation = _explain(checkpoint, input_size, bundle, providers)
-        latency = _timed(module, bundle, precisions, input_size, timing, providers)
+        explanation = write_explanation(checkpoint, size, bundle, providers)
+        latency = time_bundle(module, bundle, precisions, size, timing, providers)
         manifest = Manifest(
             **dict(identity) | {"metrics": metrics},
             parity=parity,
-            calibration=_calibration(checkpoint.temperature, predictions, data, metrics),
+            calibration=calibration,
             variants=listed,
             default_variant=default,
             default_reason=_reason(default, listed, latency),
@@ -185,38 +175,12 @@ def export_run(
     return manifest
 
 
-def verify_run(run: Path, bundle: Path, *, data_path: Path | None = None, providers: Sequence[str] = CPU) -> Parity:
-    """Compare a bundle's float32 graph with the torch network of a run again.
-
-    Args:
-        data_path: as of `export_run`.
-
-    Raises:
-        BundleError, CheckpointError, DataError: one of them cannot be read.
-        ParityError: the graph does not answer what torch answers; it says where in the network the difference begins.
-    """
-    manifest = load_bundle(bundle, variant=Precision.FP32, providers=providers).manifest
-    checkpoint = load_checkpoint(run)
-    for what, expected, found in (
-        ("architecture", checkpoint.architecture, manifest.architecture),
-        ("labels", tuple(checkpoint.labels), manifest.labels),
-        ("preprocessing", checkpoint.read_preprocessing(), manifest.preprocessing),
-    ):
-        if expected != found:
-            raise ExportError(f"{bundle}: {what}: expected that of {run}, {expected}, found {found}")
-    data = _evaluation_data(_data_path(data_path, checkpoint), checkpoint)
-    source = GENERATED if data is None else data.name
-    images = _images(data, manifest.preprocessing)
-    module = _served(run, checkpoint)
-    return check_parity(module, bundle / MODEL_FILE, images, manifest.preprocessing, source, providers)
-
-
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` at the end, and vanishes if anything fails."""
+    """Yield a temporary folder that is renamed to `out` at the end, and removed on failure."""
     out.parent.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent.parent) as partial:
-        # load_bundle holds a manifest against its folder's name
+        # load_bundle checks a manifest against its folder's name
         bundle = Path(partial) / out.parent.name / out.name
         bundle.mkdir(parents=True)
         yield bundle
@@ -232,65 +196,16 @@ def _check_name(out: Path) -> None:
             raise ExportError(f"{out}: {what}: {error.errors()[0]['msg']}, found {value!r}") from error
 
 
-def _served(run: Path, checkpoint: Checkpoint) -> ServedClassifier | ServedDetector:
-    network, preprocessing = checkpoint.build(), checkpoint.read_preprocessing()
-    size = sum(tensor.nbytes for tensor in network.state_dict().values())
-    if size > _LARGEST_FILE:
-        raise ExportError(f"{run}: weights: expected at most 2 GB, which an ONNX file holds, found {size / 1e9:.1f} GB")
-    return served(network, preprocessing.mean, preprocessing.std, checkpoint.temperature).eval()
-
-
-def _data_path(path: Path | None, checkpoint: Checkpoint) -> Path | None:
-    """Where the data is: as asked for, or where it was when the run was trained; None of an imported run."""
-    if path is None and checkpoint.progress is not None:
-        return Path(checkpoint.progress.data_path)
-    return path
-
-
-def _evaluation_data(path: Path | None, checkpoint: Checkpoint) -> Data | None:
-    if path is None:
-        return None
-    data = load_split(path, checkpoint.task, "test" if has_split(path, "test") else "val")
-    check_labels(data, checkpoint.labels)
-    return data
-
-
-def _calibration_inputs(path: Path | None, checkpoint: Checkpoint, variants: Sequence[Precision]) -> list[Inputs]:
-    """Batches of training images, spread over the split; none where no 8-bit variant is wanted."""
-    if path is None and variants:
-        wanted = ", ".join(variants)
-        raise ExportError(f"{wanted}: expected --data, on which to measure what the variants lose, found none")
-    if path is None or not {Precision.INT8_DYNAMIC, Precision.INT8_STATIC} & set(variants):
-        return []
-    data = load_split(path, checkpoint.task, "train")
-    chosen = np.linspace(0, len(data) - 1, min(_CALIBRATION_IMAGES, len(data))).astype(int).tolist()
-    preprocessing = checkpoint.read_preprocessing()
-    batches = [chosen[i : i + _CALIBRATION_BATCH] for i in range(0, len(chosen), _CALIBRATION_BATCH)]
-    return [make_inputs([data.image(i) for i in batch], preprocessing) for batch in batches]
-
-
-def _images(data: Data | None, preprocessing: Preprocessing) -> list[Image.Image]:
-    if data is None:
-        return generated_images(_GENERATED_IMAGES, preprocessing)
-    return [data.image(i) for i in range(min(_PARITY_IMAGES, len(data)))]
-
-
-def _input_size(preprocessing: Preprocessing) -> tuple[int, int]:
-    if isinstance(preprocessing, ClassificationPreprocessing):
-        return preprocessing.input_size
-    return preprocessing.shortest_edge, preprocessing.longest_edge
-
-
 def _write_variants(
     bundle: Path, precisions: Sequence[Precision], calibration: Sequence[Inputs]
 ) -> dict[Precision, tuple[str, ...]]:
-    """Write the graphs; returns the layers that each leaves in float32."""
+    """Write the graphs; return the layers that each leaves in float32."""
     float_layers: dict[Precision, tuple[str, ...]] = {Precision.FP32: ()}
     model = onnx.load(bundle / MODEL_FILE)
     for precision in precisions[1:]:
-        made = make_variant(model, precision, calibration)
-        onnx.save(made.model, bundle / precision.file)
-        float_layers[precision] = made.float_layers
+        variant = make_variant(model, precision, calibration)
+        onnx.save(variant.model, bundle / precision.file)
+        float_layers[precision] = variant.float_layers
     return float_layers
 
 
@@ -313,109 +228,6 @@ def _write_golden(
     np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def _predictions(
-    networks: Mapping[Precision, OnnxNetwork], identity: Identity, data: Data | None
-) -> dict[Precision, Predictions]:
-    if data is None:
-        return {}
-    return {
-        precision: predict(make_predictor(network, identity.preprocessing, identity.labels), data)
-        for precision, network in networks.items()
-    }
-
-
-def _with_torch_metrics(parity: Parity, checkpoint: Checkpoint, data: Data, metrics: Metrics) -> Parity:
-    predictor = torch_predictor(
-        checkpoint.build(),
-        checkpoint.read_preprocessing(),
-        checkpoint.labels,
-        torch.device("cpu"),
-        checkpoint.temperature,
-    )
-    in_torch = measure(predict(predictor, data), data)
-    name = GATE_METRIC[checkpoint.task]
-    if not abs(in_torch[name] - metrics.values[name]) <= METRIC:
-        limits = {"expected": f"{in_torch[name]:.4f} to within {METRIC}", "found": f"{metrics.values[name]:.4f}"}
-        raise ParityError(data.name, quantity=name, **limits)
-    return parity.model_copy(update={"torch_metrics": in_torch})
-
-
-def _variant(
-    precision: Precision, predictions: Mapping[Precision, Predictions], data: Data | None, float_layers: tuple[str, ...]
-) -> Variant:
-    if data is None or precision is Precision.FP32:
-        return Variant()
-    reference = predictions[Precision.FP32]
-    name = GATE_METRIC[Task.CLASSIFICATION if isinstance(data, ClassificationData) else Task.DETECTION]
-    values = measure(predictions[precision], data)
-    return Variant(
-        metrics=values,
-        drop=round(100 * (measure(reference, data)[name] - values[name]), 4),
-        agreement=agreement(reference, predictions[precision]),
-        float_layers=float_layers,
-    )
-
-
-def _calibration(
-    temperature: float, predictions: Mapping[Precision, Predictions], data: Data | None, metrics: Metrics | None
-) -> Calibration | None:
-    """How honest the probabilities are, without and with the temperature."""
-    if temperature == 1:
-        return None
-    if data is None or metrics is None:
-        return Calibration(temperature=temperature)
-    found = predictions[Precision.FP32]
-    assert isinstance(found, ClassificationPredictions)  # `served` refuses a detector with a temperature
-    assert isinstance(data, ClassificationData)
-    before = calibration_error(apply_temperature(found.probabilities, 1 / temperature), data.class_ids)
-    return Calibration(temperature=temperature, ece_before=before, ece_after=metrics.values["ECE"])
-
-
-def _explain(
-    checkpoint: Checkpoint, input_size: tuple[int, int], bundle: Path, providers: Sequence[str]
-) -> Explanation | None:
-    preprocessing = checkpoint.read_preprocessing()
-    network = checkpoint.build()
-    module = explained(network, preprocessing.mean, preprocessing.std, checkpoint.temperature)
-    if isinstance(network, MlpMixer):
-        return Explanation(method="occlusion", patch_size=network.config.patch_size)
-    if module is None:
-        return None
-    file = bundle / EXPLAIN_FILE
-    export_explain_graph(module.eval(), input_size, file, bundle / MODEL_FILE)
-    method = "class-activation" if "activation" in module.output_names else "attention"
-    return Explanation(method=method, outputs=OnnxNetwork(file, providers=providers).outputs)
-
-
-def _write_pictures(bundle: Path, network: OnnxNetwork, identity: Identity, data: Data, metrics: Metrics) -> None:
-    predictor = make_predictor(network, identity.preprocessing, identity.labels)
-    sample_sheet(predictor, data).save(bundle / SAMPLES_FILE, quality=85)
-    if metrics.reliability is not None:
-        (bundle / RELIABILITY_FILE).write_text(reliability_svg(metrics.reliability))
-
-
-def _timed(
-    module: ServedClassifier | ServedDetector,
-    bundle: Path,
-    precisions: Sequence[Precision],
-    input_size: tuple[int, int],
-    timing: Timing,
-    providers: Sequence[str],
-) -> Latency | None:
-    if timing is Timing.NONE:
-        return None
-    files = {precision.file: bundle / precision.file for precision in precisions}
-    with tempfile.TemporaryDirectory() as folder:
-        traced, fused = Path(folder) / "traced.onnx", Path(folder) / "fused.onnx"
-        export_graph(module, input_size, traced, optimised=False)
-        fuse_transformer(bundle / MODEL_FILE, fused)
-        files |= {
-            "not optimised, as torch.onnx traces it": traced,
-            "model.onnx with ONNX Runtime's transformer fusions": fused,
-        }
-        return measure_latency(module, files, input_size, providers=providers, others=timing is Timing.ALL)
-
-
 def _reason(default: Precision, variants: Mapping[Precision, Variant], latency: Latency | None) -> str:
     if len(variants) == 1:
         return "It is the only variant."
@@ -430,17 +242,17 @@ def _reason(default: Precision, variants: Mapping[Precision, Variant], latency: 
         fastest = max(ratios, key=lambda other: ratios[other])
         speed = f" The fastest other, {fastest.value}, takes {np.exp(-ratios[fastest]):.2f} times its time here."
     if default is Precision.FP32:
-        return f"It answers what torch answers.{speed}"
+        return f"Its outputs match torch's.{speed}"
     return f"It was chosen at export; it loses {variants[default].drop:.2f} points against fp32.{speed}"
 
 
 def _files(bundle: Path) -> list[Path]:
-    """What the manifest lists: all but itself and the card that is written from it."""
+    """Return the files that the manifest lists: all but itself and the card, which is written from it."""
     return sorted(file for file in bundle.iterdir() if file.name not in (MANIFEST_FILE, CARD_FILE))
 
 
 def _as_json(manifest: Manifest) -> str:
-    """Indented, with lists of plain values on one line."""
+    """Format as indented JSON, with lists of scalars on one line."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
     plain = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
-    return plain.sub(lambda found: "[" + re.sub(r",\n *", ", ", found[1]) + "]", text) + "\n"
+    return plain.sub(lambda match: "[" + re.sub(r",\n *", ", ", match[1]) + "]", text) + "\n"

@@ -1,4 +1,4 @@
-"""From a served torch module to an ONNX file with the bundle contract's inputs, outputs and dynamic axes."""
+"""Export a served torch module to ONNX with the bundle contract's inputs, outputs and dynamic axes."""
 
 import ast
 import copy
@@ -12,34 +12,51 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from vitrine.export.errors import ExportError
 from vitrine.models.resnet import thaw_frozen_norm
 from vitrine.models.resnetv2 import fold_weight_standardisation
-from vitrine.models.serving import ServedClassifier, ServedDetector
+from vitrine.models.serving import ServedClassifier, ServedDetector, served
+from vitrine.models.training.checkpoint import Checkpoint
 
 OPSET = 20  # has Gelu and LayerNormalization as single nodes
-_SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules that it was traced in, outermost first
-_NAMED = nn.Linear, nn.LayerNorm, nn.GroupNorm  # beside the project's own modules
+_LARGEST_FILE = 2**31 - 2**20  # bytes of weights: protobuf's limit, less the graph
+_SCOPES = "pkg.torch.onnx.name_scopes"  # node metadata: the modules that it was traced in, outermost first
+_NAMED = nn.Linear, nn.LayerNorm, nn.GroupNorm  # in addition to the project's own modules
+
+
+def served_module(run: Path, checkpoint: Checkpoint) -> ServedClassifier | ServedDetector:
+    """Build the module that serves a checkpoint.
+
+    Raises:
+        ExportError: its weights are too large for an ONNX file.
+    """
+    network, preprocessing = checkpoint.build(), checkpoint.read_preprocessing()
+    size = sum(tensor.nbytes for tensor in network.state_dict().values())
+    if size > _LARGEST_FILE:
+        limit = "at most 2 GB, the limit of an ONNX file"
+        raise ExportError(f"{run}: weights: expected {limit}, found {size / 1e9:.1f} GB")
+    return served(network, preprocessing.mean, preprocessing.std, checkpoint.temperature).eval()
 
 
 def export_graph(
     module: ServedClassifier | ServedDetector, input_size: tuple[int, int], file: Path, *, optimised: bool = True
 ) -> None:
-    """Trace the module and write a checked ONNX file whose batch axis (for detection also height and width) is dynamic.
+    """Trace the module and write a checked ONNX file with a dynamic batch axis (for detection also height and width).
 
-    Nodes are named after the torch modules that they come from, and the values that modules answer after these
-    modules, so that both networks can be compared part by part. The module is left as it is.
+    Nodes are named after the torch modules that they come from, and modules' output values after the modules, so that
+    both networks can be compared part by part. The module is not modified.
 
     Args:
-        input_size: height and width to trace with; classifiers keep it.
-        optimised: standardise filters once, fold constants and batch norm, and remove what does nothing
-            (`docs/decisions/0009-optimisation.md`); else the graph is as it was traced.
+        input_size: height and width to trace with, fixed for classifiers.
+        optimised: precompute standardised filters, fold constants and batch norm, and remove no-ops
+            (`docs/decisions/0009-optimisation.md`); otherwise the graph stays as traced.
     """
     module = copy.deepcopy(module).eval()
     if optimised:
         fold_weight_standardisation(module)
         thaw_frozen_norm(module)
     height, width = input_size
-    # Two images: torch.export would take a batch of one for a constant.
+    # Two images: torch.export would specialise a batch of one.
     pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     batch = Dim("batch", min=1, max=1024)
     if isinstance(module, ServedDetector):
@@ -49,10 +66,10 @@ def export_graph(
     else:
         arguments = (pixels,)
         dynamic_shapes = {"pixels": {0: batch}}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision's operators are not there
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit._trace.TracerWarning)
-        # Two of torch's own: a deprecated call in its code, and that two inputs share the axis name "batch" as we ask.
+        # Two of torch's own: a deprecated call in its code, and the intended shared axis name "batch" of two inputs.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message="# The axis name", category=UserWarning)
         program = torch.onnx.export(
@@ -71,7 +88,7 @@ def export_graph(
     _name_after_modules(model, module)
     _name_output_axes(model, module)
     del model.metadata_props[:]
-    for node in model.graph.node:  # torch writes the exporting machine's source paths here
+    for node in model.graph.node:  # torch writes source paths of this machine here
         del node.metadata_props[:]
         node.doc_string = ""
     model.producer_name = "vitrine"
@@ -80,7 +97,7 @@ def export_graph(
 
 
 def write_metadata(file: Path, metadata: dict[str, str]) -> None:
-    """Replace the ONNX file's own metadata."""
+    """Replace the ONNX file's metadata."""
     model = onnx.load(file)
     onnx.helper.set_model_props(model, metadata)
     onnx.save(model, file)
@@ -93,7 +110,7 @@ def _name_after_modules(model: onnx.ModelProto, module: nn.Module) -> None:
         for name, part in modules.items()
         if name and (type(part).__module__.startswith("vitrine.models.") or isinstance(part, _NAMED))
     }
-    answers: dict[str, str] = {}  # by module, the value that its last node gives
+    module_outputs: dict[str, str] = {}  # module name to the output of its last node
     counts: Counter[str] = Counter()
     for node in model.graph.node:
         scopes = [scope for scope in _scopes(node) if scope in modules]
@@ -102,10 +119,10 @@ def _name_after_modules(model: onnx.ModelProto, module: nn.Module) -> None:
         if counts[node.name] > 1:
             node.name += f"_{counts[node.name]}"
         for scope in named.intersection(scopes):
-            answers[scope] = node.output[0]
+            module_outputs[scope] = node.output[0]
     outputs = {output.name for output in model.graph.output}
-    # Of modules that answer the same value, the outermost gives its name: it is set last.
-    names = {value: scope for scope, value in sorted(answers.items(), key=lambda item: -item[0].count("."))}
+    # If modules share an output, the outermost module, set last, determines its name.
+    names = {value: scope for scope, value in sorted(module_outputs.items(), key=lambda item: -item[0].count("."))}
     names = {value: scope for value, scope in names.items() if value not in outputs}
     for node in model.graph.node:
         for values in (node.input, node.output):
@@ -115,12 +132,12 @@ def _name_after_modules(model: onnx.ModelProto, module: nn.Module) -> None:
 
 
 def _scopes(node: onnx.NodeProto) -> list[str]:
-    listed = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
-    return ast.literal_eval(listed[0])[:-1] if listed else []
+    scopes = [entry.value for entry in node.metadata_props if entry.key == _SCOPES]
+    return ast.literal_eval(scopes[0])[:-1] if scopes else []
 
 
 def _name_output_axes(model: onnx.ModelProto, module: ServedClassifier | ServedDetector) -> None:
-    """The first axis of each output is the batch; the others are known numbers, or the module says their names."""
+    """Name each output's first axis "batch"; the others are fixed, or named by the module's `output_axes`."""
     for output in model.graph.output:
         first, *others = output.type.tensor_type.shape.dim
         first.ClearField("dim_value")
@@ -134,8 +151,8 @@ def _name_output_axes(model: onnx.ModelProto, module: ServedClassifier | ServedD
 def fuse_transformer(file: Path, out: Path) -> None:
     """Write the graph with ONNX Runtime's own transformer fusions (attention, layer norm, GELU and bias).
 
-    They are measured for the model card and not shipped (`docs/decisions/0009-optimisation.md`): their operators are
-    ONNX Runtime's alone, and on the CPU they are slower.
+    Measured for the model card but not shipped (`docs/decisions/0009-optimisation.md`): the operators are specific to
+    ONNX Runtime, and slower on the CPU.
     """
     from onnxruntime.transformers.optimizer import optimize_model
 

@@ -1,4 +1,4 @@
-"""The model card (README.md) of a bundle, written from its manifest alone so that the two cannot disagree."""
+"""The model card (README.md) of a bundle, written from its manifest alone, so that the two agree."""
 
 import math
 import shlex
@@ -22,7 +22,7 @@ from vitrine.models.training.evaluation.metrics import label_metric, most_confus
 
 _MAX_LABELS = 100  # that a card lists
 _MAX_COLUMNS = 12  # of a confusion matrix that a card shows
-_PAIRS, _PAIRS_ALONE = 3, 10  # of confused labels that are named, beside the matrix and without it
+_PAIRS_WITH_MATRIX, _PAIRS = 3, 10  # most confused labels that are listed, with the matrix and without it
 
 _METRIC_NAMES = {
     "top1": "top-1 accuracy",
@@ -39,7 +39,7 @@ _METRIC_NAMES = {
 
 
 def model_card(manifest: Manifest) -> str:
-    """Markdown."""
+    """Format the card as Markdown."""
     provenance = manifest.provenance
     settings = ", ".join(f"{key}={value}" for key, value in provenance.architecture_config.items())
     route, query = {
@@ -48,13 +48,13 @@ def model_card(manifest: Manifest) -> str:
     }[manifest.task]
     sections = [
         f"# {manifest.name} {manifest.version}",
-        f"{manifest.description} It answers {query}.",
+        f"{manifest.description} It predicts {query}.",
         "",
         f"- Architecture: `{manifest.architecture}` ({settings}), {provenance.parameters:,} parameters",
         f"- Labels: {_labels(manifest)}",
         f"- Licence of the weights: {manifest.licences.weights}. Terms of the training data: {manifest.licences.data}. "
-        "Whether terms of images reach the weights that were trained on them is not settled: who needs to be sure asks "
-        "the owners of the data, or trains the recipe on other images.",
+        "Whether the terms of images extend to weights trained on them is legally unsettled: if in doubt, ask the "
+        "owners of the data, or train the recipe on other images.",
         "",
         "## Measured",
         "",
@@ -83,7 +83,7 @@ def model_card(manifest: Manifest) -> str:
         f"curl -F image=@photo.jpg -F model={manifest.name} http://localhost:3000/{route}",
         "```",
         "",
-        "Or with ONNX Runtime, NumPy and Pillow alone, `model.onnx` and nothing else of this folder:",
+        "Or with ONNX Runtime, NumPy and Pillow only, and no file of this folder but `model.onnx`:",
         "",
         "```python",
         *_snippet(manifest),
@@ -104,9 +104,11 @@ def _measured(manifest: Manifest) -> list[str]:
     if metrics is None:
         return ["Its accuracy was not measured here: the exporter had no labelled data.", ""]
     by_label = _by_label(manifest.labels, metrics)
-    apart = {name for names in by_label.values() for name in names}
+    label_metrics = {name for names in by_label.values() for name in names}
     rows = [
-        (_METRIC_NAMES.get(name, name), *_with_interval(name, metrics)) for name in metrics.values if name not in apart
+        (_METRIC_NAMES.get(name, name), *_with_interval(name, metrics))
+        for name in metrics.values
+        if name not in label_metrics
     ]
     lines = [
         f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with `model.onnx` through "
@@ -123,17 +125,17 @@ def _measured(manifest: Manifest) -> list[str]:
         lines += _table(head, labels)
     if metrics.intervals:
         lines += [
-            "The intervals say how far a figure would move with other images of the same kind (bootstrap over the "
-            "images), not with another training.",
+            "The intervals show the variation over other images of the same kind (bootstrap over the images), not over "
+            "training runs.",
             "",
         ]
     return lines
 
 
 def _by_label(labels: Sequence[str], metrics: Metrics) -> dict[str, tuple[str, str]]:
-    """The names of AP and AP50 of each label that has them."""
+    """Return the names of AP and AP50 of each label that has them."""
     names = {label: (label_metric(label), f"AP50_{label}") for label in labels}
-    return {label: own for label, own in names.items() if own[1] in metrics.values}
+    return {label: pair for label, pair in names.items() if pair[1] in metrics.values}
 
 
 def _with_interval(name: str, metrics: Metrics) -> tuple[str, str]:
@@ -144,30 +146,30 @@ def _with_interval(name: str, metrics: Metrics) -> tuple[str, str]:
 def _samples(manifest: Manifest) -> list[str]:
     if SAMPLES_FILE not in manifest.files:
         return []
-    shown = "Images spread evenly over that split, not chosen by their answers"
-    if manifest.task is Task.CLASSIFICATION:
-        return [f"{shown}; wrong answers in red:", "", f"![answers]({SAMPLES_FILE})", ""]
-    return [f"{shown}, with what is found at a score of at least 50 %:", "", f"![answers]({SAMPLES_FILE})", ""]
+    classified = manifest.task is Task.CLASSIFICATION
+    drawn = "wrong predictions in red" if classified else "with detections that score at least 50 %"
+    sentence = f"Evenly spaced images of that split, not selected by their predictions, {drawn}:"
+    return [sentence, "", f"![predictions]({SAMPLES_FILE})", ""]
 
 
 def _confusion(manifest: Manifest) -> list[str]:
     confusion = None if manifest.metrics is None else manifest.metrics.confusion
     if confusion is None:
         return []
-    shown = len(manifest.labels) <= _MAX_COLUMNS
-    pairs = most_confused(np.array(confusion), manifest.labels, _PAIRS if shown else _PAIRS_ALONE)
-    said = "No image is taken for another label."
+    with_matrix = len(manifest.labels) <= _MAX_COLUMNS
+    pairs = most_confused(np.array(confusion), manifest.labels, _PAIRS_WITH_MATRIX if with_matrix else _PAIRS)
+    sentence = "No image is misclassified."
     if pairs:
-        listed = (f"{pair.true} for {pair.answered} ({pair.count:,}, {pair.share:.1%} of them)" for pair in pairs)
-        said = f"Most often taken for another: {'; '.join(listed)}."
-    if not shown:
-        return [said, ""]
+        listed = (f"{pair.true} for {pair.predicted} ({pair.count:,}, {pair.share:.1%} of them)" for pair in pairs)
+        sentence = f"Most often confused: {'; '.join(listed)}."
+    if not with_matrix:
+        return [sentence, ""]
     rows = [(label, *map(str, row)) for label, row in zip(manifest.labels, confusion, strict=True)]
     return [
-        "Images by what they show (rows) and what was answered (columns):",
+        "Images by true label (rows) and predicted label (columns):",
         "",
         *_table(("", *manifest.labels), rows),
-        said,
+        sentence,
         "",
     ]
 
@@ -175,20 +177,20 @@ def _confusion(manifest: Manifest) -> list[str]:
 def _calibrated(manifest: Manifest) -> list[str]:
     calibration, lines = manifest.calibration, []
     if RELIABILITY_FILE in manifest.files:
-        lines += ["How often an answer is right, by its probability (orange: too sure, green: not sure enough):", ""]
+        lines += ["Accuracy by predicted probability (orange: overconfident, green: underconfident):", ""]
         lines += [f"![reliability]({RELIABILITY_FILE})", ""]
     if calibration is None:
         return lines
-    said = (
+    sentence = (
         f"The graph divides its logits by the temperature {calibration.temperature:.3g}, fitted on held-out images: "
-        "the same answers, with more honest probabilities."
+        "the same predictions, with better calibrated probabilities."
     )
     if calibration.ece_before is not None and calibration.ece_after is not None:
-        said += (
+        sentence += (
             f" The expected calibration error is {calibration.ece_after:.2%}, without the temperature "
             f"{calibration.ece_before:.2%}."
         )
-    return [*lines, said, ""]
+    return [*lines, sentence, ""]
 
 
 def _parity(manifest: Manifest) -> str:
@@ -197,17 +199,18 @@ def _parity(manifest: Manifest) -> str:
     differences = ", ".join(
         f"{name} {value:.1e} (relative {parity.max_rel_diff[name]:.1e})" for name, value in parity.max_abs_diff.items()
     )
-    said = (
+    sentence = (
         f"`model.onnx` in ONNX Runtime against the torch network, on {images} in batches of 1, 3 and 8: largest "
         f"difference {differences}; same class in {parity.top1_agreement:.2%}."
     )
     if parity.torch_metrics is None or manifest.metrics is None:
-        return said
+        return sentence
     name = GATE_METRIC[manifest.task]
     in_torch, in_onnx = (
         _metric_value(name, values[name]) for values in (parity.torch_metrics, manifest.metrics.values)
     )
-    return f"{said} On all {manifest.metrics.images:,} images, {_METRIC_NAMES[name]} is {in_onnx}, in torch {in_torch}."
+    metric = f"{_METRIC_NAMES[name]} is {in_onnx}, in torch {in_torch}"
+    return f"{sentence} On all {manifest.metrics.images:,} images, {metric}."
 
 
 def _variants(manifest: Manifest) -> list[str]:
@@ -229,9 +232,9 @@ def _variants(manifest: Manifest) -> list[str]:
                 or ("none" if precision in (Precision.INT8_DYNAMIC, Precision.INT8_STATIC) else ""),
             )
         )
-    head = ("variant", "file", "size", _METRIC_NAMES[name], "points", "same answers as fp32", "layers left in float32")
-    said = f"Served unless another is asked for: `{manifest.default_variant.value}`. {manifest.default_reason}"
-    return ["## Variants", "", *_table(head, rows), said, ""]
+    head = ("variant", "file", "size", _METRIC_NAMES[name], "points", "agreement with fp32", "layers left in float32")
+    default = f"Default variant: `{manifest.default_variant.value}`. {manifest.default_reason}"
+    return ["## Variants", "", *_table(head, rows), default, ""]
 
 
 def _speed(manifest: Manifest) -> list[str]:
@@ -247,7 +250,7 @@ def _speed(manifest: Manifest) -> list[str]:
     return [
         "## Speed",
         "",
-        f"Milliseconds of a call on {height} x {width} pixels, medians of calls in turns, on {latency.machine}:",
+        f"Milliseconds per call on {height} x {width} pixels, medians of interleaved calls, on {latency.machine}:",
         "",
         *_table(("", "file", *settings), rows),
     ]
@@ -257,20 +260,20 @@ def _explained(manifest: Manifest) -> list[str]:
     explanation = manifest.explanation
     if explanation is None:
         return []
-    told = {
-        ("attention", Task.CLASSIFICATION): "`explain.onnx` gives the attention of each layer and its rollout over the "
-        "patches.",
-        ("attention", Task.DETECTION): "`explain.onnx` gives, for each query, the cross-attention of the last decoder "
-        "layer, and the self-attention of the encoder.",
-        ("class-activation", Task.CLASSIFICATION): "`explain.onnx` gives the class activation map of each label: its "
-        "sum and the head's bias are the logit.",
+    outputs = {
+        ("attention", Task.CLASSIFICATION): "the attention of each layer and its rollout over the patches",
+        ("attention", Task.DETECTION): "the cross-attention of each query in the last decoder layer, and the "
+        "self-attention of the encoder",
+        ("class-activation", Task.CLASSIFICATION): "the class activation map of each label, whose sum plus the head's "
+        "bias is the logit",
     }.get((explanation.method, manifest.task))
-    if told is None:
-        told = f"Patches of {explanation.patch_size} pixels are hidden in turn, to see what the answer rests on."
-    else:
-        told += " It reads its weights from `model.onnx`."
+    sentences = (
+        f"Patches of {explanation.patch_size} pixels are occluded one at a time, to see which the prediction needs."
+        if outputs is None
+        else f"`explain.onnx` returns {outputs}. It reads its weights from `model.onnx`."
+    )
     command = f"vitrine explain bundles/{manifest.name}/{manifest.version} photo.jpg --out seen.png"
-    return ["## Where it looks", "", told, "", "```sh", command, "```", ""]
+    return ["## Explanations", "", sentences, "", "```sh", command, "```", ""]
 
 
 def _snippet(manifest: Manifest) -> list[str]:
@@ -318,12 +321,12 @@ def _size(size: int) -> str:
 
 
 def _limits(manifest: Manifest) -> str:
-    known = f"It knows only its {len(manifest.labels):,} labels"
+    labels = f"It knows only its {len(manifest.labels):,} labels"
     training = manifest.provenance.training
     if training is None:
         return (
-            f"{known}. What it was trained on, and what it may be used for, its publisher says; pictures that look "
-            "unlike that data get confident, wrong answers."
+            f"{labels}. Its publisher states what it was trained on and may be used for; images unlike that data get "
+            "confident, wrong predictions."
         )
     trained = "" if manifest.metrics is None else f" and was trained on `{manifest.metrics.data}`"
     if manifest.provenance.imported is not None:
@@ -333,7 +336,7 @@ def _limits(manifest: Manifest) -> str:
     else:
         start, alone = "from random weights", " alone"
     return (
-        f"{known}{trained}{alone}, {start}. Pictures that look unlike that data get confident, wrong answers. It is a "
+        f"{labels}{trained}{alone}, {start}. Images unlike that data get confident, wrong predictions. It is a "
         "demonstration, not fit for decisions about people, medicine or safety."
     )
 
@@ -342,7 +345,7 @@ def _reproduce(manifest: Manifest) -> list[str]:
     provenance, training, imported = manifest.provenance, manifest.provenance.training, manifest.provenance.imported
     run = f"runs/{manifest.name}"
     data = "" if manifest.metrics is None else f" --data DATA/{manifest.metrics.data}"
-    made_by = f"torch {provenance.torch}, commit `{provenance.git_commit}`"
+    software = f"torch {provenance.torch}, commit `{provenance.git_commit}`"
     export = f"vitrine export {run} --out bundles/{manifest.name}/{manifest.version}"
     start = None if training is None else training.start
     sentences, commands = [], []
@@ -361,24 +364,25 @@ def _reproduce(manifest: Manifest) -> list[str]:
         sentences.append(f"Recipe `{training.recipe}`, {training.epochs} epochs in {minutes}, seed {training.seed}")
         settings = "".join(f" {shlex.quote(f'{key}={value}')}" for key, value in training.recipe_settings.items())
         commands.append(f"vitrine train {training.recipe}{data} --out {run}{origin}{settings}")
-    return [f"{'. '.join(sentences)}, {made_by}:", "", "```sh", *commands, f"{export}{_stated(manifest)}", "```"]
+    export += _export_options(manifest)
+    return [f"{'. '.join(sentences)}, {software}:", "", "```sh", *commands, export, "```"]
 
 
-def _stated(manifest: Manifest) -> str:
-    """The options of `vitrine export` that said what only its user could know."""
+def _export_options(manifest: Manifest) -> str:
+    """Return the options of `vitrine export` that differ from their defaults."""
     options = {
         "--licence": (manifest.licences.weights, NOT_STATED),
         "--data-licence": (manifest.licences.data, NOT_STATED),
         "--notes": ("" if manifest.metrics is None else manifest.metrics.notes, ""),
     }
-    stated = [(option, value) for option, (value, default) in options.items() if value != default]
-    stated += [("--variant", variant.value) for variant in manifest.variants if variant is not Precision.FP32]
-    most = max((variant.drop or 0.0 for variant in manifest.variants.values()), default=0.0)
-    if most > MAX_DROP:
-        stated.append(("--max-drop", str(math.ceil(most * 10) / 10)))
+    changed = [(option, value) for option, (value, default) in options.items() if value != default]
+    changed += [("--variant", variant.value) for variant in manifest.variants if variant is not Precision.FP32]
+    drop = max((variant.drop or 0.0 for variant in manifest.variants.values()), default=0.0)
+    if drop > MAX_DROP:
+        changed.append(("--max-drop", str(math.ceil(drop * 10) / 10)))
     if manifest.default_variant is not Precision.FP32:
-        stated.append(("--default", manifest.default_variant.value))
-    return "".join(f" \\\n    {option} {shlex.quote(value)}" for option, value in stated)
+        changed.append(("--default", manifest.default_variant.value))
+    return "".join(f" \\\n    {option} {shlex.quote(value)}" for option, value in changed)
 
 
 def _milliseconds(value: float) -> str:

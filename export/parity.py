@@ -1,4 +1,4 @@
-"""Do torch and ONNX Runtime answer the same? Measured on odd batches and on odd sizes, on real images if there are."""
+"""Compare the outputs of torch and ONNX Runtime, on several batch and image sizes."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -8,49 +8,51 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from vitrine.bundle.images import pad_and_stack, to_classification_pixels, to_detection_pixels
-from vitrine.bundle.manifest import ClassificationPreprocessing, Parity, Preprocessing
+from vitrine.bundle.loading import load_bundle
+from vitrine.bundle.manifest import GATE_METRIC, GENERATED, MODEL_FILE, Metrics, Parity, Precision, Preprocessing
 from vitrine.bundle.runtime import CPU, OnnxNetwork
-from vitrine.bundle.tolerances import CONFIDENT_SCORE, DIVERGENCE, MIN_AGREEMENT, PARITY, SMALLEST_RELATIVE
-from vitrine.export.errors import ParityError
+from vitrine.bundle.tolerances import CONFIDENT_SCORE, DIVERGENCE, METRIC, MIN_AGREEMENT, PARITY, SMALLEST_RELATIVE
+from vitrine.export.errors import ExportError, ParityError
+from vitrine.export.graph import served_module
+from vitrine.export.inputs import Inputs, evaluation_data, make_inputs, parity_images, trace_size
 from vitrine.models.serving import ServedClassifier, ServedDetector
-from vitrine.models.training.network import TorchNetwork
+from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
+from vitrine.models.training.data.dataset import Data
+from vitrine.models.training.evaluation.metrics import measure, predict
+from vitrine.models.training.network import TorchNetwork, torch_predictor
 
 _BATCHES = (1, 3, 8)
-_MAX_PIXELS = 8 * 480 * 640  # of a batch: a dilated DETR's attention on eight large pictures takes 16 GB
-
-Inputs = dict[str, NDArray[np.generic]]
+_MAX_PIXELS = 8 * 480 * 640  # per batch: a dilated DETR's attention on eight large images takes 16 GB
 
 
-def generated_images(count: int, preprocessing: Preprocessing) -> list[Image.Image]:
-    """Coloured clouds with the structure of pictures at every scale, the same ones each time."""
-    if isinstance(preprocessing, ClassificationPreprocessing):
-        height, width = preprocessing.input_size
-    else:
-        height, width = preprocessing.shortest_edge, preprocessing.longest_edge
-    random = np.random.default_rng(0)
-    images = []
-    for _ in range(count):
-        cloud = np.zeros((height, width, 3))
-        for octave in range(1, 8):
-            noise = random.normal(0, 1, (2**octave, 2**octave, 3))
-            channels = [Image.fromarray(noise[..., c].astype(np.float32)) for c in range(3)]
-            resized = [np.asarray(channel.resize((width, height), Image.Resampling.BICUBIC)) for channel in channels]
-            cloud += np.stack(resized, axis=-1) / octave
-        images.append(Image.fromarray((128 + 48 * cloud).clip(0, 255).astype(np.uint8)))
-    return images
+def verify_run(run: Path, bundle: Path, *, data_path: Path | None = None, providers: Sequence[str] = CPU) -> Parity:
+    """Compare a bundle's float32 graph with the torch network of a run again.
 
+    Args:
+        data_path: as of `export.export.export_run`.
 
-def make_inputs(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Inputs:
-    """The graph's inputs for a batch of RGB images."""
-    if isinstance(preprocessing, ClassificationPreprocessing):
-        return {"pixels": np.stack([to_classification_pixels(image, preprocessing) for image in images])}
-    pixels, sizes = pad_and_stack([to_detection_pixels(image, preprocessing) for image in images])
-    return {"pixels": pixels, "sizes": sizes}
+    Raises:
+        BundleError, CheckpointError, DataError: one of them cannot be read.
+        ExportError: the bundle is not of this run.
+        ParityError: the graph's outputs differ from torch's; the message names where in the network this begins.
+    """
+    manifest = load_bundle(bundle, variant=Precision.FP32, providers=providers).manifest
+    checkpoint = load_checkpoint(run)
+    for what, expected, found in (
+        ("architecture", checkpoint.architecture, manifest.architecture),
+        ("labels", tuple(checkpoint.labels), manifest.labels),
+        ("preprocessing", checkpoint.read_preprocessing(), manifest.preprocessing),
+    ):
+        if expected != found:
+            raise ExportError(f"{bundle}: {what}: expected that of {run}, {expected}, found {found}")
+    data = evaluation_data(data_path, checkpoint)
+    source = GENERATED if data is None else data.name
+    images = parity_images(data, manifest.preprocessing)
+    module = served_module(run, checkpoint)
+    return check_parity(module, bundle / MODEL_FILE, images, manifest.preprocessing, source, providers)
 
 
 def check_parity(
@@ -61,9 +63,9 @@ def check_parity(
     data: str,
     providers: Sequence[str] = CPU,
 ) -> Parity:
-    """Compare both runtimes on the images (of `data`) in batches of 1, 3 and 8, fewer of large ones.
+    """Compare both runtimes on images of `data` in batches of 1, 3 and 8, smaller for large images.
 
-    Every second image is cut to another shape.
+    Every second image is cropped to another aspect ratio.
 
     Raises:
         ParityError: an output differs by more than `bundle.tolerances.PARITY`, or the classes do.
@@ -78,11 +80,11 @@ def check_parity(
         for name in largest:
             if expected[name].shape != found[name].shape:
                 raise ParityError(name, quantity="shape", expected=expected[name].shape, found=found[name].shape)
-            wanted = expected[name].astype(np.float64)
-            differences = np.abs(wanted - found[name].astype(np.float64))
-            counted = wanted >= SMALLEST_RELATIVE
+            reference = expected[name].astype(np.float64)
+            differences = np.abs(reference - found[name].astype(np.float64))
+            counted = reference >= SMALLEST_RELATIVE
             largest[name] = max(largest[name], float(differences.max()))
-            relative[name] = max(relative[name], float((differences[counted] / wanted[counted]).max(initial=0)))
+            relative[name] = max(relative[name], float((differences[counted] / reference[counted]).max(initial=0)))
             if not differences.max() <= PARITY:
                 limits = {"expected": f"<= {PARITY}", "found": f"{differences.max():.3g}"}
                 begins = first_divergence(module, file, inputs)
@@ -98,11 +100,32 @@ def check_parity(
     return Parity(data=data, images=len(images), max_abs_diff=largest, max_rel_diff=relative, top1_agreement=agreement)
 
 
-def first_divergence(module: ServedClassifier | ServedDetector, file: Path, inputs: Inputs) -> str:
-    """Where in the network the difference begins, as half a sentence.
+def check_metrics(parity: Parity, checkpoint: Checkpoint, data: Data, metrics: Metrics) -> Parity:
+    """Compare the graph's metrics with those of the torch network, and add the latter to `parity`.
 
-    The values of the graph that bear the name of a torch module (`export.graph`) are compared with what that module
-    answers, in the order of the graph.
+    Raises:
+        ParityError: top-1 accuracy or AP differs by more than `bundle.tolerances.METRIC`.
+    """
+    predictor = torch_predictor(
+        checkpoint.build(),
+        checkpoint.read_preprocessing(),
+        checkpoint.labels,
+        torch.device("cpu"),
+        checkpoint.temperature,
+    )
+    in_torch = measure(predict(predictor, data), data)
+    name = GATE_METRIC[checkpoint.task]
+    if not abs(in_torch[name] - metrics.values[name]) <= METRIC:
+        limits = {"expected": f"{in_torch[name]:.4f} to within {METRIC}", "found": f"{metrics.values[name]:.4f}"}
+        raise ParityError(data.name, quantity=name, **limits)
+    return parity.model_copy(update={"torch_metrics": in_torch})
+
+
+def first_divergence(module: ServedClassifier | ServedDetector, file: Path, inputs: Inputs) -> str:
+    """Describe where in the network the outputs begin to differ.
+
+    Values of the graph with the name of a torch module (`export.graph`) are compared with that module's output, in the
+    order of the graph.
     """
     model = onnx.load(file)
     parts = dict(module.named_modules())
@@ -115,9 +138,9 @@ def first_divergence(module: ServedClassifier | ServedDetector, file: Path, inpu
     expected: dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_: nn.Module, __: object, answer: object) -> None:
-            if isinstance(answer, torch.Tensor):
-                expected[name] = answer
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            if isinstance(output, torch.Tensor):
+                expected[name] = output
 
         return hook
 
@@ -126,31 +149,28 @@ def first_divergence(module: ServedClassifier | ServedDetector, file: Path, inpu
     for hook in hooks:
         hook.remove()
     for name in (name for name in names if name in expected):
-        wanted = expected[name].numpy()
-        if wanted.shape != found[name].shape:
-            return f"it begins in {name}, which answers {wanted.shape} in torch and {found[name].shape} in ONNX"
-        difference = np.abs(wanted - found[name]).max() / max(np.abs(wanted).max(), 1e-6)
+        reference = expected[name].numpy()
+        if reference.shape != found[name].shape:
+            return f"it begins in {name}, whose output is {reference.shape} in torch and {found[name].shape} in ONNX"
+        difference = np.abs(reference - found[name]).max() / max(np.abs(reference).max(), 1e-6)
         if not difference <= DIVERGENCE:
             kind = type(parts[name]).__name__
             return f"it begins in {name} ({kind}), which differs by {difference:.2%} of its largest value"
-    return f"all of {len(names)} inner values agree to {DIVERGENCE:.1%}: it begins behind them"
+    return f"all {len(names)} intermediate values agree to {DIVERGENCE:.1%}: it begins after them"
 
 
 def _batches(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Iterator[Inputs]:
-    shaped = [image if i % 2 else _cut(image) for i, image in enumerate(images)]
-    if isinstance(preprocessing, ClassificationPreprocessing):
-        height, width = preprocessing.input_size
-    else:
-        height, width = preprocessing.shortest_edge, preprocessing.longest_edge
-    most = max(2, _MAX_PIXELS // (height * width))
+    cropped = [image if i % 2 else _crop(image) for i, image in enumerate(images)]
+    height, width = trace_size(preprocessing)
+    limit = max(2, _MAX_PIXELS // (height * width))
     start = 0
-    while start < len(shaped):
-        for size in (min(size, most) for size in _BATCHES):
-            if batch := shaped[start : start + size]:
+    while start < len(cropped):
+        for size in (min(size, limit) for size in _BATCHES):
+            if batch := cropped[start : start + size]:
                 yield make_inputs(batch, preprocessing)
             start += size
 
 
-def _cut(image: Image.Image) -> Image.Image:
-    """The left two thirds: another aspect ratio, and a size that was not traced."""
+def _crop(image: Image.Image) -> Image.Image:
+    """Return the left two thirds: another aspect ratio, and a size that was not traced."""
     return image.crop((0, 0, max(1, image.width * 2 // 3), image.height))

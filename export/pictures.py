@@ -1,4 +1,4 @@
-"""Pictures for the model card: test images with the served answers, and how far probabilities can be trusted."""
+"""Pictures for the model card: test images with the served predictions, and a reliability diagram."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from vitrine.models.training.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGH
 
 SAMPLES_FILE = "samples.jpg"
 RELIABILITY_FILE = "reliability.svg"
-_CLASSIFIED, _DETECTED = 24, 3  # images on the sheet: less than 100 kB
+_CLASSIFIED, _DETECTED = 24, 3  # images on the sheet, which stays below 100 kB
 _STYLE = """
 text { font: 12px sans-serif; fill: #333 } .grid { stroke: #ddd } .axis { stroke: #333 }
 .diagonal { stroke: #999; stroke-dasharray: 4 4 } .right { fill: #3b6ea5 } .over { fill: #d9822b; opacity: .5 }
@@ -23,11 +23,10 @@ text { font: 12px sans-serif; fill: #333 } .grid { stroke: #ddd } .axis { stroke
 
 
 def sample_sheet(predictor: Predictor, data: Data) -> Image.Image:
-    """Images spread evenly over the data, whatever is answered, with the answers of the predictor."""
-    classified = isinstance(data, ClassificationData)
-    count = min(_CLASSIFIED if classified else _DETECTED, len(data))
-    chosen = np.linspace(0, len(data) - 1, count).round().astype(int).tolist()
-    images = [(i, data.image(i)) for i in chosen]
+    """Draw evenly spaced images of the data with their predictions, regardless of whether these are correct."""
+    count = min(_CLASSIFIED if isinstance(data, ClassificationData) else _DETECTED, len(data))
+    indices = np.linspace(0, len(data) - 1, count).round().astype(int).tolist()
+    images = [(i, data.image(i)) for i in indices]
     if isinstance(predictor, Classifier):
         assert isinstance(data, ClassificationData)
         answers = [(predictor.classify(image, top_k=1)[0], data.labels[data.class_ids[i]]) for i, image in images]
@@ -46,7 +45,7 @@ def sample_sheet(predictor: Predictor, data: Data) -> Image.Image:
 
 
 def reliability_svg(bins: Sequence[ReliabilityBin]) -> str:
-    """How often answers are right by how probable they were: an SVG picture on white."""
+    """Draw the reliability diagram, accuracy by confidence, as an SVG on a white background."""
     columns = zip(*((entry.answers, entry.confidence, entry.accuracy) for entry in bins), strict=True)
     chart = reliability_chart("Reliability", Reliability(*map(np.array, columns)))
     parts = [f'<path class="grid" d="M{LEFT} {tick.at:.1f}H{RIGHT}"/>' for tick in chart.y_ticks]

@@ -1,4 +1,4 @@
-"""Where a bundle's weights come from, and what made its files, as its manifest says it."""
+"""Provenance of a bundle for its manifest: the origin of its weights and the software that wrote its files."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ _FULL_NAMES = {
 
 
 def describe(checkpoint: Checkpoint, data: str | None) -> str:
-    """One sentence about the network; `data` is the name of what it was measured on."""
+    """Describe the network in one sentence; `data` is the name of the data it was measured on."""
     name = _FULL_NAMES[checkpoint.architecture]
     if checkpoint.progress is not None:
         trained_on = "" if data is None else f" on {data}"
@@ -31,7 +31,7 @@ def describe(checkpoint: Checkpoint, data: str | None) -> str:
 
 
 def provenance(run: Path, checkpoint: Checkpoint, parameters: int) -> Provenance:
-    """The provenance of a bundle that is exported now."""
+    """Return the provenance of a bundle that is being exported."""
     return Provenance(
         training=_training(checkpoint),
         imported=_imported(checkpoint),
@@ -68,12 +68,12 @@ def _imported(checkpoint: Checkpoint) -> Import | None:
 
 
 def _plain(value: object) -> str | int | float | bool | None:
-    """Lists as compact JSON, which `vitrine train` reads back."""
+    """Format lists as compact JSON, which `vitrine train` accepts."""
     return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, separators=(",", ":"))
 
 
 def _git_commit() -> str:
-    """The commit of the code that exports, "unknown" outside a checkout."""
+    """Return the commit of the exporting code, "unknown" outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

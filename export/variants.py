@@ -1,6 +1,6 @@
-"""Smaller and faster variants of an exported graph: weights in float16, all in float16, weights and sums in 8 bits.
+"""Smaller and faster variants of an exported graph: float16 weights, float16, 8-bit weights and matrix products.
 
-Every variant takes and gives what the float32 graph takes and gives. What it loses is measured by who asked for it.
+Variants have the inputs and outputs of the float32 graph. The caller measures their accuracy.
 """
 
 import logging
@@ -24,23 +24,22 @@ from vitrine.bundle.manifest import Precision
 from vitrine.bundle.runtime import CPU
 from vitrine.bundle.tolerances import CONFIDENT_SCORE
 from vitrine.export.errors import ExportError
-from vitrine.export.parity import Inputs
+from vitrine.export.inputs import Inputs
 
-# How much the answers to the calibration images may change on average before layers are left in float32, see `damage`.
-MAX_DAMAGE = 0.02
-_MIN_BYTES = 1024  # of a tensor that is worth storing in float16
-_LARGEST_HALF = 65504.0
-# Weights have 7 bits (`reduce_range`): the products of an 8-bit activation and two of them then fit the 16-bit sums of
-# processors with AVX2 and without VNNI, at most 2 x 255 x 64 = 32640. With 8 bits these saturate, and the answers are
-# wrong on such machines alone.
+MAX_OUTPUT_ERROR = 0.02  # mean `output_error` on the calibration images above which layers are left in float32
+_MIN_BYTES = 1024  # of a tensor that is stored in float16
+_MAX_FLOAT16 = 65504.0
+# Weights have 7 bits (`reduce_range`): the sum of two products with 8-bit activations, at most 2 x 255 x 64 = 32640,
+# then fits the 16-bit accumulators of processors with AVX2 but without VNNI. 8-bit weights would saturate them and give
+# wrong outputs on these machines only.
 _WEIGHTS = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
-# What a layer answers goes on in float32: rounding it for what is not quantised only loses.
+# Layer outputs stay in float32: quantising them for operators that are not quantised only loses accuracy.
 _OPTIONS = {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
-_DYNAMIC = "MatMul", "Gemm"  # ONNX Runtime's integer convolution is slower on a CPU than its float32 one
+_DYNAMIC = "MatMul", "Gemm"  # ONNX Runtime's integer convolution is slower on CPU than float32
 _STATIC = "MatMul", "Gemm", "Conv"
 
 Outputs = list[NDArray[Any]]
-Quantise = Callable[[Sequence[str]], onnx.ModelProto]  # nodes to quantise to the quantised graph
+Quantise = Callable[[Sequence[str]], onnx.ModelProto]  # from the nodes to quantise to the quantised graph
 
 
 @dataclass(frozen=True)
@@ -48,22 +47,22 @@ class VariantGraph:
     """A variant's graph."""
 
     model: onnx.ModelProto
-    float_layers: tuple[str, ...] = ()  # left in float32, because the answers suffer most from rounding them
+    float_layers: tuple[str, ...] = ()  # most sensitive layers, left in float32
 
 
 def make_variant(model: onnx.ModelProto, precision: Precision, calibration: Sequence[Inputs]) -> VariantGraph:
-    """The variant of a float32 graph; `model` is left as it is.
+    """Return a variant of a float32 graph; `model` is not modified.
 
     Args:
-        calibration: batches of inputs made of training images, for the 8-bit variants.
+        calibration: input batches of training images, for the 8-bit variants.
 
     Raises:
-        ExportError: 8-bit weights change the answers too much in every layer, or there are no layers to quantise.
+        ExportError: a single 8-bit layer already changes the outputs too much, or there are no layers to quantise.
     """
     if precision is Precision.FP16_WEIGHTS:
-        return VariantGraph(_finished(store_half(model)))
+        return VariantGraph(_finished(to_fp16_weights(model)))
     if precision is Precision.FP16:
-        return VariantGraph(_finished(compute_half(model)))
+        return VariantGraph(_finished(to_fp16(model)))
     if precision is Precision.FP32:
         return VariantGraph(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,12 +70,12 @@ def make_variant(model: onnx.ModelProto, precision: Precision, calibration: Sequ
         layers, quantise = make(model, calibration, Path(folder))
         if not layers:
             raise ExportError(f"{precision}: expected layers with weights to quantise, found none")
-        quantised, kept = _with_sensitive_layers_in_float(model, layers, quantise, calibration, precision)
-    return VariantGraph(_finished(quantised), tuple(name.rpartition("/")[0] for name in kept))
+        quantised, float_layers = _quantise_insensitive(model, layers, quantise, calibration, precision)
+    return VariantGraph(_finished(quantised), tuple(name.rpartition("/")[0] for name in float_layers))
 
 
-def store_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights in float16, each behind a cast to float32, which ONNX Runtime does once when it loads the graph."""
+def to_fp16_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Store weights in float16, each followed by a cast to float32, which ONNX Runtime folds at load time."""
     half = onnx.ModelProto()
     half.CopyFrom(model)
     casts = []
@@ -84,7 +83,7 @@ def store_half(model: onnx.ModelProto) -> onnx.ModelProto:
         if tensor.data_type != TensorProto.FLOAT or len(tensor.raw_data) < _MIN_BYTES:
             continue
         values = numpy_helper.to_array(tensor)
-        if np.abs(values).max() > _LARGEST_HALF:
+        if np.abs(values).max() > _MAX_FLOAT16:
             continue
         name = tensor.name
         tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
@@ -95,68 +94,71 @@ def store_half(model: onnx.ModelProto) -> onnx.ModelProto:
     return half
 
 
-def compute_half(model: onnx.ModelProto) -> onnx.ModelProto:
-    """All sums in float16, for GPUs; inputs and outputs stay what they are."""
+def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Compute in float16, for GPUs; inputs and outputs keep their types."""
     half = onnx.ModelProto()
     half.CopyFrom(model)
     converted: onnx.ModelProto = convert_float_to_float16(half, keep_io_types=True, disable_shape_infer=True)
-    del converted.graph.value_info[:]  # it still says float32
-    OnnxModel(converted).topological_sort()  # the casts stand behind the nodes that use them
+    del converted.graph.value_info[:]  # its types are still float32
+    OnnxModel(converted).topological_sort()  # the casts come after the nodes that use them
     return converted
 
 
-def damage(reference: Sequence[Outputs], found: Sequence[Outputs]) -> float:
-    """How far answers are from those of float32, 0 to 1.
+def output_error(reference: Sequence[Outputs], outputs: Sequence[Outputs]) -> float:
+    """Mean deviation of outputs from those of float32, 0 to 1.
 
-    Of a classifier, the mean over the images of the total variation distance of the probabilities. Of a detector, the
-    mean over the queries that have a score of at least 0.05 in either: the difference of the scores and the largest one
-    of the corners, at most 1, and 1 where the class is another.
+    For a classifier, the mean over the images of the total variation distance between the probabilities. For a
+    detector, the mean over queries with a score of at least 0.05 in either: the difference of the scores plus the
+    largest difference of a corner, at most 1, and 1 if the class differs.
     """
-    parts = []
-    for wanted, given in zip(reference, found, strict=True):
-        if len(wanted) == 1:
-            parts.append(np.abs(wanted[0] - given[0]).sum(axis=-1) / 2)
+    errors = []
+    for expected, found in zip(reference, outputs, strict=True):
+        if len(expected) == 1:
+            errors.append(np.abs(expected[0] - found[0]).sum(axis=-1) / 2)
             continue
-        (scores, class_ids, boxes), (scores_, class_ids_, boxes_) = wanted, given
-        apart = np.abs(scores - scores_) + np.abs(boxes - boxes_).max(axis=-1) + (class_ids != class_ids_)
-        parts.append(apart[np.maximum(scores, scores_) >= CONFIDENT_SCORE])
-    values = np.concatenate(parts)
+        (scores, class_ids, boxes), (scores_, class_ids_, boxes_) = expected, found
+        error = np.abs(scores - scores_) + np.abs(boxes - boxes_).max(axis=-1) + (class_ids != class_ids_)
+        errors.append(error[np.maximum(scores, scores_) >= CONFIDENT_SCORE])
+    values = np.concatenate(errors)
     return float(np.minimum(values, 1).mean()) if len(values) else 0.0
 
 
-def _with_sensitive_layers_in_float(
+def _quantise_insensitive(
     model: onnx.ModelProto,
     layers: Sequence[str],
     quantise: Quantise,
     calibration: Sequence[Inputs],
     precision: Precision,
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """Quantise all layers if the answers bear it, else all but the fewest of those that harm them most."""
-    reference = _answers(model, calibration)
+    """Quantise all layers, except the most sensitive ones if the outputs would change too much.
+
+    The smallest sufficient number of float32 layers is found by doubling and bisection.
+    """
+    reference = _run(model, calibration)
 
     def without(count: int) -> tuple[onnx.ModelProto, float]:
         quantised = quantise([layer for layer in layers if layer not in ranked[:count]])
-        return quantised, damage(reference, _answers(quantised, calibration))
+        return quantised, output_error(reference, _run(quantised, calibration))
 
     ranked: list[str] = []
-    quantised, harm = without(0)
-    if harm <= MAX_DAMAGE:
+    quantised, error = without(0)
+    if error <= MAX_OUTPUT_ERROR:
         return quantised, ()
-    some = calibration[: max(1, len(calibration) // 4)]
-    alone = {layer: damage(reference[: len(some)], _answers(quantise([layer]), some)) for layer in layers}
-    ranked = sorted(layers, key=lambda layer: -alone[layer])
+    subset = calibration[: max(1, len(calibration) // 4)]
+    sensitivity = {layer: output_error(reference[: len(subset)], _run(quantise([layer]), subset)) for layer in layers}
+    ranked = sorted(layers, key=lambda layer: -sensitivity[layer])
     too_few, count = 0, 1
-    while (tried := without(min(count, len(layers) - 1)))[1] > MAX_DAMAGE:
+    while (attempt := without(min(count, len(layers) - 1)))[1] > MAX_OUTPUT_ERROR:
         if count >= len(layers) - 1:
-            limit = f"answers within {MAX_DAMAGE} of float32's on average"
-            raise ExportError(f"{precision}: expected {limit}, found {tried[1]:.3f} with a single layer in 8 bits")
+            limit = f"outputs within {MAX_OUTPUT_ERROR} of float32's on average"
+            raise ExportError(f"{precision}: expected {limit}, found {attempt[1]:.3f} with a single layer in 8 bits")
         too_few, count = count, 2 * count
-    enough, quantised = min(count, len(layers) - 1), tried[0]
+    enough, quantised = min(count, len(layers) - 1), attempt[0]
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
-        attempt, harm = without(middle)
-        if harm <= MAX_DAMAGE:
-            enough, quantised = middle, attempt
+        attempt = without(middle)
+        if attempt[1] <= MAX_OUTPUT_ERROR:
+            enough, quantised = middle, attempt[0]
         else:
             too_few = middle
     return quantised, tuple(ranked[:enough])
@@ -211,12 +213,12 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _layers(model: onnx.ModelProto, operators: Sequence[str]) -> list[str]:
-    """The nodes that multiply activations with weights, not activations with each other as attention does."""
+    """Return the nodes that multiply activations with weights, unlike attention's products of activations."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [node.name for node in model.graph.node if node.op_type in operators and node.input[1] in weights]
 
 
-def _answers(model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[Outputs]:
+def _run(model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[Outputs]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(CPU))
@@ -232,7 +234,7 @@ def _finished(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's advice on the root logger."""
+    """Suppress the library's warnings on the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

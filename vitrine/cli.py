@@ -312,7 +312,7 @@ def verify(
         graphs.append("explain")
     typer.echo(f"verified: {_summary(manifest)} ({', '.join(graphs)})")
     if run is not None:
-        from vitrine.export.export import verify_run
+        from vitrine.export.parity import verify_run
 
         parity = verify_run(run, bundle, data_path=data, providers=chosen)
         differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())

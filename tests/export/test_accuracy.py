@@ -1,4 +1,4 @@
-"""Intervals, confusion, reliability and agreement, on random answers; the bootstrap against plain evaluation."""
+"""Intervals, confusion, reliability and agreement on random predictions; the bootstrap against plain evaluation."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def pictures() -> ClassificationData:
 
 @pytest.fixture(scope="module")
 def classified(pictures: ClassificationData) -> ClassificationPredictions:
-    """Probabilities that are right in about two of three images."""
+    """Probabilities that are correct for about two of three images."""
     random = np.random.default_rng(0)
     logits = random.normal(0, 1, (IMAGES, 3)) + 1.5 * np.eye(3)[pictures.class_ids]
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -30,7 +30,7 @@ def classified(pictures: ClassificationData) -> ClassificationPredictions:
 
 @pytest.fixture(scope="module")
 def scenes() -> DetectionData:
-    """Objects of all sizes; one image has none, and "red" is in the first image alone."""
+    """Objects of all sizes; one image has none, and "red" is in the first image only."""
     random = np.random.default_rng(0)
     boxes, class_ids = [], []
     for image in range(IMAGES):
@@ -43,7 +43,7 @@ def scenes() -> DetectionData:
 
 @pytest.fixture(scope="module")
 def detected(scenes: DetectionData) -> DetectionPredictions:
-    """Each object roughly found, some under another label, and as many boxes on nothing."""
+    """Each object roughly detected, some with a wrong label, and as many false positives."""
     random = np.random.default_rng(1)
     image = np.repeat(np.arange(IMAGES), list(map(len, scenes.boxes)))
     boxes = np.concatenate(scenes.boxes)
@@ -60,7 +60,7 @@ def detected(scenes: DetectionData) -> DetectionPredictions:
 
 
 def redrawn(predictions: DetectionPredictions, data: DetectionData, drawn: np.ndarray) -> dict[str, float]:
-    """The metrics of a data set that is made of the drawn images."""
+    """The metrics of a data set of the drawn images."""
     own = [np.flatnonzero(predictions.image == image) for image in drawn]
     again = DetectionPredictions(
         np.arange(len(drawn)),
@@ -110,12 +110,12 @@ def test_intervals_hold_the_values_and_narrow_with_more_images(
         assert low <= metrics.values[name] <= high, name
     low, high = metrics.intervals["top1"]
     deviation = (metrics.values["top1"] * (1 - metrics.values["top1"]) / IMAGES) ** 0.5
-    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)  # the binomial's own
+    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)  # of the binomial distribution
     assert measure_accuracy(classified, pictures, "a note") == metrics
 
 
 def test_the_interval_of_a_small_calibration_error_holds_it() -> None:
-    sure = np.linspace(0.51, 0.99, 400, dtype=np.float32)  # and right as often as they say, as nearly as can be
+    sure = np.linspace(0.51, 0.99, 400, dtype=np.float32)  # approximately calibrated
     right = np.diff(np.floor(np.cumsum(sure)), prepend=0) > 0
     data = ClassificationData("fair", "test", ("a", "b"), ["x"] * 400, [b""] * 400, np.where(right, 0, 1))
     metrics = measure_accuracy(ClassificationPredictions(np.arange(400), np.stack([sure, 1 - sure], 1), 0.0), data, "")

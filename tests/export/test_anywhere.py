@@ -1,4 +1,4 @@
-"""The same model.onnx, unchanged, in the runtimes that others have: the tiny bundles and those that ship."""
+"""model.onnx of the tiny and the shipped bundles, unchanged, in other runtimes."""
 
 import base64
 import json
@@ -31,9 +31,9 @@ def bundles(tiny_bundles: Path, root: Path) -> list[Path]:
 
 
 def golden_sample(bundle: Path, batch: int) -> tuple[Arrays, Arrays]:
-    """The first `batch` images of the golden sample: the inputs and the answers of model.onnx."""
+    """The first `batch` images of the golden sample: inputs and outputs of model.onnx."""
     with np.load(bundle / "golden.npz") as archive:
-        arrays = {name: archive[name][:batch] for name in archive if "." not in name}  # not those of the variants
+        arrays = {name: archive[name][:batch] for name in archive if "." not in name}  # without the variants' outputs
     inputs = {name: arrays.pop(name) for name in INPUTS if name in arrays}
     return inputs, arrays
 
@@ -76,8 +76,8 @@ def test_node_and_the_web_answer_alike(runtime: str, bundles: list[Path], root: 
         assert_same_answer(found, expected, f"{bundle} in {runtime}")
 
 
-# In a process of its own: OpenVINO's threads do not get on with torch's and ONNX Runtime's. Without its telemetry
-# package, importing it reports nothing. By default, it computes in bfloat16 where a processor can.
+# In a separate process: OpenVINO's threads conflict with torch's and ONNX Runtime's. Without its telemetry package, it
+# reports nothing. By default, it computes in bfloat16 if the processor supports it.
 OPENVINO = """
 import sys
 sys.modules["openvino_telemetry"] = None

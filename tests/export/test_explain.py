@@ -1,4 +1,4 @@
-"""The explain graph: the serving graph's scores and torch's maps, on weights that lie in the serving graph's file."""
+"""The explain graph: the serving graph's scores and torch's maps, with weights in the serving graph's file."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "BiT": ("resnetv2", {"image_size": 32, "layers": (1, 1), "width_factor": 0.5, "stem": "small"}),
     "ResNet": ("resnet", {"image_size": 32, "layers": (1, 1), "width": 16}),
 }
-BUNDLES = "colours", "squares"  # a trained ViT with an average, and a trained DETR
+BUNDLES = "colours", "squares"  # a trained ViT with average pooling, and a trained DETR
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Exported:
 def exported(
     classifier_run: Path, detector_run: Path, tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Exported]:
-    """By the name of a network: its explained torch module and both graphs."""
+    """Return the explained torch module and both graphs of a network by name."""
 
     @functools.cache
     def export(name: str) -> Exported:
@@ -69,7 +69,7 @@ def exported(
 
 
 def make_network(architecture: str, settings: dict[str, Any]) -> nn.Module:
-    """A network with random weights large enough to tell its answers apart."""
+    """A network with random weights large enough for distinct outputs."""
     torch.manual_seed(0)
     network = build_model(architecture, settings, 40)
     for parameter in network.parameters():
@@ -79,7 +79,7 @@ def make_network(architecture: str, settings: dict[str, Any]) -> nn.Module:
 
 
 def make_inputs(network: OnnxNetwork) -> dict[str, np.ndarray]:
-    """Three images; of a detector, padded ones of different sizes."""
+    """Three images; for a detector, padded ones of different sizes."""
     edges, inputs = network.inputs[0].shape[1:3], {}
     if len(network.inputs) > 1:
         edges, inputs["sizes"] = (57, 131), np.array([[57, 131], [40, 83], [57, 31]])

@@ -1,4 +1,4 @@
-"""`vitrine export`, `verify` and `evaluate` on real tiny runs: the bundle is right, or there is none."""
+"""`vitrine export`, `verify` and `evaluate` on tiny trained runs: the bundle is correct, or not written."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def test_torch_and_onnx_are_equally_accurate(tiny_bundles: Path) -> None:
 
 
 def test_a_variant_that_loses_too_much_fails_the_export(classifier_run: Path, tmp_path: Path, run_vitrine: Run) -> None:
-    """No graph is less than 101 points better than another."""
+    """A drop below -101 points is impossible."""
     with pytest.raises(AccuracyError, match=r"fp16-weights: top1: expected at most -101 points below fp32, found -?\d"):
         export_run(classifier_run, tmp_path / "colours" / "1", variants=[Precision.FP16_WEIGHTS], max_drop=-101)
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_an_interrupted_export_leaves_no_half_bundle(
     command = [sys.executable, "-m", "vitrine", "export", str(detector_run), "--out", str(bundles / "squares" / "1")]
     process = subprocess.Popen(command)
     while not list(bundles.glob(".export-*/squares/1/model.onnx")):
-        with pytest.raises(subprocess.TimeoutExpired):  # it is still at work
+        with pytest.raises(subprocess.TimeoutExpired):  # still running
             process.wait(timeout=0.05)
     process.send_signal(number)
     assert process.wait(timeout=60) == (128 + number if number is signal.SIGTERM else -number)
@@ -275,7 +275,7 @@ def test_probabilities_are_served_with_the_runs_temperature(
 
 
 def test_exporting_twice_gives_the_same_graphs(classifier_run: Path, tiny_bundles: Path, tmp_path: Path) -> None:
-    """In another process, with other hashes of strings than the fixture's."""
+    """In another process, whose string hashes differ from the fixture's."""
     variants = [Precision.FP16_WEIGHTS, Precision.INT8_DYNAMIC]
     export_run(classifier_run, tmp_path / "colours" / "1", variants=variants, max_drop=20)
     for file in (tmp_path / "colours" / "1").iterdir():
@@ -314,7 +314,7 @@ def test_verify_accepts_the_bundle_and_refuses_changed_weights(
         "verify", path, status=1
     )
 
-    # whoever also writes the new hash meets the golden sample
+    # with a matching hash, the golden sample fails
     import hashlib
 
     manifest = json.loads((path / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""The ONNX graph: the contract's tensors, torch's answers on any size and padding, torch's names."""
+"""The ONNX graph: the contract's tensors, torch's outputs for any size and padding, torch's names."""
 
 import functools
 import shutil
@@ -66,7 +66,7 @@ Exported = tuple[ServedClassifier | ServedDetector, Path, tuple[int, int]]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """By the name of a network: its torch module, its graph and the size that it was traced with."""
+    """Return the torch module, the graph and the traced size of a network by name."""
 
     @functools.cache
     def export(name: str) -> Exported:
@@ -79,7 +79,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
 
 
 def make_module(name: str) -> tuple[ServedClassifier | ServedDetector, tuple[int, int]]:
-    """A network with random weights large enough to tell its answers apart, and the size to trace with."""
+    """A network with random weights large enough for distinct outputs, and the size to trace with."""
     architecture, settings, size = NETWORKS[name]
     torch.manual_seed(0)
     network = build_model(architecture, settings, 4).eval()
@@ -105,7 +105,7 @@ def test_every_architecture_answers_in_onnx_as_in_torch(name: str, exported: Cal
     values = {output for node in onnx.load(file).graph.node for output in node.output}
     blocks = [part for part, child in module.named_modules() if type(child).__module__ == "vitrine.models.transformer"]
     last = [part for part in blocks if part.endswith("mlp") or part.count(".") == 2]
-    assert len(values.intersection(last)) >= len(last) - 2  # what a block answers bears its name
+    assert len(values.intersection(last)) >= len(last) - 2  # blocks' outputs are named after them
 
 
 @pytest.mark.parametrize("name", ["DETR with query boxes", "DETR with bottlenecks, DC5"])

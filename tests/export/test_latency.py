@@ -1,4 +1,4 @@
-"""Latency: every way is timed, in turns."""
+"""Latency: every runtime is timed, in turns."""
 
 from pathlib import Path
 

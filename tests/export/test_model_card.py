@@ -1,4 +1,4 @@
-"""Cards of the tiny bundles, and of manifests that differ from theirs: what is in the manifest is said, no more."""
+"""Cards of the tiny bundles, and of modified manifests: all that is in the manifest, and no more."""
 
 import re
 import shutil
@@ -34,7 +34,7 @@ IMPORTED = Import(
 
 @pytest.fixture(scope="module")
 def manifest(tiny_bundles: Path) -> Manifest:
-    """Of a classifier."""
+    """Manifest of a classifier."""
     return read_manifest(tiny_bundles / "colours" / "1")
 
 
@@ -70,7 +70,7 @@ def test_every_section_of_a_classifier(manifest: Manifest) -> None:
         "Measured",
         "ONNX against torch",
         "Variants",
-        "Where it looks",
+        "Explanations",
         "Limits",
         "Reproduce",
         "Use",
@@ -90,7 +90,7 @@ def test_without_data_nothing_is_measured(manifest: Manifest) -> None:
     assert "Its accuracy was not measured here" in card
     assert rows(card) == []
     assert "Variants" not in card
-    assert "Where it looks" not in card
+    assert "Explanations" not in card
     assert "generated images in batches of 1, 3 and 8" in card
     assert "in torch" not in card
 
@@ -104,8 +104,8 @@ def test_figures_stand_beside_their_intervals(manifest: Manifest) -> None:
         ["negative log-likelihood (nats)", "1.250", "1.000 to 1.500"],
         ["own", "10.00%", ""],
     ]
-    assert "The intervals say" in card
-    assert "The intervals say" not in model_card(with_metrics(manifest, intervals={}))
+    assert "The intervals show" in card
+    assert "The intervals show" not in model_card(with_metrics(manifest, intervals={}))
 
 
 def test_a_detector_has_a_table_of_its_labels(detector: Manifest) -> None:
@@ -138,9 +138,9 @@ def test_confusion_is_a_table_of_few_labels_and_the_frequent_pairs(manifest: Man
     confused = with_metrics(manifest, confusion=((9, 3, 0), (0, 12, 0), (1, 0, 11)))
     card = model_card(confused)
     assert ["red", "1", "0", "11"] in rows(card)
-    assert "Most often taken for another: blue for green (3, 25.0% of them); red for blue (1, 8.3% of them)." in card
+    assert "Most often confused: blue for green (3, 25.0% of them); red for blue (1, 8.3% of them)." in card
     perfect = with_metrics(manifest, confusion=((12, 0, 0), (0, 12, 0), (0, 0, 12)))
-    assert "No image is taken for another label." in model_card(perfect)
+    assert "No image is misclassified." in model_card(perfect)
 
 
 def test_confusion_of_more_labels_is_the_pairs_alone(manifest: Manifest) -> None:
@@ -189,7 +189,7 @@ def test_variants_say_what_they_lose(manifest: Manifest) -> None:
     assert fp32[3:] == [f"{top1:.2%}", "", "", ""]
     assert fp16_weights[1:] == ["`model.fp16-weights.onnx`", half, f"{top1:.2%}", "+0.00", "100.00%", ""]
     assert int8_dynamic[3:] == ["50.00%", "-1.23", "90.00%", "`head`, `fc`"]
-    assert "Served unless another is asked for: `int8-dynamic`. It is small." in card
+    assert "Default variant: `int8-dynamic`. It is small." in card
     export = card[card.index("vitrine export") :]
     assert (
         "--variant fp16-weights \\\n    --variant int8-dynamic \\\n    --max-drop 1.3 \\\n    --default int8-" in export
@@ -201,7 +201,7 @@ def test_speed_has_a_column_for_each_setting(manifest: Manifest) -> None:
     fast = LatencyRow(name="model.onnx", size=1_500_000, milliseconds=(1.0, 99.94))
     latency = Latency(machine="a machine", input_size=(16, 20), settings=((1, 1), (8, 2)), rows=(slow, fast))
     card = model_card(manifest.model_copy(update={"latency": latency}))
-    assert "Milliseconds of a call on 16 x 20 pixels, medians of calls in turns, on a machine:" in card
+    assert "Milliseconds per call on 16 x 20 pixels, medians of interleaved calls, on a machine:" in card
     assert rows(card)[-3:] == [
         ["", "file", "batch 1, 1 thread", "batch 8, 2 threads"],
         ["torch", "", "3.14", "1,234"],
@@ -211,7 +211,7 @@ def test_speed_has_a_column_for_each_setting(manifest: Manifest) -> None:
 
 def test_hiding_patches_is_said_where_there_is_no_attention(manifest: Manifest) -> None:
     card = model_card(manifest.model_copy(update={"explanation": Explanation(method="occlusion", patch_size=4)}))
-    assert "Patches of 4 pixels are hidden in turn" in card
+    assert "Patches of 4 pixels are occluded one at a time" in card
     assert "explain.onnx" not in card
 
 
@@ -264,7 +264,7 @@ def test_ten_lines_find_what_is_served(
     assert len(code.splitlines()) <= 10
     shutil.copy(tiny_bundles / "squares" / "1" / "model.onnx", tmp_path)
     (tmp_path / "photo.jpg").write_bytes(photograph)
-    code = code.replace(">= 0.5", ">= 0")  # the tiny detector is sure of little
+    code = code.replace(">= 0.5", ">= 0")  # the tiny detector's scores are low
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     found = load_bundle(tiny_bundles / "squares" / "1").predictor.detect(decode(photograph), threshold=0)
     assert sorted(line.split()[0] for line in done.stdout.splitlines()) == sorted(entry.label for entry in found)

@@ -1,4 +1,4 @@
-"""Parity: what differs is an error that says where the difference begins."""
+"""Parity: a difference raises an error that says where it begins."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,8 @@ from PIL import Image
 from vitrine.bundle.manifest import DetectionPreprocessing, Preprocessing
 from vitrine.bundle.tolerances import PARITY
 from vitrine.export.errors import ParityError
-from vitrine.export.parity import check_parity, generated_images, make_inputs
+from vitrine.export.inputs import generated_images, make_inputs
+from vitrine.export.parity import check_parity
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
 from vitrine.models.training.checkpoint import load_checkpoint
 from vitrine.models.training.data.layouts import load_split
@@ -22,7 +23,7 @@ Case = tuple[ServedClassifier | ServedDetector, Path, list[Image.Image], Preproc
 def make_case(
     classifier_run: Path, detector_run: Path, tiny_bundles: Path, colours: Path, squares: Path
 ) -> Callable[[str], Case]:
-    """By a bundle's name: its run's torch network, the graph that was exported of it, and images."""
+    """Return a run's torch network, its exported graph, and images, by the bundle's name."""
 
     def make(name: str) -> Case:
         run, data = {"colours": (classifier_run, colours), "squares": (detector_run, squares)}[name]
@@ -38,7 +39,7 @@ def make_case(
 
 @pytest.fixture(params=["colours", "squares"])
 def case(request: pytest.FixtureRequest, make_case: Callable[[str], Case]) -> Case:
-    """Of each of the tiny bundles."""
+    """Case of each tiny bundle."""
     return make_case(request.param)
 
 

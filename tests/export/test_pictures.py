@@ -1,4 +1,4 @@
-"""Pictures of the card: the served answers, drawn the same way each time."""
+"""Pictures of the card: the served predictions, drawn reproducibly."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -29,6 +29,6 @@ def test_reliability_is_a_picture_of_its_own() -> None:
     bins = [ReliabilityBin(answers=n, confidence=(i + 0.5) / 4, accuracy=i / 4) for i, n in enumerate((0, 5, 10, 20))]
     root = ElementTree.fromstring(reliability_svg(bins))
     kinds = [element.get("class") for element in root.iter() if element.tag.endswith("rect")]
-    assert kinds.count("right") == kinds.count("over") == 3  # nothing is drawn of the empty bin
+    assert kinds.count("right") == kinds.count("over") == 3  # the empty bin is not drawn
     titles = [element.text for element in root.iter() if element.tag.endswith("title")]
     assert any(title is not None and title.startswith("20 answers: probability 87.5 %, right 75 %") for title in titles)

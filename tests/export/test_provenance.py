@@ -1,4 +1,4 @@
-"""Provenance: enough to make the bundle again."""
+"""Provenance: enough to reproduce the bundle."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Variants of exported graphs: what they take, give, weigh and lose, and the layers that they leave in float32."""
+"""Variants of exported graphs: inputs, outputs, sizes, accuracy, and the layers left in float32."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from vitrine.bundle.manifest import Precision
 from vitrine.bundle.tolerances import GOLDEN
 from vitrine.export import variants
 from vitrine.export.errors import ExportError
-from vitrine.export.parity import Inputs, make_inputs
-from vitrine.export.variants import MAX_DAMAGE, compute_half, damage, make_variant, store_half
+from vitrine.export.inputs import Inputs, make_inputs
+from vitrine.export.variants import MAX_OUTPUT_ERROR, make_variant, output_error, to_fp16, to_fp16_weights
 from vitrine.models.training.data.layouts import load_split
 
 INT8 = Precision.INT8_DYNAMIC, Precision.INT8_STATIC
@@ -61,7 +61,7 @@ def test_a_variant_takes_and_gives_what_float32_does(precision: Precision, case:
     onnx.checker.check_model(variant, full_check=True)
     assert list(variant.graph.input) == list(model.graph.input)
     assert list(variant.graph.output) == list(model.graph.output)
-    assert damage(answers(model, *calibration), answers(variant, *calibration)) <= MAX_DAMAGE
+    assert output_error(answers(model, *calibration), answers(variant, *calibration)) <= MAX_OUTPUT_ERROR
 
     (batch,) = answers(variant, {name: values[:3] for name, values in calibration[0].items()})
     assert all(len(output) == 3 for output in batch)
@@ -94,7 +94,7 @@ def test_padding_is_as_invisible_as_in_float32(precision: Precision, case: Case)
 
 def test_large_weights_are_stored_in_half_the_bytes(case: Case) -> None:
     model, _ = case
-    whole, half = weights(model), weights(store_half(model))
+    whole, half = weights(model), weights(to_fp16_weights(model))
     large = {name for name, values in whole.items() if values.dtype == np.float32 and values.nbytes >= 1024}
     assert large
     for name in large:
@@ -108,12 +108,12 @@ def test_weights_beyond_float16_stay_in_float32(classifier: Case) -> None:
     values = numpy_helper.to_array(tensor).copy()
     values.flat[0] = 1e5
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-    np.testing.assert_array_equal(weights(store_half(model))[tensor.name], values)
+    np.testing.assert_array_equal(weights(to_fp16_weights(model))[tensor.name], values)
 
 
 def test_half_computes_in_half(case: Case) -> None:
     model, _ = case
-    half = compute_half(model)
+    half = to_fp16(model)
     products = [node for node in half.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
     stored = weights(half)
     used = [stored[node.input[1]] for node in products if node.input[1] in stored]
@@ -128,7 +128,7 @@ def test_weights_of_eight_bits_cannot_overflow_sixteen_bit_sums(precision: Preci
     rounded = [values for values in stored.values() if values.dtype == np.int8 and values.size > 1 and values.any()]
     assert max(np.abs(values.astype(int)).max() for values in rounded) == 64
     assert np.iinfo(np.int16).max >= 2 * 255 * 64
-    # Unsigned tensors are the zero points of activations alone.
+    # The only unsigned tensors are zero points of activations.
     assert not any(values.ndim for values in stored.values() if values.dtype == np.uint8)
 
 
@@ -151,25 +151,25 @@ def test_a_sensitive_layer_is_found_and_left_in_float32(
 ) -> None:
     model, calibration = classifier
     before = answers(model, *calibration)
-    monkeypatch.setattr(variants, "MAX_DAMAGE", 1.0)
-    usual = damage(before, answers(make_variant(model, precision, calibration).model, *calibration))
+    monkeypatch.setattr(variants, "MAX_OUTPUT_ERROR", 1.0)
+    usual = output_error(before, answers(make_variant(model, precision, calibration).model, *calibration))
 
     _widen(model, "network.blocks.0.norm1", "network.blocks.0.attn.qkv/MatMul")
     reference = answers(model, *calibration)
-    assert damage(before, reference) < 1e-3  # the same network, in numbers that eight bits cannot hold
+    assert output_error(before, reference) < 1e-3  # the same network, with values that 8 bits cannot represent
     careless = make_variant(model, precision, calibration)
     assert careless.float_layers == ()
-    harm = damage(reference, answers(careless.model, *calibration))
+    harm = output_error(reference, answers(careless.model, *calibration))
     assert harm > 2 * usual
 
-    monkeypatch.setattr(variants, "MAX_DAMAGE", (usual + harm) / 2)
+    monkeypatch.setattr(variants, "MAX_OUTPUT_ERROR", (usual + harm) / 2)
     careful = make_variant(model, precision, calibration)
     assert careful.float_layers == ("network.blocks.0.attn.qkv",)
-    assert damage(reference, answers(careful.model, *calibration)) <= (usual + harm) / 2
+    assert output_error(reference, answers(careful.model, *calibration)) <= (usual + harm) / 2
 
 
 def _widen(model: onnx.ModelProto, norm: str, layer: str) -> None:
-    """Multiply one channel of what `norm` answers by a million, and divide the weights of `layer` for it by as much."""
+    """Multiply one output channel of `norm` by a million, and divide the corresponding weights of `layer` by it."""
     nodes = {node.name: node for node in model.graph.node}
     scale, shift, inputs = (np.ones(16, np.float32) for _ in range(3))
     scale[3] = shift[3] = inputs[3] = 1e6
@@ -179,7 +179,7 @@ def _widen(model: onnx.ModelProto, norm: str, layer: str) -> None:
         (nodes[f"{norm}/LayerNormalization"], 2, shift),
         (nodes[layer], 1, 1 / inputs[:, None]),
     )
-    for node, position, factor in changes:  # several nodes may share a tensor: each gets one of its own
+    for node, position, factor in changes:  # nodes may share a tensor: each gets its own copy
         values = (stored[node.input[position]] * factor).astype(np.float32)
         node.input[position] = f"{node.name}.{position}"
         model.graph.initializer.append(numpy_helper.from_array(values, node.input[position]))
@@ -190,7 +190,7 @@ def test_answers_that_no_choice_of_layers_keeps_are_refused(
     precision: Precision, classifier: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calibration = classifier
-    monkeypatch.setattr(variants, "MAX_DAMAGE", -1.0)
+    monkeypatch.setattr(variants, "MAX_OUTPUT_ERROR", -1.0)
     expected = rf"{precision}: expected answers within -1.0 of float32's on average, found \d\.\d+ with a single layer"
     with pytest.raises(ExportError, match=expected):
         make_variant(model, precision, calibration)
@@ -210,22 +210,23 @@ def test_a_graph_without_weights_cannot_be_quantised(precision: Precision) -> No
         make_variant(model, precision, [{"pixels": np.zeros((1, 4), np.uint8)}])
 
 
-def test_damage_of_a_classifier_is_the_probability_that_moved() -> None:
+def test_output_error_of_a_classifier_is_the_probability_that_moved() -> None:
     reference = [[np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])]]
     found = [[np.array([[0.3, 0.5, 0.2], [1.0, 0.0, 0.0]])]]
-    assert damage(reference, reference) == 0
-    assert damage(reference, found) == pytest.approx(0.1)
+    assert output_error(reference, reference) == 0
+    assert output_error(reference, found) == pytest.approx(0.1)
 
 
-def test_damage_of_a_detector_counts_what_either_finds() -> None:
+def test_output_error_of_a_detector_counts_what_either_finds() -> None:
     boxes = np.zeros((1, 3, 4))
     reference = [[np.array([[0.9, 0.01, 0.01]]), np.array([[1, 0, 0]]), boxes]]
     moved = boxes.copy()
     moved[0, 0, 2] = 0.2
-    assert damage(reference, reference) == 0
-    assert damage(reference, [[np.array([[0.8, 0.02, 0.01]]), np.array([[1, 1, 0]]), moved]]) == pytest.approx(0.3)
-    assert damage(reference, [[reference[0][0], np.array([[0, 0, 0]]), boxes]]) == 1
+    assert output_error(reference, reference) == 0
+    found = [[np.array([[0.8, 0.02, 0.01]]), np.array([[1, 1, 0]]), moved]]
+    assert output_error(reference, found) == pytest.approx(0.3)
+    assert output_error(reference, [[reference[0][0], np.array([[0, 0, 0]]), boxes]]) == 1
     invented = np.array([[0.9, 0.01, 0.51]])
-    assert damage(reference, [[invented, np.array([[1, 0, 0]]), boxes]]) == pytest.approx(0.25)
+    assert output_error(reference, [[invented, np.array([[1, 0, 0]]), boxes]]) == pytest.approx(0.25)
     silent = [[np.zeros((1, 3)), np.zeros((1, 3), int), boxes]]
-    assert damage(silent, silent) == 0
+    assert output_error(silent, silent) == 0
