@@ -1,10 +1,10 @@
-"""What decoding a JPEG at reduced size saves, and what it changes (`docs/decisions/0016-...`).
+"""Speed and pixel differences of decoding JPEGs at reduced size (`docs/decisions/0016-...`).
 
     python benchmarks/decoding.py PHOTOGRAPH [...]
 
-Each photograph is measured as it is, and shrunk to 500 and 250 pixels. For inputs of 224 and 32 pixels: processor time
-of this thread from bytes to pixels, in full and at reduced size in turns, medians; and the mean and the 99th percentile
-of the difference of their pixels, of 255.
+Measures each photograph at its own size and downscaled to 500 and 250 pixels, for inputs of 224 and 32 pixels: median
+CPU time of this thread from bytes to pixels, at full and reduced size in turns; mean and 99th percentile of the
+absolute difference of their pixels, out of 255.
 """
 
 import io
@@ -21,23 +21,23 @@ from vitrine.bundle.images import decode, decode_for, to_classification_pixels
 from vitrine.bundle.manifest import ClassificationPreprocessing
 
 CHANNELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-SECONDS = 1.0
+MIN_SECONDS = 1.0
 
 
 def in_turns(calls: list[Callable[[], object]]) -> list[float]:
-    """Median processor time of each call, in milliseconds."""
-    taken: list[list[float]] = [[] for _ in calls]
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end or len(taken[0]) < 5:
-        for call, times in zip(calls, taken, strict=True):
+    """Return the median CPU time of each call, in milliseconds."""
+    timings: list[list[float]] = [[] for _ in calls]
+    end = time.monotonic() + MIN_SECONDS
+    while time.monotonic() < end or len(timings[0]) < 5:
+        for call, times in zip(calls, timings, strict=True):
             start = time.thread_time()
             call()
             times.append(1000 * (time.thread_time() - start))
-    return [median(times) for times in taken]
+    return [median(times) for times in timings]
 
 
-def shrunk(data: bytes, edge: int) -> bytes:
-    """The photograph as a JPEG whose longest edge is `edge`."""
+def downscaled(data: bytes, edge: int) -> bytes:
+    """Return the photograph as a JPEG whose longest edge is `edge`."""
     image, stream = decode(data), io.BytesIO()
     image.thumbnail((edge, edge), Image.Resampling.LANCZOS)
     image.save(stream, "JPEG", quality=92)
@@ -49,7 +49,7 @@ def main() -> None:
     print(f"{'sent':>12}{'input':>7}{'decoded':>12}{'full':>10}{'reduced':>10}{'mean':>7}{'99%':>6}")
     for name in sys.argv[1:]:
         original = Path(name).read_bytes()
-        for data in (original, shrunk(original, 500), shrunk(original, 250)):
+        for data in (original, downscaled(original, 500), downscaled(original, 250)):
             for edge in (224, 32):
                 preprocessing = ClassificationPreprocessing(input_size=(edge, edge), crop_pct=0.875, **CHANNELS)
 
@@ -62,10 +62,10 @@ def main() -> None:
                 image = decode_for(data, preprocessing)
                 before, after = in_turns([full, reduced])
                 difference = np.abs(full().astype(int) - reduced())
-                sent = f"{image.width}x{image.height}"
-                stored = "{}x{}".format(*image.image.size)
+                source = f"{image.width}x{image.height}"
+                decoded = "{}x{}".format(*image.image.size)
                 print(
-                    f"{sent:>12}{edge:>7}{stored:>12}{before:>7.2f} ms{after:>7.2f} ms"
+                    f"{source:>12}{edge:>7}{decoded:>12}{before:>7.2f} ms{after:>7.2f} ms"
                     f"{difference.mean():>7.2f}{np.quantile(difference, 0.99):>6.0f}"
                 )
 

@@ -1,10 +1,10 @@
-"""What it costs that a padded batch answers what its images answer alone (`docs/decisions/0005-...`).
+"""Cost of masking, which makes padded batches give the results of single images (`docs/decisions/0005-...`).
 
     python benchmarks/padding.py [VARIANT ...]
 
-For each DETR (random weights; by default `detr_small` and `detr_resnet50`): the serving graph, which zeroes the padded
-area before every spatial convolution, and the same graph without it; then four images of different sizes as one padded
-batch, and one after the other in the graph that need not mask. One thread, ONNX Runtime, medians of calls in turns.
+For each DETR (random weights; by default `detr_small` and `detr_resnet50`), compares the serving graph, which zeroes
+the padded area before every spatial convolution, with the same graph without masks; then four images of different
+sizes as one padded batch, and one after the other without masks. ONNX Runtime, one thread, medians of calls in turns.
 """
 
 import logging
@@ -29,17 +29,17 @@ SIZES = (480, 640), (480, 600), (450, 640), (400, 560)
 
 
 class Unmasked(ServedDetector):
-    """A detector that takes every pixel for image."""
+    """A detector that ignores padding."""
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output = self.network(self.normalise(pixels), None)
         scores, class_ids = torch.softmax(output["pred_logits"], dim=-1)[..., :-1].max(dim=-1)
-        # The contract's second input must stay one.
+        # Keep `sizes` an input of the graph.
         return scores + 0 * sizes.sum(), class_ids, output["pred_boxes"]
 
 
-def answer(session: onnxruntime.InferenceSession, batches: list[list[np.ndarray]]) -> None:
-    """Run each of the batches."""
+def run_batches(session: onnxruntime.InferenceSession, batches: list[list[np.ndarray]]) -> None:
+    """Run the batches one after the other."""
     for images in batches:
         pixels, sizes = pad_and_stack(images)
         session.run(None, {"pixels": pixels, "sizes": sizes})
@@ -62,15 +62,15 @@ def main() -> None:
                 sessions[kind] = onnxruntime.InferenceSession(file, options)
             random = np.random.default_rng(0)
             images = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
-            ways = {
+            cases = {
                 "one image, masked": ("masked", [images[:1]]),
                 "one image, unmasked": ("unmasked", [images[:1]]),
                 "four sizes, padded and masked": ("masked", [images]),
                 "four sizes, one after the other, unmasked": ("unmasked", [[image] for image in images]),
             }
-            calls = {label: partial(answer, sessions[kind], batches) for label, (kind, batches) in ways.items()}
-            taken = in_turns(calls, seconds=8.0)
-        for label, milliseconds in taken.items():
+            calls = {label: partial(run_batches, sessions[kind], batches) for label, (kind, batches) in cases.items()}
+            timings = in_turns(calls, seconds=8.0)
+        for label, milliseconds in timings.items():
             print(f"{name:<16}{label:<44}{milliseconds:9.1f} ms")
 
 

@@ -1,9 +1,9 @@
-"""Training speed on this machine: our loop beside Hugging Face's `Trainer`, and both beside the machine's peak.
+"""Training speed of our loop, Hugging Face's `Trainer` and the peak of this machine.
 
     python benchmarks/training_speed.py vit --data DATA
     python benchmarks/training_speed.py detr --data DATA --threads 2
 
-DATA holds `imagenette144` and `bccd`. What is measured, and how, is said in `benchmarks/README.md`.
+DATA contains `imagenette144` and `bccd`. `benchmarks/README.md` describes the method.
 """
 
 import argparse
@@ -44,9 +44,9 @@ from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe
 from vitrine.models.training.targets import Target
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WORKERS = 2  # processes that decode, of either side
-SIDE = 224  # pixels, of the ViT's input
-EDGES = (320, 240)  # pixels, width and height of the DETR's input
+WORKERS = 2  # decoding processes, for both
+SIDE = 224  # pixels, ViT input
+EDGES = (320, 240)  # pixels, width and height of the DETR input
 OURS = "ours, images in memory"
 Item = dict[str, Any]
 
@@ -64,18 +64,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         comparison = (compare_vit if options.network == "vit" else compare_detr)(options.data, Path(folder))
-        chosen = {
+        selected = {
             name: train
             for name, train in comparison.competitors.items()
             if name == OURS or not options.only or any(part in name for part in options.only)
         }
-        paces, peaks = interleaved(chosen, options.rounds, options.steps)
-        report(comparison, paces, max(peaks), options.threads)
+        profiles, peaks = profile_rounds(selected, options.rounds, options.steps)
+        report(comparison, profiles, max(peaks), options.threads)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Competitors that train until they are stopped, and what the networks compute in one step."""
+    """Competitors that train until they are stopped, and the size of their networks."""
 
     batch_size: int
     competitors: dict[str, Callable[[], object]]
@@ -83,7 +83,7 @@ class Comparison:
 
 
 def compare_vit(data: Path, folder: Path) -> Comparison:
-    """ViT-Ti/16 at 224 pixels, Imagenette, random resized crops and mirroring."""
+    """ViT-Ti/16 at 224 pixels, Imagenette, random resized crops and flipping."""
     batch_size = 16
     recipe = ClassificationRecipe(
         name="vit",
@@ -103,20 +103,20 @@ def compare_vit(data: Path, folder: Path) -> Comparison:
     assert isinstance(train, ClassificationData)
     theirs = transformers.ViTForImageClassification(config)
     ours = vit.ViT(vit.ViTConfig(10, **vit.VARIANTS["vit_tiny_patch16"]))
-    files, ready = ClassificationFiles(train), Ready(ClassificationFiles(train), 10 * batch_size)
+    files, cached = ClassificationFiles(train), CachedItems(ClassificationFiles(train), 10 * batch_size)
     example = torch.zeros(1, 3, SIDE, SIDE)
     return Comparison(
         batch_size,
         {
             **our_competitors(recipe, data / "imagenette144", folder),
-            **their_competitors(theirs, ClassifierForTrainer(ours), files, ready, batch_size, None, folder),
+            **their_competitors(theirs, ClassifierForTrainer(ours), files, cached, batch_size, None, folder),
         },
-        {"ours": size_of(ours, example), "Hugging Face": size_of(theirs, example)},
+        {"ours": network_size(ours, example), "Hugging Face": network_size(theirs, example)},
     )
 
 
 def compare_detr(data: Path, folder: Path) -> Comparison:
-    """A small DETR (ResNet-18, 3 + 3 layers) at 320 x 240 pixels, BCCD, auxiliary losses, mirroring."""
+    """A small DETR (ResNet-18, 3 + 3 layers) at 320 x 240 pixels, BCCD, auxiliary losses, flipping."""
     batch_size = 4
     recipe = DetectionRecipe(
         name="detr",
@@ -146,27 +146,27 @@ def compare_detr(data: Path, folder: Path) -> Comparison:
     theirs = transformers.DetrForObjectDetection(config)
     theirs.requires_grad_(True)  # it freezes the backbone's first layers, which ours trains
     ours = detr.Detr(detr.DetrConfig(3, **detr.VARIANTS["detr_small"]))
-    files, ready = DetectionFiles(train), Ready(DetectionFiles(train), 10 * batch_size)
+    files, cached = DetectionFiles(train), CachedItems(DetectionFiles(train), 10 * batch_size)
     example = torch.zeros(1, 3, EDGES[1], EDGES[0])
     return Comparison(
         batch_size,
         {
             **our_competitors(recipe, data / "bccd", folder),
-            **their_competitors(theirs, DetectorForTrainer(ours), files, ready, batch_size, collate_detection, folder),
+            **their_competitors(theirs, DetectorForTrainer(ours), files, cached, batch_size, collate_detection, folder),
         },
         {
-            "ours": size_of(ours, example, torch.tensor([example.shape[2:]])),
-            "Hugging Face": size_of(theirs, example),
+            "ours": network_size(ours, example, torch.tensor([example.shape[2:]])),
+            "Hugging Face": network_size(theirs, example),
         },
     )
 
 
 def our_competitors(recipe: Recipe, data: Path, folder: Path) -> dict[str, Callable[[], object]]:
-    """Our loop with its data in memory, decoded by workers, and not needed at all."""
+    """Our loop with images in memory, decoded by workers, and with one repeated batch."""
 
     def trainer(name: str, cache: str) -> Trainer:
-        own = recipe.model_copy(update={"cache": cache})
-        return Trainer(own, data, folder / name, ProcessGroup(0, 1, torch.device("cpu")), False, None, ())
+        changed = recipe.model_copy(update={"cache": cache})
+        return Trainer(changed, data, folder / name, ProcessGroup(0, 1, torch.device("cpu")), False, None, ())
 
     memory, disk, repeated = trainer("memory", "memory"), trainer("disk", "disk"), trainer("repeated", "disk")
     repeat_one_batch(repeated)
@@ -178,11 +178,11 @@ def our_competitors(recipe: Recipe, data: Path, folder: Path) -> dict[str, Calla
 
 
 def repeat_one_batch(trainer: Trainer) -> None:
-    """Have a trainer take the same augmented batch again and again: no data, no augmentation."""
+    """Make a trainer repeat one augmented batch, to measure it without loading and augmentation."""
     indices = torch.arange(trainer.batch_size)
     images = next(trainer.images.batches([indices]))
     batch = trainer.objective.prepare(images, indices, torch.rand(trainer.batch_size, NOISE))
-    vars(trainer.images)["batches"] = lambda chosen: repeat(images, len(chosen))
+    vars(trainer.images)["batches"] = lambda selected: repeat(images, len(selected))
     vars(trainer.objective)["prepare"] = lambda *_: batch
 
 
@@ -190,12 +190,12 @@ def their_competitors(
     theirs: nn.Module,
     ours: nn.Module,
     files: Dataset[Item],
-    ready: Dataset[Item],
+    cached: Dataset[Item],
     batch_size: int,
     collate: Callable[[list[Item]], Item] | None,
     folder: Path,
 ) -> dict[str, Callable[[], object]]:
-    """Hugging Face's loop with images decoded by workers, with tensors that are ready, and around our network."""
+    """Hugging Face's loop with images decoded by workers, with cached tensors, and with our network."""
 
     def train(network: nn.Module, data: Dataset[Item], workers: int) -> None:
         arguments = transformers.TrainingArguments(
@@ -216,13 +216,13 @@ def their_competitors(
 
     return {
         f"Hugging Face, {WORKERS} workers": lambda: train(theirs, files, WORKERS),
-        "Hugging Face, tensors ready": lambda: train(theirs, ready, 0),
-        "our network in Hugging Face's Trainer, tensors ready": lambda: train(ours, ready, 0),
+        "Hugging Face, tensors ready": lambda: train(theirs, cached, 0),
+        "our network in Hugging Face's Trainer, tensors ready": lambda: train(ours, cached, 0),
     }
 
 
 class ClassificationFiles(Dataset[Item]):
-    """The usual way: decode, crop, resize, mirror and normalise in `__getitem__`."""
+    """The usual data set: decode, crop, resize, flip and normalise in `__getitem__`."""
 
     def __init__(self, data: ClassificationData) -> None:
         self.data = data
@@ -240,11 +240,11 @@ class ClassificationFiles(Dataset[Item]):
         image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=box)
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return {"pixel_values": normalised(image), "labels": int(self.data.class_ids[index])}
+        return {"pixel_values": normalise(image), "labels": int(self.data.class_ids[index])}
 
 
 class DetectionFiles(Dataset[Item]):
-    """The usual way: decode, resize, mirror and normalise in `__getitem__`."""
+    """The usual data set: decode, resize, flip and normalise in `__getitem__`."""
 
     def __init__(self, data: DetectionData) -> None:
         self.data = data
@@ -261,10 +261,10 @@ class DetectionFiles(Dataset[Item]):
             boxes = torch.stack((1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]), dim=1)
         class_ids = torch.from_numpy(self.data.class_ids[index])
         labels = {"class_labels": class_ids, "boxes": xyxy_to_cxcywh(boxes)}
-        return {"pixel_values": normalised(image), "labels": labels}
+        return {"pixel_values": normalise(image), "labels": labels}
 
 
-class Ready(Dataset[Item]):
+class CachedItems(Dataset[Item]):
     """The first items of a data set, decoded and augmented beforehand."""
 
     def __init__(self, data: Dataset[Item], count: int) -> None:
@@ -277,21 +277,21 @@ class Ready(Dataset[Item]):
         return self.items[index]
 
 
-def normalised(image: Image.Image) -> Tensor:
-    """Float [3, H, W], mean and standard deviation removed."""
+def normalise(image: Image.Image) -> Tensor:
+    """Convert an image to a normalised tensor, float [3, H, W]."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return ((pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).contiguous()
 
 
 def collate_detection(items: list[Item]) -> Item:
-    """Images stacked, with masks of what is no padding, and a list of labels."""
+    """Stack images, with masks of valid pixels and a list of labels."""
     pixels = torch.stack([item["pixel_values"] for item in items])
     mask = torch.ones(len(items), *pixels.shape[2:], dtype=torch.int64)
     return {"pixel_values": pixels, "pixel_mask": mask, "labels": [item["labels"] for item in items]}
 
 
 class ClassifierForTrainer(nn.Module):
-    """Our network as Hugging Face's Trainer wants it."""
+    """Our network with the interface of Hugging Face's Trainer."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class ClassifierForTrainer(nn.Module):
 
 
 class DetectorForTrainer(nn.Module):
-    """Our network and set loss as Hugging Face's Trainer wants them."""
+    """Our network and set loss with the interface of Hugging Face's Trainer."""
 
     def __init__(self, network: detr.Detr) -> None:
         super().__init__()
@@ -318,62 +318,62 @@ class DetectorForTrainer(nn.Module):
         return {"loss": self.criterion(output, targets, totals)["loss"], "logits": output["pred_logits"]}
 
 
-def size_of(network: nn.Module, *example: Tensor) -> tuple[int, int]:
-    """Parameters, and floating-point operations of the forward pass of one image."""
+def network_size(network: nn.Module, *example: Tensor) -> tuple[int, int]:
+    """Return the number of parameters and of floating-point operations in the forward pass of one image."""
     network.eval()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(*example)
     return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops()
 
 
-class _Enough(Exception):
-    """Raised where training is to be stopped."""
+class _StopTraining(Exception):
+    """Raised to stop training."""
 
 
 class ExecutionProfile(NamedTuple):
-    """Seconds per step: on the clock, and of this process's threads (not of its workers) on the processor."""
+    """Seconds per step: wall-clock time, and CPU time of this process's threads without its workers."""
 
     clock: float
     processor: float
 
 
 def profile(train: Callable[[], object], steps: int) -> ExecutionProfile:
-    """Train until `steps` steps have followed a first one; their time, from one optimiser's step to the next."""
-    ends: list[ExecutionProfile] = []
+    """Train one step and `steps` further ones; return the mean time of these, between optimiser steps."""
+    step_ends: list[ExecutionProfile] = []
 
     def stop(*_: object) -> None:
-        ends.append(ExecutionProfile(time.perf_counter(), time.process_time()))
-        if len(ends) > steps:
-            raise _Enough
+        step_ends.append(ExecutionProfile(time.perf_counter(), time.process_time()))
+        if len(step_ends) > steps:
+            raise _StopTraining
 
     hook = register_optimizer_step_post_hook(stop)
     try:
         train()
-    except _Enough:
+    except _StopTraining:
         pass
     finally:
         hook.remove()
-    return ExecutionProfile(*((end - start) / steps for start, end in zip(ends[0], ends[-1], strict=True)))
+    return ExecutionProfile(*((end - start) / steps for start, end in zip(step_ends[0], step_ends[-1], strict=True)))
 
 
-def interleaved(
+def profile_rounds(
     competitors: dict[str, Callable[[], object]], rounds: int, steps: int
 ) -> tuple[dict[str, list[ExecutionProfile]], list[float]]:
-    """Each competitor's pace in each round, and each round's `matmul_rate`; a round before them warms up."""
-    paces: dict[str, list[ExecutionProfile]] = {name: [] for name in competitors}
+    """Profile each competitor in each round, after a warm-up round; also return each round's `peak_flops`."""
+    profiles: dict[str, list[ExecutionProfile]] = {name: [] for name in competitors}
     peaks = []
     for i in range(-1, rounds):
-        peaks.append(matmul_rate())
+        peaks.append(peak_flops())
         for name, train in competitors.items():
             measured = profile(train, steps if i >= 0 else 1)
-            gc.collect()  # the stopped loader's workers
+            gc.collect()  # ends the workers of the stopped loader
             if i >= 0:
-                paces[name].append(measured)
-    return paces, peaks
+                profiles[name].append(measured)
+    return profiles, peaks
 
 
-def matmul_rate() -> float:
-    """Operations per second of the best float32 matrix multiplication, of several sizes and tries."""
+def peak_flops() -> float:
+    """Measure the fastest float32 matrix multiplication of several sizes and tries, in operations per second."""
     best = 0.0
     for edge in (512, 1024, 2048):
         a, b, out = torch.randn(edge, edge), torch.randn(edge, edge), torch.empty(edge, edge)
@@ -385,18 +385,18 @@ def matmul_rate() -> float:
     return best
 
 
-def report(comparison: Comparison, paces: dict[str, list[ExecutionProfile]], peak: float, threads: int) -> None:
-    """Print a table in Markdown. Ratios are those of the same round: their median, and their range."""
+def report(comparison: Comparison, profiles: dict[str, list[ExecutionProfile]], peak: float, threads: int) -> None:
+    """Print a Markdown table. Ratios compare the same round: median and range."""
     print(f"{threads} threads, batches of {comparison.batch_size}, matrix multiplication {peak / 1e9:.1f} GFLOP/s\n")
     for name, (parameters, flops) in comparison.networks.items():
         print(f"{name}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP forward per image")
     print("\n| | images/s | its time / ours | rounds | its processor time / ours | of the peak |")
     print("|---|---|---|---|---|---|")
-    for name, rounds in paces.items():
+    for name, rounds in profiles.items():
         _, forward = comparison.networks["Hugging Face" if name.startswith("Hugging") else "ours"]
         rate = 3 * comparison.batch_size * forward / min(rounds).clock
         step = statistics.median(own.clock for own in rounds)
-        pairs = list(zip(rounds, paces[OURS], strict=True))
+        pairs = list(zip(rounds, profiles[OURS], strict=True))
         ratios = [own.clock / ours.clock for own, ours in pairs]
         processor = statistics.median(own.processor / ours.processor for own, ours in pairs)
         print(

@@ -1,9 +1,9 @@
-"""Put the claims of `docs/claims.md` to the test: train what is missing, then draw the plots and fill the tables.
+"""Test the claims of `docs/claims.md`: train the networks, then draw the plots and fill the tables.
 
     python -m benchmarks.claims run --data DATA --jobs 2
     python -m benchmarks.claims plot
 
-DATA holds `cifar10` and `bccd`. Each training takes one core; one that was interrupted goes on where it was.
+DATA contains `cifar10` and `bccd`. Each training uses one core; interrupted ones are resumed.
 """
 
 import argparse
@@ -30,29 +30,29 @@ def main() -> None:
         prog="python -m benchmarks.claims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="train what results.jsonl does not have yet")
-    known = list(dict.fromkeys(trial.claim for trial in trials()))
-    run.add_argument("claims", nargs="*", metavar="CLAIM", help=f"all by default: {', '.join(known)}")
+    run = commands.add_parser("run", help="run the trainings that are not in results.jsonl yet")
+    claims = list(dict.fromkeys(trial.claim for trial in trials()))
+    run.add_argument("claims", nargs="*", metavar="CLAIM", help=f"all by default: {', '.join(claims)}")
     run.add_argument("--data", type=Path, required=True, help="folder with cifar10 and bccd")
-    run.add_argument("--jobs", type=int, default=1, help="trainings side by side, a core each")
+    run.add_argument("--jobs", type=int, default=1, help="parallel trainings, one core each")
     commands.add_parser("plot", help="write docs/claims/*.svg and the tables of docs/claims.md")
-    chosen = parser.parse_args()
-    if chosen.command == "plot":
+    options = parser.parse_args()
+    if options.command == "plot":
         write_report(read_results())
         return
-    for claim in chosen.claims:
-        if claim not in known:
-            parser.error(f"CLAIM: expected {' or '.join(known)}, found {claim!r}")
-    done = read_results()
-    missing = [t for t in trials() if t not in done and t.claim in (chosen.claims or known)]
+    for claim in options.claims:
+        if claim not in claims:
+            parser.error(f"CLAIM: expected {' or '.join(claims)}, found {claim!r}")
+    results = read_results()
+    remaining = [t for t in trials() if t not in results and t.claim in (options.claims or claims)]
     with ProcessPoolExecutor(
-        chosen.jobs,
+        options.jobs,
         multiprocessing.get_context("spawn"),
         initializer=torch.set_num_threads,
         initargs=(1,),
         max_tasks_per_child=1,
     ) as pool:
-        futures = {pool.submit(measure.run, trial, chosen.data, RUNS): trial for trial in missing}
+        futures = {pool.submit(measure.run, trial, options.data, RUNS): trial for trial in remaining}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 outcome = future.result()
@@ -61,7 +61,7 @@ def main() -> None:
                 _append(futures[future], outcome)
                 shutil.rmtree(RUNS / futures[future].name, ignore_errors=True)
                 shown = {key: value for key, value in outcome.items() if not isinstance(value, list)}
-                print(time.strftime("%H:%M"), f"{number}/{len(missing)}", futures[future].name, shown, flush=True)
+                print(time.strftime("%H:%M"), f"{number}/{len(remaining)}", futures[future].name, shown, flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""What a ViT and an MLP-Mixer cost by the size of the image: parameters, compute, and memory to train."""
+"""Cost of a ViT and an MLP-Mixer by image size: parameters, compute, and memory for training."""
 
 from dataclasses import dataclass
 
@@ -20,25 +20,25 @@ NETWORKS: dict[str, tuple[str, dict[str, str]]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image."""
+    """Cost for one image."""
 
     parameters: int
-    flops: int  # of a forward pass; a multiplication and an addition count as two
-    saved: int  # bytes that the forward pass keeps for the backward pass, without parameters, in float32
-    saved_fused: int  # the same with attention that never holds the whole matrix (FlashAttention)
+    flops: int  # forward pass; a multiplication and an addition count as two
+    saved: int  # bytes saved for the backward pass, without parameters, in float32
+    saved_fused: int  # the same with FlashAttention, which never stores the whole matrix
 
 
 def costs() -> dict[str, list[Cost]]:
-    """Of each network at each of `IMAGE_SIZES`."""
+    """Return the costs of each network at each of `IMAGE_SIZES`."""
     return {
         name: [cost(recipe, size, **changes) for size in IMAGE_SIZES] for name, (recipe, changes) in NETWORKS.items()
     }
 
 
 def cost(recipe: str, image_size: int, **changes: str) -> Cost:
-    """Of a recipe's network for images of `image_size` x `image_size` pixels."""
-    chosen = load_recipe(recipe)
-    network = build_model(chosen.architecture, {**chosen.model, "image_size": image_size, **changes}, 10)
+    """Return the cost of a recipe's network for images of `image_size` x `image_size` pixels."""
+    config = load_recipe(recipe)
+    network = build_model(config.architecture, {**config.model, "image_size": image_size, **changes}, 10)
     image = torch.zeros(1, 3, image_size, image_size)
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -50,14 +50,14 @@ def cost(recipe: str, image_size: int, **changes: str) -> Cost:
 
 
 def saved_bytes(network: nn.Module, image: Tensor) -> int:
-    """Bytes of the tensors that a forward pass keeps for the backward pass, parameters and shared memory left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, Tensor] = {}
+    """Return the bytes saved for the backward pass, without parameters; shared storage counts once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         network(image).sum()
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in saved.items() if pointer not in parameters)

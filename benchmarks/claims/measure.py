@@ -1,4 +1,4 @@
-"""Train one network and measure what its claim asks for."""
+"""Train one network and take the measurements of its claim."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Outcome = dict[str, Any]
 
 
 def run(trial: Trial, data: Path, runs: Path) -> Outcome | None:
-    """The figures of a trial, going on from what an earlier call left in `runs`; None if this one was interrupted."""
+    """Run or resume a trial in `runs` and return its measurements; None if it was interrupted."""
     recipe = load_recipe(trial.recipe, trial.settings)
     folder = runs / trial.name
     try:
@@ -49,13 +49,13 @@ def run(trial: Trial, data: Path, runs: Path) -> Outcome | None:
 
 
 def held_out(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
-    """Accuracy on images held out of train, after the last epoch."""
+    """Accuracy on the held-out images after the last epoch."""
     assert checkpoint.progress is not None
     return {"top1": checkpoint.progress.metrics["top1"]}
 
 
 def survival(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
-    """That it did not diverge, and its accuracy on images held out of train."""
+    """That it did not diverge, and its accuracy on the held-out images."""
     return {"diverged": False, **held_out(checkpoint, data, folder)}
 
 
@@ -67,9 +67,9 @@ def accuracy(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
 
 
 def gap(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
-    """Accuracy on test and on the images it was trained on, as they are; losses of each epoch but the last.
+    """Accuracy on test and on the training images without augmentation; losses of all epochs but the last.
 
-    The loop calibrates on the held-out images after the last epoch, and measures what comes out.
+    After the last epoch, the loop calibrates on the held-out images and measures the calibrated network.
     """
     assert checkpoint.progress is not None
     recipe = checkpoint.progress.read_recipe()
@@ -86,7 +86,7 @@ def gap(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
 
 
 def accuracy_without_order(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
-    """Accuracy on test, and on test with the patches of each image in a random order."""
+    """Accuracy on test, with the patches of each image in order and in random order."""
     preprocessing = checkpoint.read_preprocessing()
     network = TorchNetwork(served(checkpoint.build(), preprocessing.mean, preprocessing.std), default_device())
     shuffled = ShuffledPatches(network, int(checkpoint.settings["patch_size"]))
@@ -98,7 +98,7 @@ def accuracy_without_order(checkpoint: Checkpoint, data: Path, folder: Path) -> 
 
 
 class ShuffledPatches:
-    """A network that gets the patches of each image in a random order, another for each image."""
+    """A network whose input patches are shuffled, differently for each image."""
 
     def __init__(self, network: Network, patch_size: int) -> None:
         self.network, self.patch_size = network, patch_size
@@ -109,7 +109,7 @@ class ShuffledPatches:
 
 
 def shuffle_patches(pixels: NDArray[np.generic], size: int, generator: np.random.Generator) -> NDArray[np.generic]:
-    """The same patches of `size` x `size` pixels in other places, of images [n, height, width, 3]."""
+    """Shuffle the patches of `size` x `size` pixels in each image of [n, height, width, 3]."""
     n, height, width, channels = pixels.shape
     rows, columns = height // size, width // size
     patches = pixels.reshape(n, rows, size, columns, size, channels).swapaxes(2, 3)
@@ -121,17 +121,20 @@ def shuffle_patches(pixels: NDArray[np.generic], size: int, generator: np.random
 
 
 def detection(checkpoint: Checkpoint, data: Path, folder: Path) -> Outcome:
-    """Average precision and second boxes of an object on `val`, of what DETR answers and of that after NMS."""
+    """Average precision and duplicate boxes on `val`, of DETR's output and after NMS."""
     val = load_split(data, Task.DETECTION, "val")
     predictor, _ = checkpoint_predictor(checkpoint)
-    found = predict(predictor, val)
+    predictions = predict(predictor, val)
     assert isinstance(val, DetectionData)
-    assert isinstance(found, DetectionPredictions)
-    answered = _found(found, val)
-    return {**answered, "after_nms": _found(without_overlaps(found, NMS_IOU), val, answered["threshold"])}
+    assert isinstance(predictions, DetectionPredictions)
+    metrics = _measure_detections(predictions, val)
+    after_nms = _measure_detections(without_overlaps(predictions, NMS_IOU), val, metrics["threshold"])
+    return {**metrics, "after_nms": after_nms}
 
 
-def _found(predictions: DetectionPredictions, data: DetectionData, threshold: float | None = None) -> Outcome:
+def _measure_detections(
+    predictions: DetectionPredictions, data: DetectionData, threshold: float | None = None
+) -> Outcome:
     metrics = measure(predictions, data)
     mistakes = detection_mistakes(predictions, data, 0, threshold)
     return {
@@ -144,13 +147,13 @@ def _found(predictions: DetectionPredictions, data: DetectionData, threshold: fl
     }
 
 
-def without_overlaps(predictions: DetectionPredictions, most: float) -> DetectionPredictions:
-    """Greedy non-maximum suppression: no box overlaps one of its image and label with a higher score by more."""
+def without_overlaps(predictions: DetectionPredictions, max_iou: float) -> DetectionPredictions:
+    """Greedy non-maximum suppression per image and label: drop boxes whose IoU with a better one is above `max_iou`."""
     kept = np.zeros(len(predictions.scores), bool)
     groups: dict[tuple[int, int], list[int]] = {}
     for i in np.argsort(-predictions.scores, kind="stable").tolist():
         better = groups.setdefault((int(predictions.image[i]), int(predictions.class_ids[i])), [])
-        if not better or iou(predictions.boxes[i : i + 1], predictions.boxes[better]).max() <= most:
+        if not better or iou(predictions.boxes[i : i + 1], predictions.boxes[better]).max() <= max_iou:
             better.append(i)
             kept[i] = True
     own = {name: getattr(predictions, name)[kept] for name in ("image", "scores", "class_ids", "boxes")}

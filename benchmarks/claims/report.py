@@ -1,4 +1,4 @@
-"""The plots of `docs/claims/` and the tables of `docs/claims.md`, from `results.jsonl`."""
+"""Draw the plots of `docs/claims/` and fill the tables of `docs/claims.md` from `results.jsonl`."""
 
 import json
 import math
@@ -21,9 +21,9 @@ from benchmarks.claims.trials import Trial
 RESULTS = Path(__file__).with_name("results.jsonl")
 DOCS = Path(__file__).parents[2] / "docs"
 TEST_IMAGES = 10_000
-STUCK = 0.2  # accuracy below which a network of ten classes has not learned
+STUCK = 0.2  # accuracy below which a network has not learned (ten classes)
 NAMES = {"vit": "ViT", "mixer": "MLP-Mixer", "bit": "BiT", "pre": "pre-norm", "post": "post-norm"}
-COLOURS = {"vit": "#0072b2", "mixer": "#e69f00", "bit": "#009e73", "pre": "#0072b2", "post": "#d55e00"}
+COLORS = {"vit": "#0072b2", "mixer": "#e69f00", "bit": "#009e73", "pre": "#0072b2", "post": "#d55e00"}
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#d55e00")
 
 Results = dict[Trial, Outcome]
@@ -32,14 +32,14 @@ Rows = list[tuple[Factors, Outcome]]
 
 
 def read_results() -> Results:
-    """The outcomes of today's trials; rows of trials that are no more are left out."""
-    found = {}
+    """Return the outcomes of the current trials; rows of removed trials are ignored."""
+    outcomes = {}
     for line in RESULTS.read_text().splitlines() if RESULTS.exists() else []:
         row = json.loads(line)
         fields = {name: row[name] for name in ("claim", "measure", "recipe", "data")}
         trial = Trial(**fields, factors=tuple(row["factors"].items()), settings=tuple(row["settings"]))
-        found[trial] = row["outcome"]
-    return {trial: found[trial] for trial in trials.trials() if trial in found}
+        outcomes[trial] = row["outcome"]
+    return {trial: outcomes[trial] for trial in trials.trials() if trial in outcomes}
 
 
 def write_report(results: Results) -> None:
@@ -56,11 +56,11 @@ def write_report(results: Results) -> None:
             figure = draw(rows)
             figure.savefig(DOCS / "claims" / f"{claim}.svg", metadata={"Date": None}, bbox_inches="tight")
             plt.close(figure)
-        page = _filled(page, claim, table(rows))
+        page = _fill_table(page, claim, table(rows))
     (DOCS / "claims.md").write_text(page)
 
 
-def _filled(page: str, claim: str, table: str) -> str:
+def _fill_table(page: str, claim: str, table: str) -> str:
     block = f"<!-- {claim} -->\n{table}<!-- end -->"
     page, count = re.subn(rf"<!-- {claim} -->\n.*?<!-- end -->", lambda _: block, page, flags=re.DOTALL)
     if count != 1:
@@ -69,10 +69,10 @@ def _filled(page: str, claim: str, table: str) -> str:
 
 
 def interval(values: Sequence[float], images: int = TEST_IMAGES) -> tuple[float, float]:
-    """The mean of accuracies and the half width of its 95 % interval.
+    """Return the mean of accuracies and the half width of its 95 % confidence interval.
 
-    Of several seeds, Student's t: where the mean of all seeds (weights, images, order) lies. Of one, the binomial
-    interval: where the accuracy on all images of the kind lies, which is narrower.
+    With several seeds, Student's t interval of the mean over all seeds (weights, images, order). With one, the binomial
+    interval of the accuracy over all images of the kind, which is narrower.
     """
     mean = fmean(values)
     if len(values) > 1:
@@ -91,7 +91,7 @@ def learning_rate_table(rows: Rows) -> str:
 
 
 def draw_little_data(rows: Rows) -> Figure:
-    """Accuracy against the part of the training images, a panel for each augmentation."""
+    """Accuracy by fraction of the training images, a panel for each augmentation."""
     figure, panels = plt.subplots(1, 2, figsize=(8.5, 3.4), sharey=True)
     for axes, augmentation in zip(panels, ("none", "strong"), strict=True):
         for architecture in trials.ARCHITECTURES:
@@ -109,7 +109,7 @@ def draw_little_data(rows: Rows) -> Figure:
             x, y, error = zip(*points, strict=True)
             axes.errorbar(
                 *(x, [100 * value for value in y], [100 * value for value in error]),
-                **{"color": COLOURS[architecture], "label": NAMES[architecture], "marker": "o", "ms": 3, "capsize": 2},
+                **{"color": COLORS[architecture], "label": NAMES[architecture], "marker": "o", "ms": 3, "capsize": 2},
             )
         axes.set(
             xscale="log",
@@ -142,15 +142,15 @@ def little_data_table(rows: Rows) -> str:
 
 
 def draw_overfitting(rows: Rows) -> Figure:
-    """Losses of each epoch, a panel for each width; on what was trained on they are a mean over the epoch."""
+    """Losses by epoch, a panel for each width; the training loss is the mean over the epoch."""
     figure, panels = plt.subplots(1, 3, figsize=(9.5, 3.2), sharey=True)
     for axes, width in zip(panels, trials.WIDTHS, strict=True):
-        for (factors, outcome), colour in zip(_chosen(rows, width=width), SERIES, strict=False):
+        for (factors, outcome), color in zip(_select(rows, width=width), SERIES, strict=False):
             if not outcome["train_loss"]:
                 continue
             epochs = range(1, len(outcome["train_loss"]) + 1)
-            axes.plot(epochs, outcome["train_loss"], color=colour, ls="--")
-            axes.plot(epochs, outcome["held_out_loss"], color=colour, label=factors["regularisation"])
+            axes.plot(epochs, outcome["train_loss"], color=color, ls="--")
+            axes.plot(epochs, outcome["held_out_loss"], color=color, label=factors["regularisation"])
         axes.set(title=f"width {width}", xlabel="epoch")
     panels[0].set_ylabel("cross-entropy, nats\n(dashed: training, as augmented)")
     panels[0].legend(title="regularisation")
@@ -180,20 +180,20 @@ def _lowest_and_last(losses: Sequence[float]) -> tuple[str, str]:
 
 
 def draw_stability(rows: Rows) -> Figure:
-    """Held-out accuracy against the learning rate, a panel for each depth and warm-up."""
+    """Held-out accuracy by learning rate, a panel for each depth and warm-up."""
     settings = [(depth, warmup) for depth in trials.DEPTHS for warmup in trials.WARMUPS]
     figure, panels = plt.subplots(1, len(settings), figsize=(11, 3), sharey=True)
     for axes, (depth, warmup) in zip(panels, settings, strict=True):
         for norm in trials.NORMS:
             own = [
                 (factors["lr"], 100 * (outcome["top1"] or 0), outcome["diverged"])
-                for factors, outcome in _chosen(rows, depth=depth, warmup=warmup, norm=norm)
+                for factors, outcome in _select(rows, depth=depth, warmup=warmup, norm=norm)
             ]
             axes.plot(
-                *_columns((lr, top1) for lr, top1, _ in own), color=COLOURS[norm], marker="o", ms=4, label=NAMES[norm]
+                *_columns((lr, top1) for lr, top1, _ in own), color=COLORS[norm], marker="o", ms=4, label=NAMES[norm]
             )
-            lost = [(lr, top1) for lr, top1, diverged in own if diverged]
-            axes.plot(*_columns(lost), color=COLOURS[norm], marker="x", ms=9, ls="")
+            diverged_points = [(lr, top1) for lr, top1, diverged in own if diverged]
+            axes.plot(*_columns(diverged_points), color=COLORS[norm], marker="x", ms=9, ls="")
         axes.axhline(100 * STUCK, color="#888888", ls=":")
         axes.set(xscale="log", title=f"{depth} blocks, warm-up {warmup} epochs", xlabel="learning rate")
         axes.set_xlim(trials.LEARNING_RATES[0] / 1.5, trials.LEARNING_RATES[-1] * 1.5)
@@ -207,7 +207,7 @@ def stability_table(rows: Rows) -> str:
     lines = []
     for norm in trials.NORMS:
         for depth in trials.DEPTHS:
-            own = [outcome for _, outcome in _chosen(rows, norm=norm, depth=depth)]
+            own = [outcome for _, outcome in _select(rows, norm=norm, depth=depth)]
             diverged = sum(outcome["diverged"] for outcome in own)
             stuck = sum(not outcome["diverged"] and outcome["top1"] < STUCK for outcome in own)
             best = max((outcome["top1"] or 0.0 for outcome in own), default=0.0)
@@ -217,7 +217,7 @@ def stability_table(rows: Rows) -> str:
 
 
 def draw_positions(rows: Rows) -> Figure:
-    """Accuracy with the patches in order and out of order."""
+    """Accuracy with ordered and shuffled patches."""
     figure, axes = plt.subplots(figsize=(6, 3))
     for place, (metric, label) in enumerate((("top1", "patches in order"), ("shuffled_top1", "patches shuffled"))):
         found = [(i, _values(rows, metric, positions=kind)) for i, kind in enumerate(trials.POSITIONS)]
@@ -249,7 +249,7 @@ def positions_table(rows: Rows) -> str:
 
 
 def draw_queries(rows: Rows) -> Figure:
-    """AP and second boxes against the number of queries, with and without NMS."""
+    """AP and duplicate boxes by the number of queries, with and without NMS."""
     figure, (precision, duplicates) = plt.subplots(1, 2, figsize=(8, 3))
     for axes, metric, scale in ((precision, "AP", 100), (duplicates, "duplicates", 1)):
         for label, style, answers in (
@@ -274,7 +274,7 @@ def draw_queries(rows: Rows) -> Figure:
 
 
 def queries_table(rows: Rows) -> str:
-    """What is found, and found twice."""
+    """Objects found, missed and found twice."""
     lines = [
         (
             factors["queries"],
@@ -290,11 +290,11 @@ def queries_table(rows: Rows) -> str:
 
 
 def draw_cost(_: Rows) -> Figure:
-    """Parameters, compute and memory against the number of patches."""
+    """Parameters, compute and memory by the number of patches."""
     figure, panels = plt.subplots(1, 3, figsize=(10.5, 3.2))
     tokens = [(size // 4) ** 2 for size in IMAGE_SIZES]
-    for (name, series), colour in zip(costs().items(), SERIES, strict=False):
-        style = {"color": colour, "marker": "o", "ms": 3}
+    for (name, series), color in zip(costs().items(), SERIES, strict=False):
+        style = {"color": color, "marker": "o", "ms": 3}
         panels[0].plot(tokens, [cost.parameters / 1e6 for cost in series], label=name, **style)
         panels[1].plot(tokens, [cost.flops / 1e9 for cost in series], **style)
         panels[2].plot(tokens, [cost.saved / 1e6 for cost in series], **style)
@@ -312,7 +312,7 @@ def draw_cost(_: Rows) -> Figure:
 
 
 def cost_table(_: Rows) -> str:
-    """The same figures."""
+    """The same values as a table."""
     lines = [
         (
             name,
@@ -341,12 +341,12 @@ CLAIMS: dict[str, tuple[Callable[[Rows], Figure] | None, Callable[[Rows], str]]]
 }
 
 
-def _chosen(rows: Rows, **wanted: trials.Factor) -> Rows:
+def _select(rows: Rows, **wanted: trials.Factor) -> Rows:
     return [(f, outcome) for f, outcome in rows if all(f[key] == value for key, value in wanted.items())]
 
 
 def _values(rows: Rows, metric: str, **wanted: trials.Factor) -> list[float]:
-    return [outcome[metric] for _, outcome in _chosen(rows, **wanted)]
+    return [outcome[metric] for _, outcome in _select(rows, **wanted)]
 
 
 def _columns(points: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:

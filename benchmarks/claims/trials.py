@@ -1,4 +1,4 @@
-"""The trainings that the claims are judged by: what is varied, and what is measured of each network."""
+"""The trainings behind the claims: factors, recipe, settings and measurement of each."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ Factor = str | float | int
 
 SEEDS = (0, 1, 2)
 ARCHITECTURES = ("vit", "mixer", "bit")
-# Part of the training images, and how often each of them is seen.
+# Fraction of the training images: epochs.
 FRACTIONS = {0.01: 30, 0.03: 20, 0.1: 10, 0.3: 5, 1.0: 2}
-ONE_SEED_FROM = 0.3  # larger parts are trained on once
+ONE_SEED_FROM = 0.3  # larger fractions are trained with one seed
 WIDTHS = (32, 64, 128)
 DEPTHS, WARMUPS, LEARNING_RATES, NORMS = (4, 12), (0, 1), (1e-3, 3e-3, 1e-2), ("pre", "post")
 POSITIONS = ("none", "learned", "sine_1d", "sine_2d")
-QUERIES = (10, 25, 50, 100)  # up to 30 objects are in an image, 13 on average
+QUERIES = (10, 25, 50, 100)  # images have up to 30 objects, 13 on average
 STRONG = (
     "augmentation.crop=shift",
     "augmentation.flip=0.5",
@@ -30,26 +30,26 @@ class Trial:
     """One training."""
 
     claim: str
-    measure: str  # a function of `measure.MEASURES`
-    factors: tuple[tuple[str, Factor], ...]  # what the claim varies, and its seed
+    measure: str  # key of `measure.MEASURES`
+    factors: tuple[tuple[str, Factor], ...]  # varied by the claim, and the seed
     recipe: str
-    data: str  # folder in the data folder
-    settings: tuple[str, ...]  # `key=value`, changes of the recipe
+    data: str  # subfolder of the data folder
+    settings: tuple[str, ...]  # `key=value` overrides of the recipe
 
     @property
     def name(self) -> str:
-        """Unique among all trials; fit for a folder."""
+        """Unique name, used as the folder name."""
         return "-".join((self.claim, *(f"{key}_{value}" for key, value in self.factors))).replace(" ", "_")
 
 
 def trials() -> list[Trial]:
-    """All of them, in the order of the claims."""
+    """Return all trials in the order of the claims."""
     makers = (learning_rates, little_data, overfitting, stability, positions, queries)
     return [trial for make in makers for trial in make()]
 
 
 def learning_rates() -> Iterator[Trial]:
-    """Not a claim: what the learning rates of the `claim_*` recipes were chosen by, on held-out images."""
+    """Not a claim: the search for the learning rates of the `claim_*` recipes, on held-out images."""
     for architecture, lr in itertools.product(ARCHITECTURES, (2e-3, 4e-3, 8e-3, 1.6e-2)):
         yield _cifar10(
             "learning-rate",
@@ -61,7 +61,7 @@ def learning_rates() -> Iterator[Trial]:
 
 
 def little_data() -> Iterator[Trial]:
-    """Networks of equal compute on parts of the training images, without augmentation and with a strong one."""
+    """Networks of equal compute on fractions of the training images, without and with strong augmentation."""
     for fraction, augmentation, architecture in itertools.product(FRACTIONS, ("none", "strong"), ARCHITECTURES):
         for seed in SEEDS if fraction < ONE_SEED_FROM else SEEDS[:1]:
             yield _cifar10(
@@ -80,7 +80,7 @@ def little_data() -> Iterator[Trial]:
 
 
 def overfitting() -> Iterator[Trial]:
-    """ViTs of three widths, 750 steps on a tenth of the images, with and without what holds overfitting back."""
+    """ViTs of three widths, 750 steps on a tenth of the images, with and without regularisation."""
     regularisations: dict[str, tuple[str, ...]] = {
         "none": (),
         "augmentation": WEAK,
@@ -99,7 +99,7 @@ def overfitting() -> Iterator[Trial]:
 
 
 def stability() -> Iterator[Trial]:
-    """Pre-norm and post-norm with AdamW and without a limit to the gradient, at growing learning rates."""
+    """Pre-norm and post-norm with AdamW, without gradient clipping, at increasing learning rates."""
     for depth, warmup, lr, norm in itertools.product(DEPTHS, WARMUPS, LEARNING_RATES, NORMS):
         yield _cifar10(
             "stability",
@@ -112,7 +112,7 @@ def stability() -> Iterator[Trial]:
 
 
 def positions() -> Iterator[Trial]:
-    """The same ViT with and without positions, asked with patches in their order and out of it."""
+    """The same ViT with and without position embeddings, evaluated on ordered and shuffled patches."""
     for seed, kind in itertools.product(SEEDS, POSITIONS):
         yield _cifar10(
             "positions",

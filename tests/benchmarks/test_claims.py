@@ -19,7 +19,7 @@ from vitrine.models.training.evaluation.mistakes import iou
 from vitrine.models.training.registry import load_recipe
 
 
-def test_every_trial_has_a_name_of_its_own_and_a_recipe() -> None:
+def test_every_trial_has_a_unique_name_and_a_recipe() -> None:
     everything = trials()
     assert len({trial.name for trial in everything}) == len(everything)
     for trial in everything:
@@ -52,10 +52,10 @@ def test_a_classifier_is_trained_and_measured(colours: Path, tiny_vit: tuple[str
         outcome = run(trial, colours.parent, tmp_path)
         assert outcome is not None
         assert set(outcome) == metrics | {"parameters", "training_seconds"}
-    assert outcome["shuffled_top1"] == outcome["top1"] > 0.9  # without positions the order does not count
+    assert outcome["shuffled_top1"] == outcome["top1"] > 0.9  # without positions the order does not matter
 
 
-def test_a_training_that_diverges_is_an_outcome(colours: Path, tiny_vit: tuple[str, ...], tmp_path: Path) -> None:
+def test_divergence_is_an_outcome(colours: Path, tiny_vit: tuple[str, ...], tmp_path: Path) -> None:
     trial = Trial("tiny", "survival", (), "vit_cifar10", colours.name, (*tiny_vit, "lr=1e30", "clip_grad=1e9"))
     outcome = run(trial, colours.parent, tmp_path)
     assert outcome is not None
@@ -80,14 +80,14 @@ def test_shuffling_moves_whole_patches(rows: int, columns: int, size: int, seed:
         assert _patches(before, size) == _patches(after, size)
 
 
-def test_each_image_is_shuffled_in_its_own_way() -> None:
+def test_each_image_is_shuffled_differently() -> None:
     image = np.arange(16 * 16, dtype=np.uint8).reshape(1, 16, 16, 1)
     first, second = shuffle_patches(np.concatenate([image, image]), 4, np.random.default_rng(0))
     assert not np.array_equal(first, second)
 
 
 @given(st.integers(0, 2**32), st.integers(0, 12))
-def test_after_suppression_nothing_overlaps_what_is_better(seed: int, count: int) -> None:
+def test_after_suppression_no_box_overlaps_a_better_one(seed: int, count: int) -> None:
     random = np.random.default_rng(seed)
     corners = random.uniform(0, 10, (count, 2)).astype(np.float32)
     found = DetectionPredictions(
@@ -107,12 +107,12 @@ def test_after_suppression_nothing_overlaps_what_is_better(seed: int, count: int
         assert kept[i] != covered
 
 
-def test_an_interval_is_of_the_seeds_or_of_the_images() -> None:
+def test_intervals_are_over_seeds_or_images() -> None:
     assert interval([0.5, 0.6, 0.7]) == pytest.approx((0.6, 4.3027 * 0.1 / 3**0.5), rel=1e-4)
     assert interval([0.8], images=1600) == pytest.approx((0.8, 0.0196))
 
 
-def test_what_grows_with_the_image() -> None:
+def test_cost_by_image_size() -> None:
     vit = [cost("claim_vit", size, pos_embed="sine_2d") for size in (32, 64)]
     mixer = [cost("claim_mixer", size) for size in (32, 64)]
     assert vit[0].parameters == vit[1].parameters
@@ -120,7 +120,7 @@ def test_what_grows_with_the_image() -> None:
     beside_matrices = [  # layers, heads, bytes
         found.saved - found.saved_fused - 4 * 2 * 4 * tokens**2 for found, tokens in zip(vit, (64, 256), strict=True)
     ]
-    assert beside_matrices[1] == 4 * beside_matrices[0]  # all else that fused attention saves grows with the tokens
+    assert beside_matrices[1] == 4 * beside_matrices[0]  # all else that fused attention saves is linear in the tokens
 
 
 def _patches(image: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", size: int) -> list[bytes]:
