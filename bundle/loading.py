@@ -49,9 +49,9 @@ class Bundle:
 
 
 def default_root() -> Path:
-    """Return the folder of bundles to use when none is named: `bundles` here, else the one that ships with Vitrine.
+    """Return the default folder of bundles: `bundles` in the working directory, or else the shipped one.
 
-    The latter lies beside this package: in a checkout, and where the distribution `vitrine-bundles` is installed.
+    The shipped folder is next to this package, in a checkout and with the distribution `vitrine-bundles`.
     """
     here, shipped = Path("bundles"), Path(__file__).resolve().parent.parent / "bundles"
     return shipped if shipped.is_dir() and not here.is_dir() else here
