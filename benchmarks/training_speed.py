@@ -53,7 +53,7 @@ Item = dict[str, Any]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Training speed, beside Hugging Face's Trainer.")
+    parser = argparse.ArgumentParser(description="Training speed, compared with Hugging Face's Trainer.")
     parser.add_argument("network", choices=("vit", "detr"))
     parser.add_argument("--data", type=Path, required=True, help="folder with imagenette144 and bccd")
     parser.add_argument("--threads", type=int, default=1)
@@ -395,10 +395,10 @@ def report(comparison: Comparison, profiles: dict[str, list[ExecutionProfile]], 
     for name, rounds in profiles.items():
         _, forward = comparison.networks["Hugging Face" if name.startswith("Hugging") else "ours"]
         rate = 3 * comparison.batch_size * forward / min(rounds).clock
-        step = statistics.median(own.clock for own in rounds)
+        step = statistics.median(each.clock for each in rounds)
         pairs = list(zip(rounds, profiles[OURS], strict=True))
-        ratios = [own.clock / ours.clock for own, ours in pairs]
-        processor = statistics.median(own.processor / ours.processor for own, ours in pairs)
+        ratios = [each.clock / ours.clock for each, ours in pairs]
+        processor = statistics.median(each.processor / ours.processor for each, ours in pairs)
         print(
             f"| {name} | {comparison.batch_size / step:.1f} | {statistics.median(ratios):.2f} "
             f"| {min(ratios):.2f} to {max(ratios):.2f} | {processor:.2f} | {rate / peak:.0%} |"

@@ -156,8 +156,8 @@ def without_overlaps(predictions: DetectionPredictions, max_iou: float) -> Detec
         if not better or iou(predictions.boxes[i : i + 1], predictions.boxes[better]).max() <= max_iou:
             better.append(i)
             kept[i] = True
-    own = {name: getattr(predictions, name)[kept] for name in ("image", "scores", "class_ids", "boxes")}
-    return replace(predictions, **own)
+    columns = {name: getattr(predictions, name)[kept] for name in ("image", "scores", "class_ids", "boxes")}
+    return replace(predictions, **columns)
 
 
 MEASURES: dict[str, Callable[[Checkpoint, Path, Path], Outcome]] = {

@@ -185,14 +185,14 @@ def draw_stability(rows: Rows) -> Figure:
     figure, panels = plt.subplots(1, len(settings), figsize=(11, 3), sharey=True)
     for axes, (depth, warmup) in zip(panels, settings, strict=True):
         for norm in trials.NORMS:
-            own = [
+            points = [
                 (factors["lr"], 100 * (outcome["top1"] or 0), outcome["diverged"])
                 for factors, outcome in _select(rows, depth=depth, warmup=warmup, norm=norm)
             ]
             axes.plot(
-                *_columns((lr, top1) for lr, top1, _ in own), color=COLORS[norm], marker="o", ms=4, label=NAMES[norm]
+                *_columns((lr, top1) for lr, top1, _ in points), color=COLORS[norm], marker="o", ms=4, label=NAMES[norm]
             )
-            diverged_points = [(lr, top1) for lr, top1, diverged in own if diverged]
+            diverged_points = [(lr, top1) for lr, top1, diverged in points if diverged]
             axes.plot(*_columns(diverged_points), color=COLORS[norm], marker="x", ms=9, ls="")
         axes.axhline(100 * STUCK, color="#888888", ls=":")
         axes.set(xscale="log", title=f"{depth} blocks, warm-up {warmup} epochs", xlabel="learning rate")
@@ -207,11 +207,13 @@ def stability_table(rows: Rows) -> str:
     lines = []
     for norm in trials.NORMS:
         for depth in trials.DEPTHS:
-            own = [outcome for _, outcome in _select(rows, norm=norm, depth=depth)]
-            diverged = sum(outcome["diverged"] for outcome in own)
-            stuck = sum(not outcome["diverged"] and outcome["top1"] < STUCK for outcome in own)
-            best = max((outcome["top1"] or 0.0 for outcome in own), default=0.0)
-            lines.append((NAMES[norm], depth, len(own), diverged, stuck, len(own) - diverged - stuck, _percent([best])))
+            outcomes = [outcome for _, outcome in _select(rows, norm=norm, depth=depth)]
+            diverged = sum(outcome["diverged"] for outcome in outcomes)
+            stuck = sum(not outcome["diverged"] and outcome["top1"] < STUCK for outcome in outcomes)
+            best = max((outcome["top1"] or 0.0 for outcome in outcomes), default=0.0)
+            lines.append(
+                (NAMES[norm], depth, len(outcomes), diverged, stuck, len(outcomes) - diverged - stuck, _percent([best]))
+            )
     head = ("", "blocks", "trainings", "diverged", f"below {STUCK:.0%}", "learned", "best held-out top-1")
     return _table(head, lines)
 
@@ -341,12 +343,12 @@ CLAIMS: dict[str, tuple[Callable[[Rows], Figure] | None, Callable[[Rows], str]]]
 }
 
 
-def _select(rows: Rows, **wanted: trials.Factor) -> Rows:
-    return [(f, outcome) for f, outcome in rows if all(f[key] == value for key, value in wanted.items())]
+def _select(rows: Rows, **factors: trials.Factor) -> Rows:
+    return [(f, outcome) for f, outcome in rows if all(f[key] == value for key, value in factors.items())]
 
 
-def _values(rows: Rows, metric: str, **wanted: trials.Factor) -> list[float]:
-    return [outcome[metric] for _, outcome in _select(rows, **wanted)]
+def _values(rows: Rows, metric: str, **factors: trials.Factor) -> list[float]:
+    return [outcome[metric] for _, outcome in _select(rows, **factors)]
 
 
 def _columns(points: Iterable[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:

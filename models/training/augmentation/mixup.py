@@ -60,23 +60,23 @@ def mixup_cutmix(pixels: Tensor, targets: Tensor, noise: Tensor, mixup: float, c
     for chosen, alpha, method in ((~pasted, mixup, _mixup), (pasted, cutmix, _cutmix)):
         rows = chosen.nonzero()[:, 0]
         if len(rows):
-            own = torch.from_numpy(betaincinv(alpha, alpha, noise[rows, 1].double().numpy())).float()
-            given = (tensor.to(pixels.device) for tensor in (own, noise[rows, 2:]))
-            mixed[rows], weights[rows, 0] = method(pixels[rows], pixels[partners[rows]], *given)
+            weight = torch.from_numpy(betaincinv(alpha, alpha, noise[rows, 1].double().numpy())).float()
+            weight, place = (tensor.to(pixels.device) for tensor in (weight, noise[rows, 2:]))
+            mixed[rows], weights[rows, 0] = method(pixels[rows], pixels[partners[rows]], weight, place)
     return mixed, torch.lerp(targets[partners], targets, weights)
 
 
-def _mixup(images: Tensor, others: Tensor, own: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+def _mixup(images: Tensor, partners: Tensor, weight: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     mixed = torch.empty_like(images)
     for part in chunks(images):
-        blend = torch.lerp(others[part].float(), images[part].float(), own[part, None, None, None])
+        blend = torch.lerp(partners[part].float(), images[part].float(), weight[part, None, None, None])
         mixed[part] = (blend + 0.5).to(torch.uint8)
-    return mixed, own
+    return mixed, weight
 
 
-def _cutmix(images: Tensor, others: Tensor, own: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-    inside, covered = _rectangle(1 - own, torch.zeros_like(own), place, images)
-    return torch.where(inside[..., None], others, images), 1 - covered
+def _cutmix(images: Tensor, partners: Tensor, weight: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    inside, covered = _rectangle(1 - weight, torch.zeros_like(weight), place, images)
+    return torch.where(inside[..., None], partners, images), 1 - covered
 
 
 def _rectangle(area: Tensor, log_aspect: Tensor, place: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:

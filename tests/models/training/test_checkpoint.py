@@ -74,7 +74,7 @@ def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("positions", ["none", "learned", "sine_1d", "sine_2d"])
-def test_what_no_checkpoint_holds_is_built(checkpoint: Checkpoint, positions: str) -> None:
+def test_buffers_outside_the_checkpoint_are_built(checkpoint: Checkpoint, positions: str) -> None:
     settings = {**checkpoint.settings, "pos_embed": positions}
     network = build_model(checkpoint.architecture, settings, 2).eval()
     built = replace(checkpoint, settings=settings, weights=network.state_dict()).build()
@@ -83,27 +83,27 @@ def test_what_no_checkpoint_holds_is_built(checkpoint: Checkpoint, positions: st
         assert torch.equal(built(image), network(image))
 
 
-def test_start_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_warm_start_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
     start = WarmStart("vit-b", "0" * 64, ["head.weight", "head.bias"])
     save_checkpoint(later(checkpoint, start=start), tmp_path)
     assert load_checkpoint(tmp_path).progress.start == start
 
 
-def test_leaves_nothing_beside_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_no_other_files_are_left(checkpoint: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(checkpoint, tmp_path)
     save_checkpoint(later(checkpoint, epoch=4), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [PREVIOUS_FILE, CHECKPOINT_FILE]
     assert load_checkpoint(tmp_path).progress.epoch == 4
 
 
-def test_the_one_before_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_previous_checkpoint_is_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for epoch in (4, 5, 6):
         save_checkpoint(later(checkpoint, epoch=epoch), tmp_path)
     (tmp_path / PREVIOUS_FILE).rename(tmp_path / CHECKPOINT_FILE)
     assert load_checkpoint(tmp_path).progress.epoch == 5
 
 
-def test_a_missing_checkpoint_is_told_from_no_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_distinguished_from_no_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for epoch in (3, 4):
         save_checkpoint(later(checkpoint, epoch=epoch), tmp_path)
     (tmp_path / CHECKPOINT_FILE).unlink()

@@ -201,7 +201,7 @@ def test_sigterm_saves_within_an_epoch(data: Path, tmp_path: Path, read_until: R
     assert without_times(lines(tmp_path / "run")) == without_times(lines(tmp_path / "whole"))
 
 
-def test_corrupt_checkpoint_names_the_one_before_which_resumes(data: Path, tmp_path: Path) -> None:
+def test_corrupt_checkpoint_names_the_previous_one_which_resumes(data: Path, tmp_path: Path) -> None:
     whole = train(vit(), data, tmp_path)
     expected = lines(tmp_path)
     (tmp_path / CHECKPOINT_FILE).write_bytes(b"half a file")
@@ -224,7 +224,7 @@ def test_execution_does_not_change_the_result(data: Path, tmp_path: Path, change
         torch.testing.assert_close(found.weights[name], value, rtol=0 if same else 1e-2, atol=0 if same else 1e-4)
 
 
-def test_other_precision_and_average_learn_too(data: Path, tmp_path: Path) -> None:
+def test_bfloat16_and_moving_average_learn_too(data: Path, tmp_path: Path) -> None:
     checkpoint = train(vit("epochs=8", "precision=bfloat16", "ema=0.9"), data, tmp_path)
     assert checkpoint.progress.metrics["top1"] > 0.6
     assert all(value.dtype != torch.bfloat16 for value in checkpoint.weights.values())
@@ -232,7 +232,7 @@ def test_other_precision_and_average_learn_too(data: Path, tmp_path: Path) -> No
     assert not torch.equal(raw["head.weight"], checkpoint.weights["head.weight"])
 
 
-def test_loss_of_each_class_on_its_own_learns_too(data: Path, tmp_path: Path) -> None:
+def test_binary_cross_entropy_learns_too(data: Path, tmp_path: Path) -> None:
     assert train(vit("epochs=8", "loss=sigmoid"), data, tmp_path).progress.metrics["top1"] > 0.6
 
 

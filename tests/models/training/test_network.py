@@ -38,7 +38,7 @@ def test_probabilities_are_the_softmax_of_the_networks_logits_over_the_temperatu
     np.testing.assert_allclose(predictor.probabilities(images()), expected, atol=1e-5)
 
 
-def test_a_network_in_training_keeps_every_path_when_it_answers_and_goes_on_training() -> None:
+def test_predicting_disables_drop_path_and_restores_training_mode() -> None:
     network = make_network().train()
     predictor = torch_predictor(network, PREPROCESSING, ("a", "b", "c"), CPU)
     assert isinstance(predictor, Classifier)

@@ -67,7 +67,7 @@ def shapes(groups: list[dict[str, Any]]) -> list[tuple[int, ...]]:
     return sorted(tuple(weight.shape) for group in groups for weight in group["params"])
 
 
-def test_muon_moves_what_lies_between_the_pixels_and_the_head() -> None:
+def test_muon_updates_the_layers_between_the_pixels_and_the_head() -> None:
     recipe = load_recipe("vit_cifar10", ["optimizer=muon", "model.depth=1", "model.embed_dim=16"])
     network = build_model(recipe.architecture, recipe.model, 3)
     optimizer = make_optimizer(network, recipe)
@@ -97,7 +97,7 @@ def test_a_step_of_muon_is_orthogonal_and_as_large_as_one_of_adamw() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_linear_probe_moves_the_head_alone() -> None:
+def test_linear_probe_updates_only_the_head() -> None:
     recipe = load_recipe("vit_cifar10", ["trainable=head", "model.drop_path=0.5"])
     network = build_model(recipe.architecture, recipe.model, 3)
     names = set.union(*named_groups(network, recipe).values())

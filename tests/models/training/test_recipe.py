@@ -9,7 +9,7 @@ CLASSIFIER = load_recipe("vit_cifar10")
 DETECTOR = load_recipe("detr_bccd")
 
 
-def test_differences_leave_out_what_changes_no_result() -> None:
+def test_differences_ignore_execution_settings() -> None:
     assert CLASSIFIER.differences(load_recipe("vit_cifar10", ["workers=0", "cache=disk"])) == []
     other = load_recipe("vit_cifar10", ["lr=0.1", "model.depth=2", "augmentation.flip=0.25"])
     assert CLASSIFIER.differences(other) == [

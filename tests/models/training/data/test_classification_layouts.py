@@ -102,7 +102,7 @@ def test_lists(tmp_path: Path, name: str) -> None:
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1), min_size=1))
-def test_lists_hold_the_same_however_written(labels: list[str]) -> None:
+def test_lists_are_the_same_in_every_notation(labels: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         with (path / "train.csv").open("w", newline="", encoding="utf-8") as file:
@@ -134,7 +134,7 @@ def test_a_packed_split_with_labels_in_another_order(tmp_path: Path) -> None:
     assert (data.labels, data.class_ids.tolist()) == (("cat", "dog"), [1, 0, 1, 0, 1, 0])
 
 
-def test_labels_that_train_has_not(tmp_path: Path) -> None:
+def test_labels_missing_in_train(tmp_path: Path) -> None:
     write(tmp_path / "train" / "cat" / "a.png", FILES[0])
     write(tmp_path / "val" / "cow" / "a.png", FILES[0])
     write(tmp_path / "test.csv", "image,label\ntrain/cat/a.png,cat\ntrain/cat/a.png,cow\ntrain/cat/a.png,\n")
@@ -158,7 +158,7 @@ def test_a_file_gives_the_order_of_labels(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("content", "found"), [("", "none"), ("a\nb\na\n", "'a' twice"), (b"\xff\xfe\xff", "decode")])
-def test_files_of_labels_that_are_none(tmp_path: Path, content: str | bytes, found: str) -> None:
+def test_invalid_label_files(tmp_path: Path, content: str | bytes, found: str) -> None:
     write(tmp_path / "train" / "a" / "a.png", FILES[0])
     write(tmp_path / "labels.txt", content)
     with pytest.raises(DataError, match=rf"labels\.txt: expected .*{found}"):

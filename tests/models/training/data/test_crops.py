@@ -54,7 +54,7 @@ def test_small_objects_are_left_out(objects: DetectionData, tmp_path: Path) -> N
     assert not (tmp_path / "none").exists()
 
 
-def test_what_lies_beyond_the_image_is_not_seen(objects: DetectionData, tmp_path: Path) -> None:
+def test_crops_are_clipped_to_the_image(objects: DetectionData, tmp_path: Path) -> None:
     image = objects.image(0)
     boxes = np.array([[-5, -5, 20, 30], [image.width - 3, 0, image.width + 40, 50], [500, 500, 600, 600]], np.float32)
     one = objects.subset(np.array([0]))

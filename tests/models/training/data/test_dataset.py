@@ -44,26 +44,26 @@ def detection(folder: Path) -> DetectionData:
 
 
 @given(st.lists(st.lists(st.integers(0, 255))))
-def test_arrays_laid_end_to_end_are_those_put_in(parts: list[list[int]]) -> None:
+def test_ragged_round_trip(parts: list[list[int]]) -> None:
     ragged = Ragged.of(np.array([value for part in parts for value in part], np.uint8), list(map(len, parts)))
     assert [part.tolist() for part in ragged] == parts
     assert [list(file) for file in Packed(ragged)] == parts
 
 
 @given(st.text(), st.lists(st.text()))
-def test_names_are_those_put_in(prefix: str, rest: list[str]) -> None:
+def test_names_round_trip(prefix: str, rest: list[str]) -> None:
     names = Names(prefix, rest)
     assert list(names) == [prefix + text for text in rest]
     assert names[1:] == [prefix + text for text in rest[1:]]
 
 
-def test_a_name_that_is_no_unicode() -> None:
+def test_a_name_that_is_not_unicode() -> None:
     name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     assert list(Names("/", [name])) == [f"/{name}"]
 
 
 @pytest.mark.parametrize("index", [4, -5])
-def test_indices_that_are_none(index: int) -> None:
+def test_indices_out_of_range(index: int) -> None:
     with pytest.raises(IndexError, match=f"below 4, found {index}"):
         Names("", "abcd")[index]
     assert Names("", "abcd")[-1] == "d"

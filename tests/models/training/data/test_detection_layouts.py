@@ -174,7 +174,7 @@ def test_coco_that_contradicts_itself(tmp_path: Path, change: Callable[[dict[str
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "{}", '{"categories": [1]}'])
-def test_no_coco_at_all(tmp_path: Path, content: str) -> None:
+def test_files_that_are_not_coco(tmp_path: Path, content: str) -> None:
     coco(tmp_path, content=content)
     with pytest.raises(DataError, match="not in COCO's format"):
         load(tmp_path)
@@ -344,7 +344,7 @@ pictures = st.lists(st.lists(st.tuples(st.sampled_from(["cat", "dog", "horse"]),
 
 @settings(deadline=None, max_examples=30)
 @given(pictures)
-def test_every_layout_tells_the_same(own: list[list[Object]]) -> None:
+def test_all_layouts_give_the_same_data(own: list[list[Object]]) -> None:
     content = {f"{i}": boxes for i, boxes in enumerate(own)}
     labels = ["cat", "dog", "horse"]
     document = {

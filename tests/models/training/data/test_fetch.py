@@ -153,7 +153,7 @@ def test_a_broken_connection_is_resumed(server: Server, tmp_path: Path) -> None:
     assert server.asked == [("/noise", None), ("/noise", "bytes=120000-"), ("/noise", "bytes=240000-")]
 
 
-def test_a_later_attempt_goes_on(server: Server, tmp_path: Path) -> None:
+def test_a_later_attempt_resumes(server: Server, tmp_path: Path) -> None:
     source = server.source(keep, one=b"first", noise=NOISE)
     part = tmp_path / ".out.partial" / "noise.part"
     part.parent.mkdir()
@@ -167,7 +167,7 @@ def test_a_later_attempt_goes_on(server: Server, tmp_path: Path) -> None:
     assert server.asked[-1] == ("/noise", "bytes=1000-")
 
 
-def test_a_download_that_only_its_check_is_missing(server: Server, tmp_path: Path) -> None:
+def test_a_complete_download_is_only_verified(server: Server, tmp_path: Path) -> None:
     source = server.source(keep, noise=NOISE)
     part = tmp_path / ".out.partial" / "noise.part"
     part.parent.mkdir()
@@ -175,7 +175,7 @@ def test_a_download_that_only_its_check_is_missing(server: Server, tmp_path: Pat
     assert fetch(source, tmp_path / "out", show=False)
 
 
-def test_a_server_that_cannot_resume_starts_anew(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_cannot_resume_starts_over(server: Server, tmp_path: Path) -> None:
     source = server.source(keep, noise=NOISE)
     part = tmp_path / ".out.partial" / "noise.part"
     part.parent.mkdir()
@@ -201,7 +201,7 @@ def test_a_file_that_is_not_there(server: Server, tmp_path: Path) -> None:
         fetch(source, tmp_path / "out", show=False)
 
 
-def test_nobody_answers(server: Server, tmp_path: Path) -> None:
+def test_an_unreachable_server(server: Server, tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
@@ -292,7 +292,7 @@ def test_pets_get_lists(server: Server, tmp_path: Path) -> None:
     assert load(tmp_path / "out", "test").class_ids.tolist() == [1]
 
 
-def test_voc_is_put_together(server: Server, tmp_path: Path) -> None:
+def test_voc_archives_are_merged(server: Server, tmp_path: Path) -> None:
     def part(split: str) -> bytes:
         tag = (
             "<object><name>dog</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>6</xmax><ymax>4</ymax></bndbox></object>"
@@ -316,7 +316,7 @@ def test_voc_is_put_together(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_every_source_says_where_it_is_from(name: str) -> None:
+def test_every_source_names_its_origin(name: str) -> None:
     source = SOURCES[name]
     assert all(re.fullmatch(r"[0-9a-f]{32}", archive.md5) for archive in source.archives)
     assert all(re.fullmatch(r"https?://[\w.-]+/\S+\.(gz|tgz|tar|zip)", archive.url) for archive in source.archives)

@@ -59,7 +59,7 @@ def test_split_val_is_used_where_there_is_one(colours: Path, tmp_path: Path, nam
     assert (len(train), len(val), val.split) == (108, 12, "train")
 
 
-def test_splits_of_another_task_are_none(squares: Path, tmp_path: Path) -> None:
+def test_splits_of_another_task_are_not_found(squares: Path, tmp_path: Path) -> None:
     for name in ("train.json", "images"):
         (tmp_path / name).symlink_to(squares / name)
     (tmp_path / "val" / "unlabelled").mkdir(parents=True)

@@ -57,7 +57,7 @@ def test_broken_image_is_named(tmp_path: Path, cache: str) -> None:
         list(ImageCache(data, recipe, show=False).batches([torch.tensor([0, 1, 2])]))
 
 
-def test_crops_are_taken_of_more_than_the_network_sees() -> None:
+def test_images_for_crops_are_larger_than_the_input() -> None:
     make = image_transform(load_recipe("vit_cifar10", ["augmentation.crop=resized"]))
     assert make(noise(300, 150)).shape == (40, 80, 3)
     assert make(noise(30, 150)).shape == (150, 30, 3)  # never enlarged

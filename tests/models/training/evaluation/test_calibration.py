@@ -59,7 +59,7 @@ def test_no_temperature_is_better_for_the_images_it_was_fitted_on(
 
 
 @given(SEEDS, st.integers(2, 9), st.floats(*TEMPERATURES))
-def test_answers_do_not_change_and_probabilities_stay_such(seed: int, classes: int, temperature: float) -> None:
+def test_temperature_keeps_predictions_and_valid_probabilities(seed: int, classes: int, temperature: float) -> None:
     probabilities = softmax(np.random.default_rng(seed).normal(0, 3, (20, classes)))
     scaled = apply_temperature(probabilities, temperature)
     np.testing.assert_array_equal(scaled.argmax(axis=1), probabilities.argmax(axis=1))
@@ -67,7 +67,7 @@ def test_answers_do_not_change_and_probabilities_stay_such(seed: int, classes: i
 
 
 @given(SEEDS, st.floats(0.5, 5))
-def test_a_temperature_can_be_taken_back(seed: int, temperature: float) -> None:
+def test_a_temperature_can_be_inverted(seed: int, temperature: float) -> None:
     probabilities = softmax(np.random.default_rng(seed).normal(0, 2, (20, 6)))
     back = apply_temperature(apply_temperature(probabilities, temperature), 1 / temperature)
     np.testing.assert_allclose(back, probabilities, atol=1e-6)
@@ -78,7 +78,7 @@ def test_a_temperature_is_the_division_of_logits() -> None:
     np.testing.assert_allclose(apply_temperature(softmax(logits), 2.5), softmax(logits / 2.5), atol=1e-6)
 
 
-def test_a_network_that_is_too_sure_becomes_honest_on_other_images() -> None:
+def test_an_overconfident_network_is_calibrated_on_other_images() -> None:
     logits, class_ids = honest(8000, 10)
     sure = softmax(3 * logits)
     fitted = fit_temperature(sure[:4000], class_ids[:4000])
@@ -88,7 +88,7 @@ def test_a_network_that_is_too_sure_becomes_honest_on_other_images() -> None:
     assert after < 0.03
 
 
-def test_an_honest_network_has_nearly_no_calibration_error() -> None:
+def test_a_calibrated_network_has_nearly_no_calibration_error() -> None:
     logits, class_ids = honest(20_000, 10)
     assert calibration_error(softmax(logits), class_ids) < 0.015
 
@@ -108,13 +108,13 @@ def test_bins() -> None:
     assert binned.accuracy.tolist() == pytest.approx([1, 2 / 3])
 
 
-def test_a_network_that_is_always_right_becomes_surer_with_each_image() -> None:
+def test_a_network_that_is_always_right_becomes_more_confident_with_each_image() -> None:
     probabilities = softmax(np.eye(4))
     fitted = [fit_temperature(np.tile(probabilities, (n, 1)), np.tile(np.arange(4), n)) for n in (1, 10, 1000)]
     assert 1 > fitted[0] > fitted[1] > fitted[2] > TEMPERATURES[0]
 
 
-def test_a_network_that_is_sure_and_always_wrong_gets_the_largest() -> None:
+def test_a_network_that_is_always_wrong_gets_the_largest_temperature() -> None:
     probabilities = softmax(30 * np.eye(4)[[0, 1, 2, 3]])
     assert fit_temperature(probabilities, np.array([1, 2, 3, 0])) == pytest.approx(TEMPERATURES[1], rel=0.01)
 
@@ -130,7 +130,7 @@ def test_nothing_to_fit() -> None:
 
 
 @pytest.mark.parametrize("wrong", [np.nan, -0.1, 1.5])
-def test_no_probabilities(wrong: float) -> None:
+def test_invalid_probabilities(wrong: float) -> None:
     with pytest.raises(ValueError, match="expected probabilities from 0 to 1"):
         fit_temperature(np.array([[0.5, wrong]]), np.array([0]))
 
@@ -141,7 +141,7 @@ def test_other_number_of_images() -> None:
 
 
 @pytest.mark.parametrize("images", [1, 8, 100])
-def test_a_few_right_answers_make_no_certainty(images: int) -> None:
+def test_a_few_correct_predictions_make_no_certainty(images: int) -> None:
     probabilities = np.tile(np.array([[0.6, 0.3, 0.1]], dtype=np.float32), (images, 1))
     class_ids = np.zeros(images, dtype=np.int64)
     calibrated = apply_temperature(probabilities, fit_temperature(probabilities, class_ids))

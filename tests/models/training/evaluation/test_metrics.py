@@ -98,12 +98,12 @@ def test_the_loss_of_a_network_that_knows_nothing_is_the_logarithm_of_the_classe
     assert metrics["ECE"] == pytest.approx(0.005)  # 13 of 100 are of class a, which is answered with 12.5 %
 
 
-def test_network_that_decides_nothing_is_no_better_than_chance() -> None:
+def test_a_constant_network_is_no_better_than_chance() -> None:
     predictor = classifier(lambda ids: np.full((len(ids), len(LABELS)), 1 / 8, np.float32))
     assert evaluate(predictor, PICTURES)["top1"] <= 0.13
 
 
-def test_network_that_answers_no_number_has_no_accuracy() -> None:
+def test_probabilities_that_are_not_finite_are_an_error() -> None:
     predictor = classifier(lambda ids: np.full((len(ids), len(LABELS)), np.nan, np.float32))
     with pytest.raises(DataError, match="not finite"):
         evaluate(predictor, PICTURES)
@@ -122,7 +122,7 @@ def test_top1_is_how_often_classify_is_right() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12))
-def test_the_place_of_the_true_class_is_that_in_the_sorted_answer(seed: int, classes: int) -> None:
+def test_rank_is_the_position_in_the_sorted_classes(seed: int, classes: int) -> None:
     random = np.random.default_rng(seed)
     probabilities = random.integers(0, 4, (20, classes)).astype(np.float32) / 4  # with many equals
     class_ids = random.integers(0, classes, 20)
@@ -207,7 +207,7 @@ def test_confusion() -> None:
     assert lines[2].split() == ["b", "0", "0", "13", "0", "0", "0", "0", "0"]
 
 
-def test_confusion_of_many_classes_is_told_by_its_largest_entries() -> None:
+def test_confusion_of_many_classes_shows_the_largest_entries() -> None:
     matrix = np.diag(np.full(300, 10)) + 3 * np.eye(300, k=1, dtype=np.int64)
     matrix[4, 9] = 8
     lines = confusion_text(matrix, [f"label {i}" for i in range(300)]).splitlines()
@@ -215,7 +215,7 @@ def test_confusion_of_many_classes_is_told_by_its_largest_entries() -> None:
     assert len(lines) == 16
 
 
-def test_metrics_are_told_from_parts_of_the_loss() -> None:
+def test_metrics_are_distinguished_from_loss_terms() -> None:
     names = {**evaluate(classifier(noisy), PICTURES)}
     names |= evaluate(detector(lambda scores, ids, boxes: (scores, ids, boxes)), OBJECTS)
     assert all(map(is_metric, names))
@@ -267,7 +267,9 @@ def test_exact_boxes_have_an_average_precision_of_one() -> None:
         pytest.param(lambda scores, ids, boxes: (scores * np.nan, ids, boxes), id="nan"),
     ],
 )
-def test_wrong_answers_have_none(change: Callable[[Array, Array, Array], tuple[Array, Array, Array]]) -> None:
+def test_wrong_detections_have_no_average_precision(
+    change: Callable[[Array, Array, Array], tuple[Array, Array, Array]],
+) -> None:
     metrics = evaluate(detector(change), OBJECTS)
     assert metrics == pytest.approx(dict.fromkeys(metrics, 0.0))
     assert "AP" in metrics
@@ -307,7 +309,7 @@ def sorted_detector() -> Detector:
     return Detector(network, DETECTION, OBJECTS.labels)
 
 
-def test_measures_of_a_part_know_nothing_of_the_rest() -> None:
+def test_metrics_of_a_part_do_not_depend_on_the_rest() -> None:
     """All of the first image is found and none of the others."""
 
     def change(scores: Array, ids: Array, boxes: Array) -> tuple[Array, Array, Array]:

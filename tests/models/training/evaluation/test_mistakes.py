@@ -26,7 +26,7 @@ def test_the_most_confident_misclassifications_come_first() -> None:
     assert misclassifications(predictions, data, 1) == worst[:1]
 
 
-def test_answers_are_those_of_the_images_that_were_asked() -> None:
+def test_misclassifications_are_of_the_predicted_images() -> None:
     data = ClassificationData("d", "val", ("a", "b"), [""] * 9, [b""] * 9, np.array([1] * 8 + [0]))
     predictions = ClassificationPredictions(np.array([8]), np.array([[0.1, 0.9]], np.float32), 1.0)
     assert [(wrong.index, wrong.true) for wrong in misclassifications(predictions, data, 3)] == [(8, "a")]

@@ -98,7 +98,7 @@ def test_a_detectors_report(detector_run: Path, tmp_path: Path) -> None:
     assert page.source.count('class="mark missed"') > 0
 
 
-def test_it_lies_in_the_run_and_measures_what_was_held_out(classifier_run: Path, tmp_path: Path) -> None:
+def test_it_is_written_to_the_run_and_evaluates_the_held_out_images(classifier_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(classifier_run, tmp_path / "run")
     assert write_report(run) == run / "report.html"
     assert "held out of train" in Page(run / "report.html").text
@@ -131,7 +131,7 @@ def test_an_imported_runs_report(classifier_run: Path, colours: Path, tmp_path: 
     assert "Training loss" not in text
 
 
-def test_labels_are_text_and_nothing_else(classifier_run: Path, colours: Path, tmp_path: Path) -> None:
+def test_labels_are_escaped(classifier_run: Path, colours: Path, tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>&\"'"
     data = tmp_path / "colours"
     shutil.copytree(colours / "test", data / "test")
@@ -173,7 +173,7 @@ def test_no_run_and_no_place_to_write(classifier_run: Path, tmp_path: Path) -> N
         write_report(classifier_run, tmp_path / "file" / "report.html")
 
 
-def test_curves_tell_loss_parts_and_metrics_apart() -> None:
+def test_curves_separate_loss_terms_and_metrics() -> None:
     drawn = {chart.title: [curve.name for curve in chart.curves] for chart in learning_curves(LINES)}
     assert drawn == {
         "Training loss": ["loss"],

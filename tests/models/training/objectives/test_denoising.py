@@ -44,7 +44,7 @@ def test_noised_boxes_stay_near_their_objects(counts: list[int], groups: int, se
         assert (denoising.class_ids[image] < CLASSES).all()
 
 
-def test_noise_is_uniform_and_a_fifth_of_the_labels_are_drawn_anew() -> None:
+def test_noise_is_uniform_and_a_fifth_of_the_labels_are_random() -> None:
     torch.manual_seed(0)
     target = objects(40)
     denoising = make([target], 200, torch.tensor([0.5]))
@@ -88,7 +88,7 @@ def test_no_groups_no_denoising() -> None:
     assert make_denoising([objects(2)], config(0), torch.tensor([0.5])) is None
 
 
-def test_objects_are_learned_to_be_restored() -> None:
+def test_denoising_is_learned() -> None:
     """Together with query groups: every part of the loss falls when one batch is seen again and again."""
     torch.manual_seed(0)
     shape = {"embed_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "feedforward_dim": 32}

@@ -30,7 +30,7 @@ def output(class_ids: list[list[int]], boxes: list[list[list[float]]], certainty
 
 
 def criterion(output: DetrOutput, targets: list[Target], groups: int = 1) -> dict[str, Tensor]:
-    """The loss of a batch that is the whole joint batch."""
+    """The loss of a batch that is the whole batch."""
     config = DetrConfig(2, num_queries=output["pred_boxes"].shape[1] // groups, query_groups=groups)
     return SetCriterion()(output, targets, SetCriterion().totals(targets, config), groups)
 
@@ -188,14 +188,14 @@ def test_parts_of_a_batch_add_up_to_the_whole(counts: list[int], groups: int, da
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
-def test_totals_are_known_before_the_answer() -> None:
+def test_totals_need_only_the_targets() -> None:
     config = DetrConfig(2, num_queries=3, query_groups=2, queries="boxes", denoising=5)
     targets = random_targets([1, 4], 2)
     expected = [2 * (1 + 4), 2 * (1 + 3 + 0.1 * 2), 5 * (1 + 4)]
     assert SetCriterion().totals(targets, config).tolist() == pytest.approx(expected)
 
 
-def test_restored_objects_cost_what_they_miss_in_every_layer() -> None:
+def test_denoising_loss_covers_every_layer() -> None:
     """Two groups for an image with one object and one with two; what the padding answers does not count."""
     targets = [Target(torch.tensor([1]), torch.tensor([BOX])), Target(torch.tensor([0, 1]), torch.tensor([OTHER, BOX]))]
     near = [0.6, 0.5, 0.2, 0.4]
@@ -215,7 +215,7 @@ def test_restored_objects_cost_what_they_miss_in_every_layer() -> None:
     assert (restored["pred_logits"].grad[0, 3] == 0).all()
 
 
-def test_nothing_to_restore_costs_nothing() -> None:
+def test_denoising_without_objects_costs_nothing() -> None:
     prediction, restored = output([[1]], [[BOX]], 1.0), output([[1, 1]], [[BOX, BOX]], 1.0)
     prediction["denoising"] = [restored]
     config = DetrConfig(2, num_queries=1, queries="boxes", denoising=2)

@@ -36,7 +36,7 @@ def cost(prediction: SetPrediction, image: int, query: int, target: Target, numb
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("counts", [(3, 2), (0, 4), (1, 0)])
-def test_is_the_cheapest_assignment(seed: int, counts: tuple[int, ...]) -> None:
+def test_is_the_minimum_cost_assignment(seed: int, counts: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(seed)
     prediction = predictions(len(counts), 4, generator)
     targets = [objects(count, generator) for count in counts]
