@@ -34,9 +34,7 @@ if _is_first:  # once, not in every worker
     if _sizing.warning:
         _log.warning("%s", _sizing.warning)
     if not (_settings.loopback_only or _keys.needed):
-        _log.warning(
-            "VITRINE_API_KEYS is not set: anyone who can reach %s can send requests", _settings.host
-        )
+        _log.warning("VITRINE_API_KEYS is not set: anyone who can reach %s can send requests", _settings.host)
 _app = create_app(_settings, _sizing, _keys, shared_folder())
 
 
