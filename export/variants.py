@@ -66,8 +66,7 @@ def make_variant(model: onnx.ModelProto, precision: Precision, calibration: Sequ
     if precision is Precision.FP32:
         return VariantGraph(model)
     with tempfile.TemporaryDirectory() as folder:
-        make = _dynamic if precision is Precision.INT8_DYNAMIC else _static
-        layers, quantise = make(model, calibration, Path(folder))
+        layers, quantise = _quantiser(model, precision, calibration, Path(folder))
         if not layers:
             raise ExportError(f"{precision}: expected layers with weights to quantise, found none")
         quantised, float_layers = _quantise_insensitive(model, layers, quantise, calibration, precision)
@@ -164,44 +163,38 @@ def _quantise_insensitive(
     return quantised, tuple(ranked[:enough])
 
 
-def _dynamic(model: onnx.ModelProto, calibration: Sequence[Inputs], folder: Path) -> tuple[list[str], Quantise]:
-    def quantise(nodes: Sequence[str]) -> onnx.ModelProto:
-        file = folder / "dynamic.onnx"
-        with _quiet():
-            quantize_dynamic(
-                model,
-                file,
-                op_types_to_quantize=list(_DYNAMIC),
-                nodes_to_quantize=list(nodes),
-                **_WEIGHTS,
-            )
-        return onnx.load(file)
-
-    return _layers(model, _DYNAMIC), quantise
-
-
-def _static(model: onnx.ModelProto, calibration: Sequence[Inputs], folder: Path) -> tuple[list[str], Quantise]:
-    source = folder / "model.onnx"
+def _quantiser(
+    model: onnx.ModelProto, precision: Precision, calibration: Sequence[Inputs], folder: Path
+) -> tuple[list[str], Quantise]:
+    """Return the layers that can be quantised, and the function that quantises some of them."""
+    dynamic = precision is Precision.INT8_DYNAMIC
+    operators = _DYNAMIC if dynamic else _STATIC
+    source, file = folder / "model.onnx", folder / "quantised.onnx"
     onnx.save(model, source)
 
     def quantise(nodes: Sequence[str]) -> onnx.ModelProto:
-        file = folder / "static.onnx"
+        selected = {"op_types_to_quantize": list(operators), "nodes_to_quantize": list(nodes)}
         with _quiet():
-            quantize_static(
-                source,
-                file,
-                _Reader(calibration),
-                quant_format=QuantFormat.QDQ,
-                activation_type=QuantType.QUInt8,
-                op_types_to_quantize=list(_STATIC),
-                nodes_to_quantize=list(nodes),
-                calibration_cache_path=folder / "ranges.json",
-                extra_options=dict(_OPTIONS),
-                **_WEIGHTS,
-            )
+            if dynamic:
+                quantize_dynamic(model, file, **selected, **_WEIGHTS)
+            else:
+                quantize_static(
+                    source,
+                    file,
+                    _Reader(calibration),
+                    quant_format=QuantFormat.QDQ,
+                    activation_type=QuantType.QUInt8,
+                    calibration_cache_path=folder / "ranges.json",
+                    extra_options=dict(_OPTIONS),
+                    **selected,
+                    **_WEIGHTS,
+                )
         return onnx.load(file)
 
-    return _layers(model, _STATIC), quantise
+    weights = {tensor.name for tensor in model.graph.initializer}
+    # Nodes that multiply activations with weights, unlike attention's products of activations.
+    layers = [node.name for node in model.graph.node if node.op_type in operators and node.input[1] in weights]
+    return layers, quantise
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -210,12 +203,6 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
     def get_next(self) -> Inputs | None:
         return next(self._batches, None)
-
-
-def _layers(model: onnx.ModelProto, operators: Sequence[str]) -> list[str]:
-    """Return the nodes that multiply activations with weights, unlike attention's products of activations."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [node.name for node in model.graph.node if node.op_type in operators and node.input[1] in weights]
 
 
 def _run(model: onnx.ModelProto, batches: Sequence[Inputs]) -> list[Outputs]:

@@ -26,9 +26,9 @@ def _backbone_rules(prefix: str) -> tuple[Rule, ...]:
         rule("backbone.conv1.weight", f"{prefix}conv1.weight"),
         *rules("backbone.bn1", f"{prefix}bn1", parts=_NORM),
         *(
-            made
+            entry
             for number in (1, 2, 3)
-            for made in (
+            for entry in (
                 rule(f"{ours}.conv{number}.weight", f"{block}.conv{number}.weight"),
                 *rules(f"{ours}.bn{number}", f"{block}.bn{number}", parts=_NORM),
             )
@@ -50,9 +50,11 @@ def _backbone_settings(tensors: Tensors, prefix: str) -> Settings:
     }
 
 
-def _transformer_settings(tensors: Tensors, *, query: str, encoder: str, decoder: str, hidden: str) -> Settings:
+def _settings(tensors: Tensors, backbone: str, *, query: str, encoder: str, decoder: str, hidden: str) -> Settings:
+    """Infer the settings from the shapes, except number of heads and dilation; `backbone` is the prefix of its keys."""
     num_queries, embed_dim = tensors[query].shape
     return {
+        **_backbone_settings(tensors, backbone),
         "num_queries": num_queries,
         "embed_dim": embed_dim,
         "encoder_layers": count(tensors, encoder),
@@ -83,16 +85,14 @@ def _attention(target: str, source: str) -> tuple[Rule, ...]:
 
 
 def _facebook_settings(tensors: Tensors, arguments: Mapping[str, Any]) -> Settings:
-    settings = {
-        **_backbone_settings(tensors, _BODY),
-        **_transformer_settings(
-            tensors,
-            query="query_embed.weight",
-            encoder="transformer.encoder.layers.{n}.norm1.weight",
-            decoder="transformer.decoder.layers.{n}.norm1.weight",
-            hidden="transformer.encoder.layers.0.linear1.weight",
-        ),
-    }
+    settings = _settings(
+        tensors,
+        _BODY,
+        query="query_embed.weight",
+        encoder="transformer.encoder.layers.{n}.norm1.weight",
+        decoder="transformer.decoder.layers.{n}.norm1.weight",
+        hidden="transformer.encoder.layers.0.linear1.weight",
+    )
     if arguments.get("position_embedding") not in (None, "sine", "v2"):
         found = arguments["position_embedding"]
         raise ImportSettingError(f"args: position_embedding: expected 'sine', found {found!r}")
@@ -123,10 +123,10 @@ FACEBOOK = Layout(
         *_attention("decoder.{i}.self_attn", f"{_DECODER}.self_attn"),
         *_attention("decoder.{i}.multihead_attn", f"{_DECODER}.multihead_attn"),
         *(
-            made
+            entry
             for ours, theirs in (("encoder.{i}", _ENCODER), ("decoder.{i}", _DECODER))
             for part in ("linear1", "linear2", "norm1", "norm2", "norm3")
-            for made in rules(f"{ours}.{part}", f"{theirs}.{part}")
+            for entry in rules(f"{ours}.{part}", f"{theirs}.{part}")
         ),
         *rules("decoder_norm", "transformer.decoder.norm"),
         rule("query_embed.weight", "query_embed.weight"),
@@ -144,16 +144,14 @@ _MODEL = "model.backbone.conv_encoder.model."
 
 
 def _hugging_face_settings(tensors: Tensors, config: Mapping[str, Any]) -> Settings:
-    settings = {
-        **_backbone_settings(tensors, _MODEL),
-        **_transformer_settings(
-            tensors,
-            query="model.query_position_embeddings.weight",
-            encoder="model.encoder.layers.{n}.self_attn_layer_norm.weight",
-            decoder="model.decoder.layers.{n}.self_attn_layer_norm.weight",
-            hidden="model.encoder.layers.0.fc1.weight",
-        ),
-    }
+    settings = _settings(
+        tensors,
+        _MODEL,
+        query="model.query_position_embeddings.weight",
+        encoder="model.encoder.layers.{n}.self_attn_layer_norm.weight",
+        decoder="model.decoder.layers.{n}.self_attn_layer_norm.weight",
+        hidden="model.encoder.layers.0.fc1.weight",
+    )
     backbone = config.get("backbone_config")
     backbone = backbone if isinstance(backbone, Mapping) else {}
     for section, key, expected in (
@@ -206,14 +204,14 @@ HUGGING_FACE = Layout(
         *_backbone_rules(_MODEL),
         *rules("input_proj", "model.input_projection"),
         *(
-            made
+            entry
             for ours, theirs in (
                 ("encoder.{i}.self_attn", f"{_HF_ENCODER}.self_attn"),
                 ("decoder.{i}.self_attn", f"{_HF_DECODER}.self_attn"),
                 ("decoder.{i}.multihead_attn", f"{_HF_DECODER}.encoder_attn"),
             )
             for part in ("q_proj", "k_proj", "v_proj", "out_proj")
-            for made in rules(f"{ours}.{part}", f"{theirs}.{part}")
+            for entry in rules(f"{ours}.{part}", f"{theirs}.{part}")
         ),
         *rules("encoder.{i}.linear1", f"{_HF_ENCODER}.fc1"),
         *rules("encoder.{i}.linear2", f"{_HF_ENCODER}.fc2"),

@@ -67,7 +67,7 @@ def rules(
 
 def same_names(*modules: str) -> tuple[Rule, ...]:
     """Rules of modules that have the same names in the file."""
-    return tuple(made for module in modules for made in rules(module, module))
+    return tuple(entry for module in modules for entry in rules(module, module))
 
 
 _TORCH_PREFIXES = ("", "module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning

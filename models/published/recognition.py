@@ -20,7 +20,7 @@ UNSUPPORTED_NETWORKS = (
     (r"row_embed\.weight|row_embeddings\.weight", "a DETR with learned positions"),
     (r"dist_token|distillation_token|head_dist\.", "a distilled DeiT"),
     (r"relative_position_bias_table", "a transformer with relative positions (Swin, BEiT)"),
-    (r"(^|\.)fc_norm\.", "a ViT that averages its patches beside an unused class token (as MAE's fine-tuned ones)"),
+    (r"(^|\.)fc_norm\.", "a ViT that averages its patches with an unused class token (as MAE's fine-tuned ones)"),
     (r"\.ls1\.|\.gamma_1$|lambda1$", "a ViT with layer scale (as DINOv2 and DeiT III)"),
     (r"register_tokens|reg_token", "a ViT with register tokens"),
     (r"(^|\.)visual\.|^vision_model\.", "the image tower of CLIP"),

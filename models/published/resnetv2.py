@@ -52,9 +52,9 @@ GOOGLE = Layout(
         _conv("stem", "resnet/root_block"),
         _conv("stages.{i}.{j}.downsample", f"{_UNIT}/a/proj"),
         *(
-            made
+            entry
             for number, part in enumerate("abc", start=1)
-            for made in (
+            for entry in (
                 *_group_norm(f"stages.{{i}}.{{j}}.norm{number}", f"{_UNIT}/{part}/group_norm"),
                 _conv(f"stages.{{i}}.{{j}}.conv{number}", f"{_UNIT}/{part}"),
             )
@@ -81,9 +81,9 @@ def _pytorch_rules(stem: str, unit: str, norm: str) -> tuple[Rule, ...]:
         rule("stem.weight", f"{stem}.weight"),
         rule("stages.{i}.{j}.downsample.weight", f"{unit}.downsample.conv.weight"),
         *(
-            made
+            entry
             for number in (1, 2, 3)
-            for made in (
+            for entry in (
                 *rules(f"stages.{{i}}.{{j}}.norm{number}", f"{unit}.norm{number}"),
                 rule(f"stages.{{i}}.{{j}}.conv{number}.weight", f"{unit}.conv{number}.weight"),
             )
