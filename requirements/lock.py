@@ -23,8 +23,14 @@ LAYERS = ("serve", "train", "dev", "parity")
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORM = "x86_64-manylinux_2_28"
 ENVIRONMENTS = [
-    {"sys_platform": system, "platform_machine": machine, "python_full_version": f"{python}.0", "python_version": python}
-    | {"implementation_name": "cpython", "platform_python_implementation": "CPython"}
+    {
+        "implementation_name": "cpython",
+        "platform_machine": machine,
+        "platform_python_implementation": "CPython",
+        "python_full_version": f"{python}.0",
+        "python_version": python,
+        "sys_platform": system,
+    }
     for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))
     for python in PYTHONS
 ]

@@ -10,8 +10,8 @@ from starlette.types import ASGIApp
 
 from vitrine.service.access import AccessMiddleware, Keys
 from vitrine.service.app import HOT_ROUTES, create_app, start_loading
-from vitrine.service.dispatcher import Dispatcher
 from vitrine.service.errors import ErrorShapeMiddleware
+from vitrine.service.front import Dispatcher
 from vitrine.service.launch import shared_folder
 from vitrine.service.observability.logs import configure
 from vitrine.service.observability.middleware import RequestRecordMiddleware

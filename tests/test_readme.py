@@ -88,7 +88,7 @@ def test_shipped_cards_are_written_from_the_manifests(root: Path) -> None:
 
 
 def test_links_lead_somewhere(root: Path) -> None:
-    for page in (root / "README.md", *(root / "docs").rglob("*.md")):
+    for page in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)[)#]", page.read_text()):
             assert target.startswith(("https://", "http://localhost")) or (page.parent / target).exists(), (
                 page,

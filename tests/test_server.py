@@ -32,7 +32,7 @@ NOT_ON_PURPOSE = {entry for entry in DOCUMENTED if entry[2] == 500} | {
 }
 
 PROBES = ("/livez", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
-STUCK = {("get", path, 503) for path in PROBES}  # tests/service/test_control.py
+STUCK = {("get", path, 503) for path in PROBES}  # tests/service/runtime/test_model_control.py
 
 IMAGE_ROUTES = ("/classify", "/detect")
 INFER_ROUTES = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")

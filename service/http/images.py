@@ -20,6 +20,17 @@ from vitrine.bundle.manifest import Task
 from vitrine.bundle.predictors import Classifier, Predictor, PreparedImage, Row
 from vitrine.service.errors import Error, ErrorAnswer, NotAcceptableError
 from vitrine.service.http import schemas
+from vitrine.service.http.answers import (
+    CLASSIFICATION_COLUMNS,
+    CSV,
+    DETECTION_COLUMNS,
+    JPEG,
+    JSON,
+    PNG,
+    csv_response,
+    json_response,
+    negotiate,
+)
 from vitrine.service.http.parameters import (
     CLASSIFY_PARAMETERS,
     DETECT_PARAMETERS,
@@ -31,17 +42,6 @@ from vitrine.service.http.parameters import (
     Parameter,
 )
 from vitrine.service.http.requests import ImageRequest, image_bytes, read_image_request
-from vitrine.service.http.responses import (
-    CLASSIFICATION_COLUMNS,
-    CSV,
-    DETECTION_COLUMNS,
-    JPEG,
-    JSON,
-    PNG,
-    csv_response,
-    json_response,
-    negotiate,
-)
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import gather
 from vitrine.service.runtime.serving import Deadline, Serving, get_record, get_serving

@@ -3,7 +3,7 @@
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vitrine.service.http.responses import JSON
+from vitrine.service.http.answers import JSON
 from vitrine.service.http.schemas import ModelDescription, ModelDetail, ModelList
 from vitrine.service.runtime.serving import get_serving
 

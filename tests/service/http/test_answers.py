@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitrine.service.errors import NotAcceptableError
-from vitrine.service.http.responses import negotiate
+from vitrine.service.http.answers import negotiate
 
 OFFERED = ("application/json", "text/csv", "image/png", "image/jpeg")
 
