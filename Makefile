@@ -28,6 +28,7 @@ check: $(DEV)/installed  ## lint, types, floors, dead code, dependencies, workfl
 	$(DEV)/bin/vulture
 	$(DEV)/bin/deptry --no-ansi batch bundle export models service vitrine
 	$(DEV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(DEV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 
 format: $(DEV)/installed  ## format the code and sort its imports
 	$(DEV)/bin/ruff check --fix --quiet .
