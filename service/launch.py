@@ -1,4 +1,4 @@
-"""How the server's processes start: everything is loaded and checked once, then BentoML takes over."""
+"""Start the server: check everything once, then hand over to BentoML."""
 
 import atexit
 import importlib
@@ -6,12 +6,14 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import vitrine
+from vitrine.bundle.errors import VitrineError
 from vitrine.bundle.loading import find_bundles
 from vitrine.bundle.machine import release_memory
 from vitrine.bundle.manifest import Identity
@@ -24,7 +26,7 @@ _GET_BUNDLES = "`pip install vitrine-bundles` installs some, `vitrine export` wr
 
 
 def shared_folder() -> Path:
-    """The folder that the processes of this server share; the first that asks makes it, and removes it when it ends.
+    """Return the folder that this server's processes share; the first caller makes it, and removes it when it exits.
 
     Raises:
         SettingsError: no folder for temporary files can be written to.
@@ -44,6 +46,38 @@ def isolate_imports() -> None:
     ours = Path(vitrine.__file__).resolve().parent.parent
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ours), os.environ.get("PYTHONPATH"))))
     os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def resolve_host(host: str) -> str:
+    """Return the numeric address of `host`, IPv4 if it has one: BentoML accepts only addresses.
+
+    Raises:
+        VitrineError: `host` is neither an address nor a name of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise VitrineError(
+            f"--host: expected an address or a name of this machine, found {host!r}: {reason}"
+        ) from error
+    return str(min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0])
+
+
+def check_address(address: str, port: int, option: str) -> None:
+    """Check that the server can listen there; BentoML and gRPC would fail with a traceback.
+
+    Raises:
+        VitrineError: the port is in use, or the address is not one of this machine. It suggests `option`.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, port))
+    except OSError as error:
+        reason = f"{error.strerror}; choose another --host or {option}"
+        raise VitrineError(f"cannot listen on {address}:{port}: {reason}") from error
 
 
 def check_bundles(settings: Settings) -> list[Identity]:

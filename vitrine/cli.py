@@ -1,9 +1,8 @@
-"""The command line: it only dispatches. Each command imports its layer when it runs, so that serving needs no torch."""
+"""The command line. Commands only dispatch, and import their package when they run, so that serving needs no torch."""
 
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Providers = Annotated[str, typer.Option("--providers", help="Where ONNX Runtime computes: cuda,cpu in that order.")]
+Providers = Annotated[
+    str, typer.Option("--providers", help="Execution providers of ONNX Runtime in order of preference: cuda,cpu.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,7 +53,7 @@ def options(
     """Vision transformers from training to an HTTP answer."""
 
 
-data_app = typer.Typer(help="Get data sets and look them over.", no_args_is_help=True)
+data_app = typer.Typer(help="Fetch and check data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -67,7 +68,7 @@ def train(
     start: Annotated[
         Path | None, typer.Option("--from", help="A run, trained or imported, whose weights to start from.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the run folder.")] = False,
 ) -> None:
     """Train a network; KEY=VALUE changes the recipe. Under torchrun, on many processes."""
     from vitrine.models.training.checkpoint import load_checkpoint
@@ -97,7 +98,7 @@ def check_data(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
 ) -> None:
-    """Count a data set and find what is broken, empty, double or out of place; exit status 1 where there are errors."""
+    """Count a data set; report broken, empty, duplicate and misplaced items. Exit status 1 if there are errors."""
     from vitrine.models.training.data.check import check_data, format_summary
 
     summary = check_data(path, split or (), sheets=sheets, show=True)
@@ -131,7 +132,7 @@ def crop_data(
     margin: Annotated[float, typer.Option(min=0, help="Seen around a box, as a part of its edge.")] = 0.1,
     smallest: Annotated[int, typer.Option(min=1, help="Pixels; objects with a shorter edge are left out.")] = 16,
 ) -> None:
-    """Cut the objects out of a detection set: a classification set to train a detector's backbone on first."""
+    """Crop the objects of a detection set: a classification set to pretrain a detector's backbone on."""
     from vitrine.bundle.manifest import Task
     from vitrine.models.training.data.crops import write_crops
     from vitrine.models.training.data.dataset import DetectionData
@@ -156,7 +157,7 @@ def import_(
         bool, typer.Option("--reset-head", help="New last layer for --labels, to be trained.")
     ] = False,
 ) -> None:
-    """Make a run of published weights; KEY=VALUE changes what was found (image_size=384, preprocessing.crop_pct=1)."""
+    """Turn published weights into a run; KEY=VALUE overrides a setting (image_size=384, preprocessing.crop_pct=1)."""
     from vitrine.models.published.importing import import_weights
 
     imported = import_weights(
@@ -179,14 +180,11 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="Part of the data set (default: test, or val where there is no test).")
     ] = None,
-    variant: Annotated[
-        Precision | None,
-        typer.Option(help="Graph of the bundle (default: the one that it serves).", show_default=False),
-    ] = None,
+    variant: Variant = None,
     providers: Providers = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
 ) -> None:
-    """Measure accuracy or average precision of a run (in torch) or a bundle (in ONNX Runtime)."""
+    """Measure the accuracy or average precision of a run (in torch) or a bundle (in ONNX Runtime)."""
     from vitrine.models.training.data.dataset import ClassificationData
     from vitrine.models.training.data.layouts import has_split, load_split
     from vitrine.models.training.evaluation.metrics import (
@@ -241,7 +239,7 @@ def report(
     split: Annotated[str, typer.Option(help="Part of the data set to look for mistakes in.")] = "val",
     out: Annotated[Path | None, typer.Option(help="HTML file to write (default: report.html in the run).")] = None,
 ) -> None:
-    """Write what a run learned and what it gets wrong as one HTML file."""
+    """Write an HTML report of a run: learning curves, metrics and mistakes."""
     from vitrine.models.training.evaluation.report import write_report
 
     typer.echo(f"report: {write_report(run, out, data_path=data, split=split)}")
@@ -271,11 +269,11 @@ def export(
     ] = "own",
     providers: Providers = "cpu",
 ) -> None:
-    """Write a verified bundle from a run."""
+    """Export a run as a verified bundle."""
     from vitrine.export.export import export_run
     from vitrine.export.latency import Timing
 
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # unwinds, so that nothing half is left
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leaves no partial bundle
     manifest = export_run(
         run,
         out,
@@ -302,7 +300,7 @@ def verify(
     ] = None,
     providers: Providers = "cpu",
 ) -> None:
-    """Check a bundle's files, graphs and golden answers, without torch; with --run, its answers against torch's."""
+    """Verify a bundle's files, graphs and golden outputs without torch; with --run, also against torch."""
     chosen = parse_providers(providers)
     manifest = read_manifest(bundle)
     for variant in manifest.variants:
@@ -325,7 +323,7 @@ def explain(
     image: Annotated[Path, typer.Argument(help="An image file.")],
     out: Annotated[Path, typer.Option(help="Picture to write: the image beside its heat map.")],
 ) -> None:
-    """Draw where a bundle's network looks in an image."""
+    """Draw what a bundle's network looks at in an image."""
     from vitrine.bundle.explaining import draw_explanation, make_explainer
 
     loaded = load_bundle(bundle, variant=Precision.FP32, threads=available_cores())
@@ -364,13 +362,10 @@ def predict(
     label: Annotated[
         list[str] | None, typer.Option(help="Answer this label only; may be repeated.", show_default=False)
     ] = None,
-    variant: Annotated[
-        Precision | None,
-        typer.Option(help="Graph of the bundle (default: the one that it serves).", show_default=False),
-    ] = None,
+    variant: Variant = None,
     providers: Providers = "cpu",
 ) -> None:
-    """Classify images, or detect objects in them, without a server; run again, it goes on with the same --out."""
+    """Classify images or detect objects without a server; with the same --out, an interrupted job resumes."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -384,7 +379,7 @@ def predict(
         check_suffix(out, boxes=loaded.manifest.task is Task.DETECTION)
     own = [*(result_files(out) if out is not None else ()), *([annotate] if annotate is not None else ())]
     sources = find_sources(paths, exclude=own)
-    # Lines on a terminal show by themselves how far it is.
+    # Lines printed to a terminal show the progress by themselves.
     visible = sys.stderr.isatty() and (out is not None or not sys.stdout.isatty())
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     done = 0
@@ -402,7 +397,7 @@ def predict(
             summary = predict_files(loaded, query, sources, out=out, annotate=annotate, providers=chosen, callback=each)
         except KeyboardInterrupt:
             progress.stop()
-            kept = "" if out is None else f"; they are kept, and the same command goes on to {out}"
+            kept = "" if out is None else f"; they are kept, and the same command resumes {out}"
             typer.echo(f"vitrine: interrupted after {done} of {len(sources)} files{kept}", err=True)
             raise typer.Exit(130) from None
     counts = format_summary(summary)
@@ -429,11 +424,11 @@ def serve(
     settings_file: Annotated[
         Path | None, typer.Option("--settings", help="YAML file of settings, in place of VITRINE_SETTINGS.")
     ] = None,
-    print_settings: Annotated[bool, typer.Option(help="Print the settings that hold, and end.")] = False,
+    print_settings: Annotated[bool, typer.Option(help="Print the effective settings and exit.")] = False,
 ) -> None:
     """Serve the bundles in VITRINE_BUNDLES (default: bundles/, or else those of vitrine-bundles) over HTTP and gRPC."""
     from vitrine.service.access import Keys
-    from vitrine.service.launch import check_bundles, isolate_imports, run
+    from vitrine.service.launch import check_address, check_bundles, isolate_imports, resolve_host, run
     from vitrine.service.observability.logs import wants_json
     from vitrine.service.settings import FILE_VARIABLE, SettingsError, as_yaml, read_settings
 
@@ -454,13 +449,13 @@ def serve(
         return
     isolate_imports()
     hashes = ",".join(settings.api_keys)
-    if os.environ.get("VITRINE_API_KEYS", hashes) != hashes:  # what a process has begun with can be read in /proc
+    if os.environ.get("VITRINE_API_KEYS", hashes) != hashes:  # the initial environment can be read in /proc
         os.environ["VITRINE_API_KEYS"] = hashes
         os.execv(sys.executable, [sys.executable, "-m", "vitrine", *sys.argv[1:]])
-    address = _address(settings.host)
-    _check_address(address, settings.port, "--port")
+    address = resolve_host(settings.host)
+    check_address(address, settings.port, "--port")
     if settings.grpc_port:
-        _check_address(address, settings.grpc_port, "--grpc-port")
+        check_address(address, settings.grpc_port, "--grpc-port")
     Keys(settings.api_keys, settings.api_keys_file)
     manifests = check_bundles(settings)
     if not wants_json(settings.log_format):
@@ -470,7 +465,7 @@ def serve(
 
 
 def _greet(roots: Sequence[Path], host: str, port: int, manifests: Sequence[Identity]) -> None:
-    """Say what is served where, and what to try."""
+    """Print what is served where, and what to try."""
     host = f"[{host}]" if ":" in host else host
     typer.echo(f"Vitrine serves {', '.join(map(str, roots))} on http://{host}:{port}")
     for manifest in manifests:
@@ -483,7 +478,7 @@ def _greet(roots: Sequence[Path], host: str, port: int, manifests: Sequence[Iden
 
 @app.command()
 def key(name: Annotated[str, typer.Option(help="Whose it is, to tell the lines of the file apart.")] = "") -> None:
-    """Make an API key, and the line for VITRINE_API_KEYS_FILE that lets it in."""
+    """Make an API key, and its line for VITRINE_API_KEYS_FILE."""
     import secrets
 
     from vitrine.service.settings import hash_key
@@ -493,30 +488,6 @@ def key(name: Annotated[str, typer.Option(help="Whose it is, to tell the lines o
     made = secrets.token_urlsafe(32)
     typer.echo(f"key, shown only once:  {made}")
     typer.echo(f"line for the file:     {f'{name} {hash_key(made)}'.strip()}")
-
-
-def _address(host: str) -> str:
-    """The address of a host's name, that of IPv4 if it has one: BentoML takes addresses alone."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise VitrineError(
-            f"--host: expected an address or a name of this machine, found {host!r}: {reason}"
-        ) from error
-    return str(min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0])
-
-
-def _check_address(address: str, port: int, option: str) -> None:
-    """Refuse what cannot be listened on in one sentence: BentoML and gRPC would do it by a traceback."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((address, port))
-    except OSError as error:
-        reason = f"{error.strerror}; choose another --host or {option}"
-        raise VitrineError(f"cannot listen on {address}:{port}: {reason}") from error
 
 
 _CURL = {
@@ -548,7 +519,7 @@ def _summary(manifest: Identity) -> str:
 
 
 def main() -> None:
-    """Entry point: an error that a user can act on is one line, never a traceback."""
+    """Entry point: errors that a user can act on are one line, never a traceback."""
     try:
         app()
     except VitrineError as error:

@@ -423,7 +423,7 @@ def test_ctrl_c_reports_how_to_resume(tiny_bundles: Path, photos: Path, tmp_path
     os.close(writer)
     assert process.wait(timeout=30) == 130
     assert re.sub(r"1[12] of", "12 of", message) == (
-        f"vitrine: interrupted after 12 of 13 files; they are kept, and the same command goes on to {out}\n"
+        f"vitrine: interrupted after 12 of 13 files; they are kept, and the same command resumes {out}\n"
     )
     assert process.stderr.read() == ""
     process.stderr.close()
