@@ -72,7 +72,7 @@ def redrawn(predictions: DetectionPredictions, data: DetectionData, drawn: np.nd
     return measure(again, replace(data, **images))
 
 
-def test_a_bootstrap_sample_of_a_classifier_is_what_plain_evaluation_gives(
+def test_bootstrap_sample_of_a_classifier_equals_plain_evaluation(
     pictures: ClassificationData, classified: ClassificationPredictions
 ) -> None:
     drawn = np.random.default_rng(2).integers(0, IMAGES, IMAGES)
@@ -81,7 +81,7 @@ def test_a_bootstrap_sample_of_a_classifier_is_what_plain_evaluation_gives(
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])
-def test_a_bootstrap_sample_of_a_detector_is_what_plain_evaluation_gives(
+def test_bootstrap_sample_of_a_detector_equals_plain_evaluation(
     seed: int, scenes: DetectionData, detected: DetectionPredictions
 ) -> None:
     drawn = np.random.default_rng(seed).integers(0, IMAGES, IMAGES)
@@ -94,7 +94,7 @@ def test_a_label_that_no_drawn_image_has_is_left_out(scenes: DetectionData, dete
     assert "AP_blue" in found
 
 
-def test_finding_nothing_is_measured_too(scenes: DetectionData) -> None:
+def test_no_detections_are_measured_too(scenes: DetectionData) -> None:
     none = np.zeros(0, np.int64)
     nothing = DetectionPredictions(np.arange(IMAGES), none, none.astype(np.float32), none, np.zeros((0, 4)), 0.0)
     metrics = measure_accuracy(nothing, scenes, "")

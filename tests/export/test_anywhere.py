@@ -54,7 +54,7 @@ def assert_same_answer(found: Mapping[str, NDArray[Any]], expected: Arrays, wher
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime-node", "onnxruntime-web"])
-def test_node_and_the_web_answer_alike(runtime: str, bundles: list[Path], root: Path, tmp_path: Path) -> None:
+def test_node_and_web_runtimes_agree(runtime: str, bundles: list[Path], root: Path, tmp_path: Path) -> None:
     node = root / "tests" / "export" / "node"
     assert (node / "node_modules" / runtime).is_dir(), f"{runtime} is missing: run the tests by `make test`"
     for bundle in bundles:
@@ -89,7 +89,7 @@ np.savez(outputs, **{output.any_name: array for output, array in answered.items(
 """
 
 
-def test_openvino_answers_alike_in_every_batch(bundles: list[Path], tmp_path: Path) -> None:
+def test_openvino_agrees_for_every_batch_size(bundles: list[Path], tmp_path: Path) -> None:
     for bundle in bundles:
         for batch in (1, 3):
             inputs, expected = golden_sample(bundle, batch)

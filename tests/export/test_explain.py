@@ -88,7 +88,7 @@ def make_inputs(network: OnnxNetwork) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, *BUNDLES])
-def test_answers_as_the_serving_graph_and_as_torch(name: str, exported: Callable[[str], Exported]) -> None:
+def test_explain_graph_agrees_with_the_serving_graph_and_torch(name: str, exported: Callable[[str], Exported]) -> None:
     graphs = exported(name)
     network = OnnxNetwork(graphs.explain)
     inputs = make_inputs(network)

@@ -90,7 +90,7 @@ def test_a_variant_that_loses_too_much_fails_the_export(classifier_run: Path, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_default_is_said_and_served(classifier_run: Path, tmp_path: Path, run_vitrine: Run) -> None:
+def test_another_default_is_recorded_and_served(classifier_run: Path, tmp_path: Path, run_vitrine: Run) -> None:
     out = tmp_path / "colours" / "1"
     options = ("--variant", "int8-dynamic", "--default", "int8-dynamic", "--max-drop", "20", "--latency", "own")
     run_vitrine("export", classifier_run, "--out", out, *options)
@@ -129,7 +129,7 @@ def test_variants_of_an_imported_run_need_data(classifier_run: Path, colours: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_export_leaves_no_half_bundle(
+def test_interrupted_export_leaves_no_partial_bundle(
     number: signal.Signals, detector_run: Path, tmp_path: Path
 ) -> None:
     bundles = tmp_path / "bundles"
@@ -173,7 +173,7 @@ def test_a_provider_that_is_not_there(
         assert "provider cuda: expected one of" in run_vitrine(*command, "--providers", "cuda,cpu", status=1)
 
 
-def test_where_a_bundle_looks(tiny_bundles: Path, colours: Path, tmp_path: Path, run_vitrine: Run) -> None:
+def test_card_describes_explanations(tiny_bundles: Path, colours: Path, tmp_path: Path, run_vitrine: Run) -> None:
     bundle, image = tiny_bundles / "colours" / "1", colours / "test" / "red" / "0.png"
     printed = run_vitrine("explain", bundle, image, "--out", tmp_path / "seen.png")
     assert re.search(r"explained: .*seen\.png\n  \w+ \d+\.\d%", printed)
@@ -195,7 +195,7 @@ def test_metrics_are_those_of_the_served_file(tiny_bundles: Path, colours: Path,
     assert f"top1\t{bundle.manifest.metrics.values['top1']:.4f}" in printed
 
 
-def test_a_run_and_its_bundle_evaluate_alike(
+def test_run_and_bundle_evaluate_alike(
     classifier_run: Path, detector_run: Path, tiny_bundles: Path, colours: Path, squares: Path, run_vitrine: Run
 ) -> None:
     for run, name, data in ((classifier_run, "colours", colours), (detector_run, "squares", squares)):

@@ -90,7 +90,7 @@ def make_module(name: str) -> tuple[ServedClassifier | ServedDetector, tuple[int
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_architecture_answers_in_onnx_as_in_torch(name: str, exported: Callable[[str], Exported]) -> None:
+def test_every_architecture_agrees_in_onnx_and_torch(name: str, exported: Callable[[str], Exported]) -> None:
     module, file, (height, width) = exported(name)
     inputs = {}
     if isinstance(module, ServedDetector):
@@ -110,9 +110,7 @@ def test_every_architecture_answers_in_onnx_as_in_torch(name: str, exported: Cal
 
 @pytest.mark.parametrize("name", ["DETR with query boxes", "DETR with bottlenecks, DC5"])
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_a_padded_batch_answers_what_each_image_answers_alone(
-    name: str, batch: int, exported: Callable[[str], Exported]
-) -> None:
+def test_padded_batch_equals_single_images(name: str, batch: int, exported: Callable[[str], Exported]) -> None:
     network = OnnxNetwork(exported(name)[1])
     random = np.random.default_rng(batch)
     edges = [(97, 131), *random.integers(33, 98, (batch - 1, 2)).tolist()]  # odd sizes, and room to pad the first
@@ -190,7 +188,7 @@ def test_the_graph_has_the_contracts_inputs_outputs_and_axes(tiny_bundles: Path)
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (57, 83), (120, 45)])
-def test_detection_answers_as_torch_does_on_any_size(
+def test_detection_agrees_with_torch_on_any_size(
     batch: int, height: int, width: int, detector_run: Path, tiny_bundles: Path
 ) -> None:
     checkpoint = load_checkpoint(detector_run)

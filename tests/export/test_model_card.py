@@ -95,7 +95,7 @@ def test_without_data_nothing_is_measured(manifest: Manifest) -> None:
     assert "in torch" not in card
 
 
-def test_figures_stand_beside_their_intervals(manifest: Manifest) -> None:
+def test_metrics_are_listed_with_their_intervals(manifest: Manifest) -> None:
     values = {"top1": 0.5, "ECE": 0.031, "NLL": 1.25, "own": 0.1}
     card = model_card(with_metrics(manifest, values=values, intervals={"top1": (0.4, 0.61), "NLL": (1.0, 1.5)}))
     assert rows(card)[1:5] == [
@@ -143,7 +143,7 @@ def test_confusion_is_a_table_of_few_labels_and_the_frequent_pairs(manifest: Man
     assert "No image is misclassified." in model_card(perfect)
 
 
-def test_confusion_of_more_labels_is_the_pairs_alone(manifest: Manifest) -> None:
+def test_confusion_of_many_labels_lists_pairs_only(manifest: Manifest) -> None:
     labels = tuple(f"label{i}" for i in range(13))
     confusion = tuple(tuple(5 if i == j else int(j == (i + 1) % 13) for j in range(13)) for i in range(13))
     card = model_card(with_metrics(manifest, confusion=confusion).model_copy(update={"labels": labels}))
@@ -209,7 +209,7 @@ def test_speed_has_a_column_for_each_setting(manifest: Manifest) -> None:
     ]
 
 
-def test_hiding_patches_is_said_where_there_is_no_attention(manifest: Manifest) -> None:
+def test_card_describes_occlusion_without_attention(manifest: Manifest) -> None:
     card = model_card(manifest.model_copy(update={"explanation": Explanation(method="occlusion", patch_size=4)}))
     assert "Patches of 4 pixels are occluded one at a time" in card
     assert "explain.onnx" not in card
@@ -239,7 +239,7 @@ def test_from_another_run(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("update", [{}, {"crop_pct": 0.875}, {"crop_mode": "squash"}, {"interpolation": "bicubic"}])
-def test_ten_lines_answer_what_is_served(
+def test_ten_lines_predict_what_is_served(
     update: dict[str, Any], manifest: Manifest, tiny_bundles: Path, photograph: bytes, tmp_path: Path
 ) -> None:
     preprocessing = ClassificationPreprocessing.model_validate(manifest.preprocessing.model_dump() | update)

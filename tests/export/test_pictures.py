@@ -12,7 +12,7 @@ from vitrine.models.training.data.layouts import load_split
 
 
 @pytest.mark.parametrize("name", ["colours", "squares"])
-def test_the_sheet_holds_the_served_answers(name: str, tiny_bundles: Path, colours: Path, squares: Path) -> None:
+def test_sheet_shows_the_served_predictions(name: str, tiny_bundles: Path, colours: Path, squares: Path) -> None:
     path = tiny_bundles / name / "1"
     bundle = load_bundle(path)
     data = load_split({"colours": colours, "squares": squares}[name], bundle.manifest.task, "test")
@@ -25,7 +25,7 @@ def test_the_sheet_holds_the_served_answers(name: str, tiny_bundles: Path, colou
     assert (RELIABILITY_FILE in files) == (name == "colours")
 
 
-def test_reliability_is_a_picture_of_its_own() -> None:
+def test_reliability_diagram_is_an_svg() -> None:
     bins = [ReliabilityBin(answers=n, confidence=(i + 0.5) / 4, accuracy=i / 4) for i, n in enumerate((0, 5, 10, 20))]
     root = ElementTree.fromstring(reliability_svg(bins))
     kinds = [element.get("class") for element in root.iter() if element.tag.endswith("rect")]

@@ -53,7 +53,7 @@ def weights(model: onnx.ModelProto) -> dict[str, NDArray[np.generic]]:
 
 
 @pytest.mark.parametrize("precision", SMALLER)
-def test_a_variant_takes_and_gives_what_float32_does(precision: Precision, case: Case) -> None:
+def test_variant_has_the_inputs_and_outputs_of_float32(precision: Precision, case: Case) -> None:
     model, calibration = case
     before = model.SerializeToString()
     variant = make_variant(model, precision, calibration).model
@@ -92,7 +92,7 @@ def test_padding_is_as_invisible_as_in_float32(precision: Precision, case: Case)
     np.testing.assert_allclose(found[2], expected[2], atol=GOLDEN[precision])
 
 
-def test_large_weights_are_stored_in_half_the_bytes(case: Case) -> None:
+def test_large_weights_are_stored_in_float16(case: Case) -> None:
     model, _ = case
     whole, half = weights(model), weights(to_fp16_weights(model))
     large = {name for name, values in whole.items() if values.dtype == np.float32 and values.nbytes >= 1024}
@@ -111,7 +111,7 @@ def test_weights_beyond_float16_stay_in_float32(classifier: Case) -> None:
     np.testing.assert_array_equal(weights(to_fp16_weights(model))[tensor.name], values)
 
 
-def test_half_computes_in_half(case: Case) -> None:
+def test_fp16_computes_in_float16(case: Case) -> None:
     model, _ = case
     half = to_fp16(model)
     products = [node for node in half.graph.node if node.op_type in ("MatMul", "Gemm", "Conv")]
@@ -186,12 +186,12 @@ def _widen(model: onnx.ModelProto, norm: str, layer: str) -> None:
 
 
 @pytest.mark.parametrize("precision", INT8)
-def test_answers_that_no_choice_of_layers_keeps_are_refused(
+def test_output_error_with_a_single_layer_is_refused(
     precision: Precision, classifier: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, calibration = classifier
     monkeypatch.setattr(variants, "MAX_OUTPUT_ERROR", -1.0)
-    expected = rf"{precision}: expected answers within -1.0 of float32's on average, found \d\.\d+ with a single layer"
+    expected = rf"{precision}: expected outputs within -1.0 of float32's on average, found \d\.\d+ with a single layer"
     with pytest.raises(ExportError, match=expected):
         make_variant(model, precision, calibration)
 

@@ -135,7 +135,7 @@ def test_self_attention_is_permutation_equivariant() -> None:
     torch.testing.assert_close(attention(x[:, order]), attention(x)[:, order])
 
 
-def test_self_attention_answers_the_same_when_its_weights_are_recorded() -> None:
+def test_recording_does_not_change_self_attention() -> None:
     attention, x = SelfAttention(16, 4), torch.randn(2, 9, 16)
     record: list[Tensor] = []
     torch.testing.assert_close(attention(x, record), attention(x), atol=1e-6, rtol=1e-5)
@@ -170,7 +170,7 @@ def test_multi_head_attention_does_not_see_the_order_of_the_keys() -> None:
 
 
 @pytest.mark.parametrize("hidden", [0, 1, 4])
-def test_cross_attention_answers_the_same_when_its_weights_are_recorded(hidden: int) -> None:
+def test_recording_does_not_change_cross_attention(hidden: int) -> None:
     attention, query, memory = MultiHeadAttention(16, 4), torch.randn(2, 3, 16), torch.randn(2, 5, 16)
     bias, record = padding_bias(5, hidden), []
     recorded = attention(query, memory, memory, bias, record)

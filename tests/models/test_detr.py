@@ -132,7 +132,7 @@ def test_auxiliary_outputs_are_those_of_a_network_that_ends_there(queries: Any, 
 
 
 @every_kind
-def test_first_group_answers_in_training_what_it_answers_at_inference(queries: Any) -> None:
+def test_first_group_predicts_the_same_in_training_and_inference(queries: Any) -> None:
     network = make(queries=queries, query_groups=3, backbone_norm="frozen")
     inference, training = network(*images(2, 32, 48)), network.train()(*images(2, 32, 48))
     torch.testing.assert_close(training["pred_boxes"][:, :6], inference["pred_boxes"])
@@ -186,7 +186,7 @@ def test_learned_queries_have_no_boxes() -> None:
     }
 
 
-def test_learned_queries_answer_in_the_order_of_their_vectors() -> None:
+def test_learned_queries_predict_in_the_order_of_their_vectors() -> None:
     network, order = make(queries="learned"), torch.randperm(6, generator=torch.Generator().manual_seed(2))
     expected = network(*images(2, 32, 48))
     assert len(expected["pred_boxes"][0].unique(dim=0)) == 6
@@ -252,7 +252,7 @@ def test_queries_do_not_see_cells_outside_the_valid_region(queries: Any) -> None
     block=st.sampled_from(["basic", "bottleneck"]),
     dilation=st.booleans(),
 )
-def test_a_padded_batch_answers_what_each_image_answers_alone(
+def test_padded_batch_equals_single_images(
     queries: Any, edges: list[tuple[int, int]], block: Any, dilation: bool
 ) -> None:
     network = make(queries=queries, backbone_block=block, dilation=dilation)
@@ -272,7 +272,7 @@ def test_without_padding_the_sizes_may_be_left_out(queries: Any, edges: tuple[in
 
 @every_kind
 @pytest.mark.parametrize("edges", [(64, 64), (33, 57), (1, 9)])
-def test_published_padding_answers_the_same_for_an_image_without_padding(queries: Any, edges: tuple[int, int]) -> None:
+def test_published_padding_does_not_change_images_without_padding(queries: Any, edges: tuple[int, int]) -> None:
     network = make(queries=queries)
     expected = network(*images(2, *edges))
     network.published_padding = True
@@ -280,7 +280,7 @@ def test_published_padding_answers_the_same_for_an_image_without_padding(queries
 
 
 @every_kind
-def test_published_padding_leaks_into_the_answers_of_a_padded_batch(queries: Any) -> None:
+def test_published_padding_leaks_into_predictions_of_a_padded_batch(queries: Any) -> None:
     network = make(queries=queries)
     alone, batch, sizes = padded([(33, 47), (64, 64)])
     network.published_padding = True
@@ -301,7 +301,7 @@ def test_published_padding_samples_the_mask() -> None:
 
 
 @every_kind
-def test_recorded_weights_come_from_every_layer_and_change_no_answer(queries: Any) -> None:
+def test_recording_covers_every_layer_and_does_not_change_predictions(queries: Any) -> None:
     network, record = make(queries=queries, encoder_layers=2), list[Tensor]()
     _, batch, sizes = padded([(24, 40), (33, 17)])
     assert_same(network(batch, sizes, record), network(batch, sizes), 1e-5)
@@ -314,7 +314,7 @@ def test_recorded_weights_come_from_every_layer_and_change_no_answer(queries: An
         assert (weights[hidden] == 0).all()
 
 
-def test_a_query_with_a_box_looks_at_its_box_first() -> None:
+def test_query_with_a_box_attends_to_its_box_first() -> None:
     network, record = Detr(DetrConfig(**{**TINY, "num_queries": 4}, queries="boxes")).eval(), list[Tensor]()
     for block in network.decoder:
         nn.init.zeros_(block.multihead_attn.q_proj.weight)  # only the prior remains
@@ -398,7 +398,7 @@ def test_denoising_adds_an_embedding_of_the_labels_and_changes_no_other_weight()
 
 
 @pytest.mark.parametrize("query_groups", [1, 3])
-def test_queries_see_nothing_of_noised_objects(query_groups: int) -> None:
+def test_queries_do_not_attend_to_noised_objects(query_groups: int) -> None:
     network, inputs = restoring(query_groups=query_groups), images(2, 32, 48)
     expected, found = network(*inputs), network(*inputs, denoising=noised(WHOLE))
     assert expected["denoising"] == []
@@ -420,7 +420,7 @@ def test_groups_of_noised_objects_do_not_see_each_other_but_themselves() -> None
     assert ((found[:, 3:] - expected[:, 3:]).abs().amax(dim=(0, 2)) > 1e-6).all()
 
 
-def test_padding_among_noised_objects_is_not_seen() -> None:
+def test_padding_among_noised_objects_is_masked() -> None:
     """Objects are restored as without padding in the batch, and an image without objects has no effect."""
     network, (pixels, sizes) = restoring(), images(2, 32, 48)
     given = noised([[True, True, False], [False, False, False]])
@@ -457,7 +457,7 @@ def test_denoising_in_half_precision() -> None:
     assert all(value.isfinite().all() for layer in layers for value in layer.values())
 
 
-def test_an_answer_does_not_depend_on_the_embedding_of_noised_labels() -> None:
+def test_predictions_do_not_depend_on_the_embedding_of_noised_labels() -> None:
     """Exported graphs do not contain it."""
     network = restoring().eval()
     exported = torch.export.export(network, images(2, 32, 32))

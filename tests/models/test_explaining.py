@@ -52,7 +52,7 @@ def explain(module: torch.nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_classifiers_answer_what_they_answer_when_served(name: str) -> None:
+def test_explained_classifiers_return_the_served_probabilities(name: str) -> None:
     network, x = make_network(*CLASSIFIERS[name]), pixels(2, 16, 24, 3)
     expected = served(network, MEAN, STD, 1.7)(x)
     assert expected.std() > 0.01
@@ -60,7 +60,7 @@ def test_classifiers_answer_what_they_answer_when_served(name: str) -> None:
 
 
 @pytest.mark.parametrize("queries", DETECTORS)
-def test_detectors_answer_what_they_answer_when_served(queries: str) -> None:
+def test_explained_detectors_return_the_served_detections(queries: str) -> None:
     network, x = make_network("detr", DETECTORS[queries]), pixels(3, 64, 96, 3)
     found = explain(explained(network, MEAN, STD), x, SIZES)
     for name, expected in zip(("scores", "class_ids", "boxes"), served(network, MEAN, STD)(x, SIZES), strict=True):
@@ -68,7 +68,7 @@ def test_detectors_answer_what_they_answer_when_served(queries: str) -> None:
 
 
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
-def test_attention_is_what_the_classified_state_sees(global_pool: str) -> None:
+def test_attention_is_that_of_the_classified_state(global_pool: str) -> None:
     network, x = make_network("vit", {**VIT, "global_pool": global_pool}), pixels(2, 16, 24, 3)
     found = explain(explained(network, MEAN, STD), x)
     record: list[Tensor] = []
@@ -106,7 +106,7 @@ def test_a_class_activation_map_sums_to_the_logit(name: str) -> None:
 
 
 @pytest.mark.parametrize("queries", DETECTORS)
-def test_detr_attends_to_the_valid_cells_alone(queries: str) -> None:
+def test_detr_attends_to_valid_cells_only(queries: str) -> None:
     network = make_network("detr", DETECTORS[queries])
     found = explain(explained(network, MEAN, STD), pixels(3, 64, 96, 3), SIZES)
     rows, columns = found["cross_attention"].shape[2:]
@@ -137,6 +137,6 @@ def test_explaining_adds_nothing_to_the_weights() -> None:
     assert explained(network, MEAN, STD).state_dict().keys() == served(network, MEAN, STD).state_dict().keys()
 
 
-def test_a_mixer_shows_nothing_of_itself() -> None:
+def test_mixer_has_no_explained_form() -> None:
     settings = {"image_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1}
     assert explained(build_model("mlp_mixer", settings, 3), MEAN, STD) is None

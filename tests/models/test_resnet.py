@@ -187,7 +187,7 @@ def test_every_second_cell_of_dilated_features_is_that_of_strided_ones(
     layers=st.sampled_from([(1,), (2, 1), (1, 1, 2)]),
     edges=st.lists(SIZES, min_size=2, max_size=3),
 )
-def test_features_of_a_padded_image_are_those_of_the_image_alone(
+def test_features_of_a_padded_image_equal_those_without_padding(
     block: Any, dilation: bool, norm: Any, layers: tuple[int, ...], edges: list[tuple[int, int]]
 ) -> None:
     torch.manual_seed(0)
@@ -230,7 +230,7 @@ def test_every_parameter_learns(block: Any) -> None:
     assert [name for name, parameter in network.named_parameters() if not parameter.grad.abs().sum() > 0] == []
 
 
-def test_thawed_norm_answers_what_frozen_norm_answers() -> None:
+def test_thawed_norm_equals_frozen_norm() -> None:
     network = ResNet(ResNetConfig((1, 1), 8, norm="frozen")).eval()
     for module in network.modules():
         if isinstance(module, FrozenBatchNorm):

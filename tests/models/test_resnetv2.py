@@ -191,7 +191,7 @@ def test_every_parameter_learns(stem: Any) -> None:
     assert [name for name, parameter in network.named_parameters() if not parameter.grad.abs().sum() > 0] == []
 
 
-def test_a_fresh_network_answers_every_class_alike() -> None:
+def test_initial_network_predicts_all_classes_equally() -> None:
     assert (ResNetV2(TINY)(torch.randn(2, 3, 32, 32)) == 0).all()
 
 
@@ -216,7 +216,7 @@ def test_unit_whose_branch_is_dropped_is_its_shortcut(in_channels: int, stride: 
 
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_folded_standardisation_gives_the_same_answers(stem: Any, wrapped: bool) -> None:
+def test_folding_standardisation_preserves_the_outputs(stem: Any, wrapped: bool) -> None:
     network, x = make(stem=stem), torch.randn(2, 3, 33, 40)
     with torch.no_grad():
         expected = network(x)
@@ -227,7 +227,7 @@ def test_folded_standardisation_gives_the_same_answers(stem: Any, wrapped: bool)
     assert network.state_dict().keys() == names
 
 
-def test_folding_leaves_other_networks_alone() -> None:
+def test_folding_does_not_change_other_networks() -> None:
     network, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)), torch.randn(1, 3, 5, 5)
     expected = network(x)
     fold_weight_standardisation(network)

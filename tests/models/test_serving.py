@@ -62,7 +62,7 @@ def test_wrapping_adds_nothing_to_the_weights() -> None:
         ("resnetv2", {"image_size": 8, "layers": (1,), "width_factor": 0.5, "stem": "small"}),
     ],
 )
-def test_classifier_answers_the_softmax_of_the_networks_logits(architecture: str, settings: dict[str, Any]) -> None:
+def test_classifier_returns_the_softmax_of_the_networks_logits(architecture: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     network = build_model(architecture, settings, 3).eval()
     torch.nn.init.normal_(network.head.weight)
@@ -104,7 +104,7 @@ def test_a_detr_is_served_as_a_detector(detector: ServedDetector) -> None:
     assert isinstance(served(detector.network, MEAN, STD), ServedDetector)
 
 
-def test_detector_answers_scores_classes_and_corners(detector: ServedDetector) -> None:
+def test_detector_returns_scores_classes_and_corners(detector: ServedDetector) -> None:
     scores, class_ids, boxes = detector(pixels(2, 32, 48, 3), torch.tensor([[32, 48], [20, 30]]))
     assert (scores.shape, class_ids.shape, boxes.shape) == ((2, 10), (2, 10), (2, 10, 4))
     assert class_ids.dtype == torch.int64
@@ -120,7 +120,7 @@ def test_boxes_are_the_networks_as_corners(detector: ServedDetector) -> None:
     torch.testing.assert_close(detector(x, sizes)[2], corners)
 
 
-def test_no_object_is_never_the_answer(detector: ServedDetector) -> None:
+def test_no_object_is_never_predicted(detector: ServedDetector) -> None:
     torch.nn.init.zeros_(detector.network.class_embed.weight)
     with torch.no_grad():
         detector.network.class_embed.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 20.0]))  # the last is "no object"
@@ -129,7 +129,7 @@ def test_no_object_is_never_the_answer(detector: ServedDetector) -> None:
     assert (scores < 1e-6).all()
 
 
-def test_unused_classes_are_never_answered_but_take_part_in_the_softmax() -> None:
+def test_unused_classes_are_never_predicted_but_take_part_in_the_softmax() -> None:
     detector = make_detector(unused_classes=2)
     logits = torch.tensor([0.0, 1.0, -1.0, 4.0, 3.0, 2.0])  # three classes, two unused ones, "no object"
     torch.nn.init.zeros_(detector.network.class_embed.weight)
@@ -141,7 +141,7 @@ def test_unused_classes_are_never_answered_but_take_part_in_the_softmax() -> Non
     torch.testing.assert_close(scores, torch.full((1, 10), expected))
 
 
-def test_scores_and_classes_are_the_best_of_the_softmax_without_what_stands_for_no_label() -> None:
+def test_scores_and_classes_are_the_best_of_the_softmax_over_labels() -> None:
     detector, x, sizes = make_detector(unused_classes=2), pixels(2, 32, 48, 3), torch.tensor([[32, 48], [20, 30]])
     torch.nn.init.normal_(detector.network.class_embed.weight)
     valid = torch.zeros(2, 1, 32, 48)
@@ -165,7 +165,7 @@ def test_content_of_the_padding_does_not_matter(detector: ServedDetector) -> Non
         assert torch.equal(found, expected)
 
 
-def test_image_answers_the_same_in_any_batch(detector: ServedDetector) -> None:
+def test_predictions_do_not_depend_on_the_batch(detector: ServedDetector) -> None:
     x = pixels(3, 32, 48, 3)
     sizes = torch.tensor([[32, 48], [20, 30], [32, 20]])
     for i in range(3):
@@ -173,7 +173,7 @@ def test_image_answers_the_same_in_any_batch(detector: ServedDetector) -> None:
         torch.testing.assert_close(alone[2][0], detector(x, sizes)[2][i], atol=1e-5, rtol=1e-4)
 
 
-def test_a_padded_batch_answers_what_each_image_answers_alone(detector: ServedDetector) -> None:
+def test_padded_batch_equals_single_images(detector: ServedDetector) -> None:
     torch.manual_seed(2)
     for module in detector.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # as after training: zero does not map to zero

@@ -118,7 +118,7 @@ def test_block_is_torchs_encoder_layer(norm: Any, eps: float) -> None:
     torch.testing.assert_close(block(x), reference(x), atol=1e-5, rtol=1e-5)
 
 
-def test_post_norm_block_answers_normalised_tokens() -> None:
+def test_post_norm_block_returns_normalised_tokens() -> None:
     tokens = Block(16, 2, 32, norm="post")(100 * torch.randn(2, 5, 16) + 7)
     torch.testing.assert_close(tokens.mean(dim=-1), torch.zeros(2, 5), atol=1e-5, rtol=0)
     torch.testing.assert_close(tokens.var(dim=-1, correction=0), torch.ones(2, 5), atol=1e-3, rtol=0)
@@ -264,7 +264,7 @@ def test_query_groups_do_not_see_each_other(groups: int) -> None:
 
 
 @pytest.mark.parametrize("group", [0, 1, 2])
-def test_a_group_alone_answers_the_same(group: int) -> None:
+def test_groups_are_independent(group: int) -> None:
     block, own = DetrDecoderBlock(8, 2, 16, 0.0), slice(2 * group, 2 * group + 2)
     queries, positions, bias = torch.randn(2, 6, 8), torch.randn(2, 6, 8), torch.randn(2, 2, 6, 5)
     together = decode(block, queries, 3, query_positions=positions, bias=bias)[:, own]
@@ -285,7 +285,7 @@ def test_decoder_block_does_not_see_padding() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_decoder_block_records_its_cross_attention_alone(groups: int) -> None:
+def test_decoder_block_records_its_cross_attention_only(groups: int) -> None:
     block, queries, record = DetrDecoderBlock(8, 2, 16, 0.0), torch.randn(2, 4, 8), []
     bias = torch.randn(2, 2, 4, 5)
     recorded = decode(block, queries, groups, bias=bias, record=record)
@@ -295,7 +295,7 @@ def test_decoder_block_records_its_cross_attention_alone(groups: int) -> None:
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 4))
 
 
-def test_hidden_queries_are_not_seen_in_their_group() -> None:
+def test_masked_queries_are_not_attended_to_in_their_group() -> None:
     """In each image, the last of the first group of three is masked, and all of the second group."""
     block, queries = DetrDecoderBlock(8, 2, 16, 0.0), torch.randn(2, 6, 8)
     query_bias = torch.zeros(2, 6)

@@ -213,7 +213,7 @@ def test_drop_path_rises_with_depth() -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize(("global_pool", "tokens"), [("token", 17), ("avg", 16)])
-def test_recorded_weights_come_from_every_block_and_change_no_answer(norm: Any, global_pool: Any, tokens: int) -> None:
+def test_recording_covers_every_block_and_does_not_change_the_logits(norm: Any, global_pool: Any, tokens: int) -> None:
     network = ViT(ViTConfig(**{**TINY, "depth": 3}, norm=norm, global_pool=global_pool)).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -392,9 +392,7 @@ def test_dilation_in_the_arguments_gives_dc5(facebook: Facebook, import_file: Im
     compare("facebookresearch DETR, dc5 by args", run, network, agree)
 
 
-def test_the_variant_gives_dc5_with_the_same_keys_and_other_answers(
-    facebook: Facebook, import_file: Import, agree: Agree
-) -> None:
+def test_variant_makes_dc5_of_the_same_keys(facebook: Facebook, import_file: Import, agree: Agree) -> None:
     layers = (3, 4, 6, 3)  # as the variant says
     network = facebook(layers=layers, dilated=True)
     plain = PublishedDetr(layers=layers)
@@ -484,7 +482,7 @@ def test_reset_head_keeps_everything_but_the_classes(facebook: Facebook, import_
     agree("facebookresearch DETR, boxes with a new head", boxes, network(pixels, sizes)[1], spread=BOX_SPREAD)
 
 
-def test_a_second_half_of_another_detr_is_named(facebook: Facebook, import_file: Import) -> None:
+def test_tensors_of_another_detr_are_named(facebook: Facebook, import_file: Import) -> None:
     state = facebook().state_dict()
     del state["bbox_embed.layers.1.weight"]
     state["backbone.0.body.layer2.0.bn3.running_var"] = torch.ones(3)

@@ -148,7 +148,7 @@ def time_limit() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pth", "m.npz", "m.txt", "m"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kind_is_told_by_the_bytes_whatever_the_file_is_called(kind: str, name: str, tmp_path: Path) -> None:
+def test_format_is_recognised_by_the_bytes_not_the_name(kind: str, name: str, tmp_path: Path) -> None:
     write(kind, tmp_path / name)
     expected = {key: torch.from_numpy(a) for key, a in google_vit().items()} if "npz" in kind else timm_vit()
     with quiet():
@@ -479,7 +479,7 @@ HIDDEN: dict[str, Callable[[Malicious], object]] = {
 
 @pytest.mark.parametrize("archive", [True, False])
 @pytest.mark.parametrize("hide", HIDDEN.values(), ids=HIDDEN.keys())
-def test_code_in_a_file_is_named_and_not_run(
+def test_code_in_a_file_is_reported_and_not_run(
     hide: Callable[[Malicious], object], archive: bool, tmp_path: Path
 ) -> None:
     trace = tmp_path / "executed"
@@ -519,7 +519,7 @@ def test_code_in_a_head_that_is_replaced_is_not_run(tmp_path: Path) -> None:
     "name", ["builtins.eval", "builtins.exec", "builtins.getattr", "os.system", "subprocess.Popen", "runpy.run_path"]
 )
 @pytest.mark.parametrize("archive", [True, False])
-def test_the_offending_global_is_the_one_that_is_named(name: str, archive: bool, tmp_path: Path) -> None:
+def test_offending_global_is_named(name: str, archive: bool, tmp_path: Path) -> None:
     trace = tmp_path / "executed"
     argument = f"open({str(trace)!r}, 'w')".encode()
     module, _, attribute = name.rpartition(".")
@@ -545,7 +545,7 @@ def test_json_is_an_object_or_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", "null", '"x"', "[" * 100_000, '{"a":' * 100_000, "\x00", "<html>"], ids=lambda t: t[:8]
 )
-def test_broken_json_is_named(text: str, tmp_path: Path) -> None:
+def test_broken_json_is_reported(text: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(text)
     with pytest.raises(UnreadableFileError) as error:
@@ -554,7 +554,7 @@ def test_broken_json_is_named(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_json_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_json_that_is_not_text_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00{")
     with pytest.raises(UnreadableFileError, match=r"config\.json: cannot be read"):
         read_json(tmp_path / "config.json")

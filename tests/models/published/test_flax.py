@@ -65,7 +65,7 @@ def test_projections_to_heads_become_one_whose_thirds_are_queries_keys_and_value
 
 @settings(deadline=None)
 @given(dim=edges, heads=edges, size=edges)
-def test_the_projection_from_heads_takes_them_one_behind_another(dim: int, heads: int, size: int) -> None:
+def test_projection_from_heads_concatenates_them(dim: int, heads: int, size: int) -> None:
     kernel, x = torch.randn(heads, size, dim), torch.randn(2, heads, size)
     expected = torch.einsum("bhk,hkd->bd", x, kernel)
     torch.testing.assert_close(F.linear(x.reshape(2, -1), flax.heads_out(kernel)), expected)
@@ -97,7 +97,7 @@ BESIDE = {
 
 
 @pytest.mark.parametrize("prefix", BESIDE)
-def test_what_a_training_checkpoint_holds_beside_the_network_is_left_out(prefix: str) -> None:
+def test_training_state_of_a_checkpoint_is_ignored(prefix: str) -> None:
     plain: Any = {"architecture": "none", "settings": lambda tensors, context: {}, "preprocessing": {}}
     layout = Layout(
         name="dense",

@@ -107,7 +107,7 @@ def test_names_of_tensors_cannot_write_on_the_terminal(
     assert "\x1b" not in output
 
 
-def test_the_name_of_the_file_tells_nothing(tmp_path: Path, out: Path) -> None:
+def test_file_name_is_ignored(tmp_path: Path, out: Path) -> None:
     (tmp_path / "labels.txt").write_text(LABELS)
     torch.save(timm_vit(), tmp_path / "detr_resnet50_swin_deit_distilled.npz")
     imported = make(tmp_path / "detr_resnet50_swin_deit_distilled.npz", out)
@@ -129,7 +129,7 @@ def test_a_resnet_classifier_asks_for_the_labels_of_the_detector(tmp_path: Path,
     assert not out.parent.parent.exists()
 
 
-def test_a_variant_tells_all_that_a_new_detector_needs(tmp_path: Path, out: Path) -> None:
+def test_variant_has_all_settings_of_a_new_detector(tmp_path: Path, out: Path) -> None:
     (tmp_path / "labels.txt").write_text(LABELS)
     torch.save(resnet(), tmp_path / "resnet.pth")
     labels = str(tmp_path / "labels.txt")
@@ -248,7 +248,7 @@ def test_a_variant_of_another_size_does_not_fit(file: Path, out: Path) -> None:
         make(file, out, variant="vit_tiny_patch16")
 
 
-def test_heads_that_no_shape_tells_are_asked_for(file: Path, out: Path) -> None:
+def test_number_of_heads_is_required_if_it_cannot_be_inferred(file: Path, out: Path) -> None:
     with pytest.raises(ImportSettingError, match="num_heads: cannot be inferred from the file; pass num_heads=VALUE"):
         import_weights(file, out, labels=str(file.parent / "labels.txt"))
 
@@ -477,7 +477,7 @@ def test_an_imported_network_measured_at_its_export(
     assert manifest["metrics"]["data"] == manifest["parity"]["data"] == "colours"
 
 
-def test_a_new_head_is_said_to_need_training(file: Path, out: Path, command: Callable[..., tuple[int, str]]) -> None:
+def test_new_head_is_reported_to_need_training(file: Path, out: Path, command: Callable[..., tuple[int, str]]) -> None:
     status, output = command("import", file, "num_heads=2", "--labels", "coco", "--reset-head", "--out", out)
     assert status == 0
     assert "80 labels" in output
@@ -487,7 +487,7 @@ def test_a_new_head_is_said_to_need_training(file: Path, out: Path, command: Cal
     assert output == f"vitrine: {out}: weights: expected a trained network, found random numbers in head\n"
 
 
-def test_labels_that_were_assumed_are_said(tmp_path: Path, out: Path, command: Callable[..., tuple[int, str]]) -> None:
+def test_assumed_labels_are_reported(tmp_path: Path, out: Path, command: Callable[..., tuple[int, str]]) -> None:
     save_file(timm_vit(1000), tmp_path / "m.safetensors")
     status, output = command("import", tmp_path / "m.safetensors", "num_heads=2", "--out", out)
     assert status == 0
@@ -495,7 +495,7 @@ def test_labels_that_were_assumed_are_said(tmp_path: Path, out: Path, command: C
     assert load_checkpoint(out).labels == read_labels("imagenet-1k")
 
 
-def test_heads_that_were_assumed_are_said(tmp_path: Path, out: Path) -> None:
+def test_assumed_number_of_heads_is_reported(tmp_path: Path, out: Path) -> None:
     """A width of 192 allows any number of heads; three is only that of the published networks."""
     (tmp_path / "labels.txt").write_text(LABELS)
     save_file(timm_vit(embed_dim=192, num_heads=3), tmp_path / "m.safetensors")

@@ -109,7 +109,7 @@ def test_published_labels(config: dict[str, Any], labels: list[str] | None) -> N
     ],
     ids=str,
 )
-def test_published_labels_of_another_kind_are_said_or_left_out(config: dict[str, Any], tmp_path: Path) -> None:
+def test_other_published_labels_are_reported_or_ignored(config: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ImportSettingError) as error:
         import_vit(tmp_path, 3, **config)
     assert "\n" not in str(error.value)

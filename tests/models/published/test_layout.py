@@ -128,7 +128,7 @@ def partner(key: str) -> str:
     return key
 
 
-def test_shapes_are_told_as_expected_and_as_found() -> None:
+def test_shape_mismatches_report_expected_and_found() -> None:
     found = content() | {"first.weight": torch.zeros(5, 3), "units.1.cell01": torch.zeros(2, 3)}
     with pytest.raises(MismatchError) as caught:
         run(found)
@@ -230,7 +230,7 @@ def test_tensors_are_counted_up_to_the_first_that_is_missing(number: int, start:
     assert count(tensors, template, s=2) == number
 
 
-def test_the_known_share_tells_a_near_file_from_a_far_one() -> None:
+def test_known_share_distinguishes_near_from_far_files() -> None:
     far = {f"somewhere.{i}": torch.zeros(1) for i in range(5)}
     half = content() | {f"somewhere.{i}": torch.zeros(1) for i in range(len(FILE))}
     assert LAYOUT.known_share(lazy(content())) == 1

@@ -117,7 +117,7 @@ def test_a_detectors_other_sizes_are_refused(size: object) -> None:
         found(detr.HUGGING_FACE, {**NORMAL, "size": size})
 
 
-def test_what_a_preprocessor_leaves_out_is_the_familys() -> None:
+def test_missing_preprocessor_fields_are_the_familys() -> None:
     fields = found(vit.HUGGING_FACE, {"size": 16})
     assert fields["mean"] == fields["std"] == tuple(HALF)
     assert fields["interpolation"] == "bilinear"
@@ -281,7 +281,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_every_layout_has_a_default_that_is_said(layout: Layout) -> None:
+def test_default_of_every_layout_is_reported(layout: Layout) -> None:
     fields, where = find_preprocessing(layout, Published({}, {}), {"image_size": 224})
     assert where == f"the published default of {layout.name}, because the file has none"
     said = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
@@ -290,7 +290,7 @@ def test_every_layout_has_a_default_that_is_said(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize(("size", "crop_pct"), [(224, 0.9), (256, 1.0), (384, 1.0)])
-def test_networks_of_higher_resolution_see_the_whole_picture(size: int, crop_pct: float) -> None:
+def test_networks_of_higher_resolution_use_the_whole_image(size: int, crop_pct: float) -> None:
     fields, _ = find_preprocessing(vit.TIMM, Published({}, {}), {"image_size": size})
     assert fields["crop_pct"] == crop_pct
 
@@ -305,7 +305,7 @@ def test_a_run_says_that_its_preprocessing_was_assumed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config", [{"model_type": "swin"}, {"model_type": "vit", **TIMM}, {"architectures": ["ViT"]}, {"mean": ODD_MEAN}]
 )
-def test_a_config_of_another_model_is_not_used_and_that_is_said(config: dict[str, Any], tmp_path: Path) -> None:
+def test_config_of_another_model_is_reported_and_not_used(config: dict[str, Any], tmp_path: Path) -> None:
     imported = timm_vit(tmp_path, config)
     assert f"{tmp_path / 'config.json'} is not of timm's ViT: not used" in imported.notes
     assert imported.checkpoint.preprocessing["mean"] == HALF
@@ -318,7 +318,7 @@ def test_a_timm_config_of_another_architecture_is_not_used(architecture: str, tm
 
 
 @pytest.mark.parametrize("layout", [vit.HUGGING_FACE, resnetv2.HUGGING_FACE, detr.HUGGING_FACE], ids=lambda x: x.name)
-def test_configs_are_told_by_their_model_type(layout: Layout, tmp_path: Path) -> None:
+def test_configs_are_recognised_by_their_model_type(layout: Layout, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": 16}')
     (tmp_path / "config.json").write_text(json.dumps({"model_type": layout.model_type}))
     published, notes = read_published(tmp_path, layout)
@@ -330,7 +330,7 @@ def test_configs_are_told_by_their_model_type(layout: Layout, tmp_path: Path) ->
     assert notes == [f"{tmp_path / 'config.json'} is not of {layout.name}: not used"]
 
 
-def test_a_preprocessor_without_a_config_is_used_or_that_is_said(tmp_path: Path) -> None:
+def test_preprocessor_without_a_config_is_used_or_reported(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**NORMAL, "size": 16}))
     published, notes = read_published(tmp_path, vit.HUGGING_FACE)
     assert published.preprocessor or any("preprocessor_config.json" in note for note in notes)
@@ -351,7 +351,7 @@ def test_another_resolution_on_the_command_line(tmp_path: Path) -> None:
     assert made.weights["pos_embed.embedding"].shape == (1, 65, 8)
 
 
-def test_the_users_preprocessing_stands_before_the_published(tmp_path: Path) -> None:
+def test_users_preprocessing_overrides_the_published(tmp_path: Path) -> None:
     config = {"architecture": "vit_tiny", "pretrained_cfg": TIMM}
     changes = ("preprocessing.crop_pct=0.8", "preprocessing.mean=[0.7,0.7,0.7]", "preprocessing.interpolation=bilinear")
     made = timm_vit(tmp_path, config, *changes).checkpoint
@@ -447,7 +447,7 @@ def test_a_change_without_a_value(change: str, tmp_path: Path) -> None:
         "representation_size=8",
     ],
 )
-def test_a_value_that_no_network_takes_is_a_sentence(change: str, tmp_path: Path) -> None:
+def test_invalid_setting_is_reported(change: str, tmp_path: Path) -> None:
     with pytest.raises(WeightsError):
         timm_vit(tmp_path, None, change)
     assert not (tmp_path / "run").exists()
@@ -521,7 +521,7 @@ PIPELINES: dict[str, tuple[Any, Any]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_photograph_is_answered_as_by_the_public_pipeline(name: str, photograph: bytes, tmp_path: Path) -> None:
+def test_photograph_is_classified_as_by_the_public_pipeline(name: str, photograph: bytes, tmp_path: Path) -> None:
     torch.manual_seed(1)
     network, processor = PIPELINES[name]
     for parameter in network.parameters():
