@@ -33,8 +33,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Providers = Annotated[
-    str, typer.Option("--providers", help="Execution providers of ONNX Runtime in order of preference: cuda,cpu.")
+Providers = Annotated[str, typer.Option("--providers", help="ONNX Runtime's execution providers in order: cuda,cpu.")]
+Variant = Annotated[
+    Precision | None, typer.Option(help="Graph of the bundle (default: the one that it serves).", show_default=False)
 ]
 
 
