@@ -1,5 +1,6 @@
 """Shared fixtures: tiny data sets, runs and bundles, made once per session by the real commands, and a real server."""
 
+import fcntl
 import io
 import json
 import os
@@ -28,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: a second
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what trains a network or needs a browser or Node: `make test-fast` leaves it out."""
+    """Mark tests that train a network or open a browser as slow: `make test-fast` leaves them out."""
     for item in items:
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
@@ -36,15 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def beside_a_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Run all tests as beside a server on the default ports, and away from the user's home.
+    """Occupy the default ports, and put the user's home out of reach.
 
-    A test that starts a server on a default port fails, as it would in the terminal of someone who runs one.
+    A test that starts a server on a default port fails, as it would beside a running `make serve`.
     """
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
     with ExitStack() as taken:
         for port in (3000, 8081):
             listener = taken.enter_context(socket.socket())
-            with suppress(OSError):  # another test process has it, or a server really runs
+            with suppress(OSError):  # taken already, by another test process or by a real server
                 listener.bind(("127.0.0.1", port))
                 listener.listen()
         yield
@@ -163,29 +164,48 @@ def tiny_detr() -> tuple[str, ...]:
     return TINY_DETR
 
 
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder that the test processes of a session share; the first one makes it, the others wait for it."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def classifier_run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ViT trained on `colours` by `vitrine train`."""
-    run = tmp_path_factory.mktemp("runs") / "colours"
-    vitrine("train", "vit_cifar10", *TINY_VIT, "--data", colours, "--out", run)
-    return run
+
+    def train(folder: Path) -> None:
+        vitrine("train", "vit_cifar10", *TINY_VIT, "--data", colours, "--out", folder / "colours")
+
+    return make_once(tmp_path_factory, "classifier", train) / "colours"
 
 
 @pytest.fixture(scope="session")
 def detector_run(squares: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny DETR trained on `squares` by `vitrine train`."""
-    run = tmp_path_factory.mktemp("runs") / "squares"
-    vitrine("train", "detr_bccd", *TINY_DETR, "--data", squares, "--out", run)
-    return run
+
+    def train(folder: Path) -> None:
+        vitrine("train", "detr_bccd", *TINY_DETR, "--data", squares, "--out", folder / "squares")
+
+    return make_once(tmp_path_factory, "detector", train) / "squares"
 
 
 @pytest.fixture(scope="session")
 def tiny_bundles(classifier_run: Path, detector_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`bundles/` with colours/1 and squares/1, exported by `vitrine export`."""
-    bundles = tmp_path_factory.mktemp("tiny") / "bundles"
-    vitrine("export", classifier_run, "--out", bundles / "colours" / "1", *TINY_EXPORT)
-    vitrine("export", detector_run, "--out", bundles / "squares" / "1", *TINY_EXPORT)
-    return bundles
+
+    def export(folder: Path) -> None:
+        for run in (classifier_run, detector_run):
+            vitrine("export", run, "--out", folder / "bundles" / run.name / "1", *TINY_EXPORT)
+
+    return make_once(tmp_path_factory, "tiny", export) / "bundles"
 
 
 def vitrine(*arguments: object, status: int = 0) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+pytestmark = pytest.mark.slow
+
 Serving = Callable[..., AbstractContextManager[Any]]
 
 

@@ -18,6 +18,8 @@ from vitrine.models.training.evaluation.metrics import DetectionPredictions
 from vitrine.models.training.evaluation.mistakes import iou
 from vitrine.models.training.registry import load_recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_trial_has_a_unique_name_and_a_recipe() -> None:
     everything = trials()

@@ -19,6 +19,8 @@ from vitrine.models.serving import ServedClassifier, ServedDetector, served
 from vitrine.models.training.checkpoint import load_checkpoint
 from vitrine.models.training.network import TorchNetwork
 
+pytestmark = pytest.mark.slow
+
 TINY_DETR = {
     "embed_dim": 16,
     "num_heads": 2,

@@ -30,6 +30,8 @@ from vitrine.models.published.importing import ImportResult, import_weights
 from vitrine.models.published.labels import read_labels
 from vitrine.models.training.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TINY = {"image_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2}
 LABELS = "blue\ngreen\nred\n"
 RESNET = {"num_heads": 2, "embed_dim": 16, "backbone_layers": [1, 1, 1, 1], "backbone_width": 8}

@@ -17,6 +17,8 @@ from vitrine.models.training.distributed import ProcessGroup, job_id, process_gr
 from vitrine.models.training.loop import train
 from vitrine.models.training.registry import load_recipe
 
+pytestmark = pytest.mark.slow
+
 VIT = (
     "model.image_size=16",
     "model.patch_size=8",

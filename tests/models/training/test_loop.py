@@ -28,6 +28,8 @@ from vitrine.models.training.loop import DIVERGED_FILE, train
 from vitrine.models.training.recipe import Recipe
 from vitrine.models.training.registry import load_recipe
 
+pytestmark = pytest.mark.slow
+
 ReadUntil = Callable[["subprocess.Popen[str]", str], None]
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 30)}
 VIT = (
