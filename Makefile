@@ -31,7 +31,7 @@ check: $(DEV)/installed  ## lint, types, floors, dead code, dependencies, workfl
 	$(DEV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
 
 format: $(DEV)/installed  ## format the code and sort its imports
-	$(DEV)/bin/ruff check --fix --quiet .
+	$(DEV)/bin/ruff check --select I --fix --quiet .
 	$(DEV)/bin/ruff format --quiet .
 
 picture: $(DEV)/installed  ## draw docs/floors.svg from the imports
@@ -76,7 +76,7 @@ $(DEV)/installed: requirements/serve.txt requirements/train.txt requirements/dev
 
 # Tests look at the OpenAPI page in a browser.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null || { \
 		echo "Installing Chromium ..."; \
 		apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; \
 	} || { echo "make test: needs Chromium, and cannot install it by apt-get: please install it" >&2; exit 1; }

@@ -17,7 +17,7 @@ from typing import Protocol
 from PIL import Image
 
 from vitrine.batch.results import Record, Results, ResultsError
-from vitrine.bundle.drawing import draw_classification, draw_detections
+from vitrine.bundle.drawing import MAX_JPEG_EDGE, draw_classification, draw_detections
 from vitrine.bundle.errors import ImageError, ImageTooLargeError, ParameterError, UnsupportedImageError, VitrineError
 from vitrine.bundle.images import SUPPORTED_FORMATS, ReducedImage, decode, decode_for
 from vitrine.bundle.loading import Bundle, hash_file
@@ -28,7 +28,6 @@ from vitrine.bundle.predictors import Classifier, Detector, Predictor
 MAX_BYTES = 512 * 2**20  # per file: more than any image of `MAX_PIXELS` needs in any format
 _PENDING_PER_THREAD = 4  # images per thread that are in progress, or done and waiting for an earlier one
 _JPEG_QUALITY = 92
-_JPEG_EDGE = 65_500  # pixels; the limit of the format
 
 
 class UnreadableFileError(ImageError):
@@ -384,7 +383,7 @@ def _save_picture(picture: Image.Image, file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if _format(file.name) == "JPEG":
-            picture.thumbnail((_JPEG_EDGE, _JPEG_EDGE))
+            picture.thumbnail((MAX_JPEG_EDGE, MAX_JPEG_EDGE))
             picture.save(file, "JPEG", quality=_JPEG_QUALITY)
         else:
             picture.save(file, "PNG")

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitrine.bundle.predictors import Detection, Prediction
 
+MAX_JPEG_EDGE = 65_500  # pixels; libjpeg writes no longer edge
 READABLE_EDGE = 320
 LARGEST_EDGE = 4096
 MAX_CAPTION_ROWS = 5

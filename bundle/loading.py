@@ -5,6 +5,7 @@ also warms up the session). Any failure raises `BundleError`; there is no fallba
 """
 
 import hashlib
+import importlib.util
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,12 +50,14 @@ class Bundle:
 
 
 def default_root() -> Path:
-    """Return the default folder of bundles: `bundles` in the working directory, or else the shipped one.
+    """Return the folder of bundles to use when none is named.
 
-    The shipped folder is next to this package, in a checkout and with the distribution `vitrine-bundles`.
+    It is `bundles` in the working directory, else that of the checkout, else that of the package `vitrine_bundles`.
     """
-    here, shipped = Path("bundles"), Path(__file__).resolve().parent.parent / "bundles"
-    return shipped if shipped.is_dir() and not here.is_dir() else here
+    here, checkout = Path("bundles"), Path(__file__).resolve().parent.parent / "bundles"
+    installed = importlib.util.find_spec("vitrine_bundles")
+    roots = [here, checkout, *map(Path, (installed and installed.submodule_search_locations) or ())]
+    return next((root for root in roots if root.is_dir()), here)
 
 
 def find_bundles(root: Path) -> list[Path]:

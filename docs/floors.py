@@ -1,4 +1,4 @@
-"""Draw how the packages stand on each other, from the imports in the code: `make picture` writes docs/floors.svg.
+"""Draw the packages, their floors and the imports between them: `make picture` writes docs/floors.svg.
 
 Boxes are packages with their floors inside, top to bottom: a module is imported from above only. Arrows are imports
 between packages.
@@ -59,7 +59,7 @@ def find_imports(graph: grimp.ImportGraph, package: str, *, but: Iterable[str] =
 
 
 def floors(names: set[str], imports: Imports) -> list[list[str]]:
-    """Return the names by floor, the highest first: a name stands one floor below the lowest that imports it.
+    """Return the names by floor, the highest first; each is one floor below its lowest importer.
 
     Raises:
         ValueError: names import each other in a circle.

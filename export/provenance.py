@@ -73,8 +73,11 @@ def _plain(value: object) -> str | int | float | bool | None:
 
 
 def _git_commit() -> str:
-    """Return the commit of the exporting code, "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    """Return the commit of the exporting code, "unknown" outside a checkout of it."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():  # an installed wheel, perhaps inside of somebody's repository
+        return "unknown"
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

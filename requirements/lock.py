@@ -1,4 +1,4 @@
-"""Pin the dependencies of pyproject.toml, once for all platforms and Pythons, and check that every pin has a wheel.
+"""Pin the dependencies for every supported Python, and check that each pin has a wheel (CPython, Linux, x86-64).
 
     python requirements/lock.py [--upgrade]
 
@@ -25,10 +25,12 @@ PLATFORM = "x86_64-manylinux_2_28"
 ENVIRONMENTS = [
     {
         "implementation_name": "cpython",
+        "os_name": "posix",
         "platform_machine": machine,
         "platform_python_implementation": "CPython",
         "python_full_version": f"{python}.0",
         "python_version": python,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[system],
         "sys_platform": system,
     }
     for system, machine in (("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"))

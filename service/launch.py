@@ -19,9 +19,12 @@ from vitrine.bundle.machine import release_memory
 from vitrine.bundle.manifest import Identity
 from vitrine.bundle.repository import Repository
 from vitrine.bundle.runtime import parse_providers
-from vitrine.service.settings import FILE_VARIABLE, Settings, SettingsError
+from vitrine.service.settings import Settings, SettingsError
 
-_SHARED = "_VITRINE_SHARED"  # inherited by the workers; not a setting
+# Inherited by the workers; not settings.
+WORKING_DIRECTORY = "_VITRINE_WORKING_DIRECTORY"
+_SHARED = "_VITRINE_SHARED"
+
 _GET_BUNDLES = "`pip install vitrine-bundles` installs some, `vitrine export` writes one"
 
 
@@ -43,9 +46,11 @@ def shared_folder() -> Path:
 
 def isolate_imports() -> None:
     """Let child processes import this very Vitrine, and nothing from the directory that they start in."""
-    ours = Path(vitrine.__file__).resolve().parent.parent
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ours), os.environ.get("PYTHONPATH"))))
     os.environ["PYTHONSAFEPATH"] = "1"
+    checkout = Path(vitrine.__file__).resolve().parent.parent
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if (checkout / "pyproject.toml").is_file() and str(checkout) not in paths:  # it may not be installed
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(checkout), *paths)))
 
 
 def resolve_host(host: str) -> str:
@@ -110,14 +115,12 @@ def run(settings: Settings, address: str) -> None:
     """Serve until a signal arrives. `address` is the numeric address of the host.
 
     BentoML puts its working directory first on Python's path. It gets an empty one, so that no module of the user's
-    project takes the place of one that the server imports; relative paths are resolved before.
+    project takes the place of one that the server imports; `service.service` returns to the user's, for relative paths.
     """
     os.environ["VITRINE_HOST"] = address
-    os.environ["VITRINE_BUNDLES"] = os.pathsep.join(map(os.path.abspath, settings.bundles))
-    files = {FILE_VARIABLE: os.environ.get(FILE_VARIABLE), "VITRINE_API_KEYS_FILE": settings.api_keys_file}
-    os.environ |= {variable: os.path.abspath(file) for variable, file in files.items() if file}
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy's pool: nothing here uses it
         os.environ.setdefault(variable, "1")
+    os.environ[WORKING_DIRECTORY] = os.getcwd()
     folder = shared_folder() / "empty"
     folder.mkdir()
     sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--working-dir", str(folder)]

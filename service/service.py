@@ -12,7 +12,7 @@ from vitrine.service.access import AccessMiddleware, Keys
 from vitrine.service.app import HOT_ROUTES, create_app, start_loading
 from vitrine.service.errors import ErrorShapeMiddleware
 from vitrine.service.front import Dispatcher
-from vitrine.service.launch import shared_folder
+from vitrine.service.launch import WORKING_DIRECTORY, shared_folder
 from vitrine.service.observability.logs import configure
 from vitrine.service.observability.middleware import RequestRecordMiddleware
 from vitrine.service.open_inference.http import HEADER_LENGTH
@@ -24,6 +24,8 @@ _STARTED = "_VITRINE_STARTED"  # set by the first process, inherited by the work
 _is_first = _STARTED not in os.environ
 os.environ[_STARTED] = "1"
 
+if WORKING_DIRECTORY in os.environ:  # set by `vitrine serve`, not by `bentoml serve`
+    os.chdir(os.environ[WORKING_DIRECTORY])
 _settings = read_settings()
 configure(_settings.log_format, probes=_settings.log_probes)
 _sizing = size(_settings)

@@ -84,7 +84,8 @@ class Settings(BaseSettings):
 
     bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
         default_factory=lambda: (default_root(),),
-        description="folders of `<name>/<version>`, or ONNX files of a bundle, separated by `:`",
+        description="folders of `<name>/<version>`, or ONNX files of a bundle, separated by `:`; "
+        "without a folder `bundles`, the shipped ones",
     )
     providers: str = Field("cpu", description="execution providers of ONNX Runtime, in order of preference: `cuda,cpu`")
     model_control: bool = Field(False, description="clients may load and unload models")

@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ SLOW_FIXTURES = {"chromium", "classifier_run", "detector_run"}
 COLOURS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 30)}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: a second thread costs more than it gives
+# Nothing may touch the user's home, not even while tests are collected.
+_home = tempfile.TemporaryDirectory(prefix="vitrine-home-")
+os.environ |= {"HOME": _home.name, "XDG_CACHE_HOME": f"{_home.name}/cache", "XDG_CONFIG_HOME": f"{_home.name}/config"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,20 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def beside_a_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Occupy the default ports, and put the user's home out of reach.
-
-    A test that starts a server on a default port fails, as it would beside a running `make serve`.
-    """
-    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
-    with ExitStack() as taken:
+def pytest_configure(config: pytest.Config) -> None:
+    """Occupy the default ports: a test that starts a server on one fails, as it would beside a running `make serve`."""
+    if not hasattr(config, "workerinput"):  # once, not in every process of pytest-xdist
         for port in (3000, 8081):
-            listener = taken.enter_context(socket.socket())
-            with suppress(OSError):  # taken already, by another test process or by a real server
+            listener = socket.socket()
+            with suppress(OSError):  # a server is really running
                 listener.bind(("127.0.0.1", port))
                 listener.listen()
-        yield
+            config.add_cleanup(listener.close)
 
 
 def find_free_ports() -> tuple[int, int]:

@@ -7,14 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import pytest
 
 from vitrine.bundle.loading import find_bundles, load_bundle, read_manifest
 
-Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
+Serving = Callable[..., AbstractContextManager[Any]]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +88,12 @@ def test_shipped_cards_are_written_from_the_manifests(root: Path) -> None:
 
 def test_links_lead_somewhere(root: Path) -> None:
     for page in (root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)[)#]", page.read_text()):
-            assert target.startswith(("https://", "http://localhost")) or (page.parent / target).exists(), (
-                page,
-                target,
-            )
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+            if target.startswith(("https://", "http://localhost")):
+                continue
+            file = page.parent / target if target else page
+            assert file.exists(), (page, target)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in anchors, (page, target, anchor)

@@ -20,7 +20,8 @@ Serving = Callable[..., AbstractContextManager[Any]]
 def wheels(root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The wheels of vitrine-bundles and vitrine-serving, built from a copy as `make wheels` builds them."""
     folder = tmp_path_factory.mktemp("wheels")
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, check=True)
+    listing = ["git", "-c", "safe.directory=*", "ls-files", "-co", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=root, capture_output=True, check=True)
     pack = subprocess.run(["tar", "-c", "-T", "-"], cwd=root, input=files.stdout, capture_output=True, check=False)
     subprocess.run(["tar", "-x", "-C", folder], input=pack.stdout, check=True)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", "dist"]
@@ -44,9 +45,9 @@ def installed(wheels: list[Path], root: Path, tmp_path_factory: pytest.TempPathF
 
 def test_a_wheel_holds_one_importable_name(wheels: list[Path]) -> None:
     assert [wheel.name.partition("-")[0] for wheel in wheels] == ["vitrine_bundles", "vitrine_serving"]
-    for wheel in wheels:
-        names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
-        assert {name for name in names if not name.endswith(".dist-info")} == {"vitrine"}
+    for wheel, name in zip(wheels, ("vitrine_bundles", "vitrine"), strict=True):
+        names = {entry.partition("/")[0] for entry in zipfile.ZipFile(wheel).namelist()}
+        assert {entry for entry in names if not entry.endswith(".dist-info")} == {name}
 
 
 def test_the_wheel_holds_every_module(wheels: list[Path], root: Path) -> None:
@@ -73,7 +74,9 @@ def test_the_installed_server_runs_beside_modules_of_the_same_names(
         assert answer["predictions"][0]["label"] == "frog"
 
 
-def test_the_installed_command_line(installed: Path, wheels: list[Path], tmp_path: Path) -> None:
+def test_the_installed_command_line(
+    installed: Path, wheels: list[Path], free_ports: tuple[str, ...], tmp_path: Path
+) -> None:
     def run(*arguments: str) -> tuple[int, str]:
         command = [installed, "-m", "vitrine", *arguments]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -81,7 +84,7 @@ def test_the_installed_command_line(installed: Path, wheels: list[Path], tmp_pat
 
     assert run("--version") == (0, f"vitrine {wheels[1].name.split('-')[1]}\n")
     missing = "expected bundles, found none in bundles; `pip install vitrine-bundles` installs some"
-    status, printed = run("serve", "--port", "1", "--grpc-port", "0")
+    status, printed = run("serve", *free_ports)
     assert (status, len(printed.splitlines())) == (1, 1)
     assert missing in printed
     install = [sys.executable, "-m", "pip", "--python", installed, "install", "--quiet", "--no-deps", "--no-index"]

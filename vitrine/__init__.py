@@ -4,7 +4,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# Links to the packages stand in for them here. Where links do not survive, as in a bento, the packages lie beside.
+# The packages are symbolic links here. Where links are not preserved, as in a bento, they lie in the parent folder.
 _folder = Path(__file__).parent
 if not (_folder / "bundle").is_dir():
     __path__.append(str(_folder.parent))

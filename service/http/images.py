@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vitrine.bundle.drawing import draw_detections
+from vitrine.bundle.drawing import MAX_JPEG_EDGE, draw_detections
 from vitrine.bundle.errors import ImageError, ParameterError
 from vitrine.bundle.images import decode, decode_for
 from vitrine.bundle.loading import Bundle
@@ -45,8 +45,6 @@ from vitrine.service.http.requests import ImageRequest, image_bytes, read_image_
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import gather
 from vitrine.service.runtime.serving import Deadline, Serving, get_record, get_serving
-
-_MAX_JPEG_EDGE = 65_535  # pixels; the format stores edges in 16 bits
 
 
 class _ImageRoute(NamedTuple):
@@ -169,7 +167,7 @@ class _ImageWork:
 
 def _draw(image: Image.Image, detections: list[Any], media_type: str) -> Response:
     drawing, buffer = draw_detections(image, detections), io.BytesIO()
-    if media_type == JPEG and max(drawing.size) > _MAX_JPEG_EDGE:
+    if media_type == JPEG and max(drawing.size) > MAX_JPEG_EDGE:
         raise NotAcceptableError(offered=f"{JSON}, {CSV}, {PNG} for so large an image", found=media_type)
     drawing.save(buffer, "PNG") if media_type == PNG else drawing.save(buffer, "JPEG", quality=90)
     return Response(buffer.getvalue(), media_type=media_type)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,7 +21,7 @@ from vitrine.bundle.loading import load_bundle
 from vitrine.bundle.manifest import Precision
 from vitrine.bundle.predictors import Classifier, Detector
 
-Serving = Callable[..., AbstractContextManager[tuple[str, ...]]]
+Serving = Callable[..., AbstractContextManager[Any]]
 
 
 def saved(image: Image.Image, form: str, **options: object) -> bytes:
@@ -423,6 +424,13 @@ def test_an_unavailable_media_type_is_406(route: str, accept: str, images: int, 
     response = httpx.post(f"{server}/{route}", files=files, headers={"Accept": accept})
     assert response.status_code == 406
     assert response.json()["error"]["code"] == "not_acceptable"
+
+
+@pytest.mark.parametrize(("width", "status"), [(65_500, 200), (65_501, 406), (65_536, 406)])
+def test_a_picture_too_long_for_jpeg_is_406(width: int, status: int, server: str) -> None:
+    body = saved(Image.new("RGB", (width, 1)), "PNG")
+    response = httpx.post(f"{server}/detect", content=body, headers={"Accept": "image/jpeg"}, timeout=60)
+    assert response.status_code == status
 
 
 def test_requests_beyond_the_queue_get_503_with_retry_after(
