@@ -1,6 +1,6 @@
 """Recipes: all settings of a training run except its data and initial weights."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -68,6 +68,10 @@ class _Recipe(BaseModel):
                 found = f"{size} and {self.preprocessing.input_size}"
                 raise ValueError(f"model.image_size and preprocessing.input_size have to agree, found {found}")
         return self
+
+    def derive(self, **changes: Any) -> Self:
+        """Return a copy with some settings changed, validated."""
+        return type(self).model_validate({**self.model_dump(), **changes})
 
     def differences(self, other: "Recipe") -> list[str]:
         """List the differences that affect the result: "key: expected ..., found ..."."""

@@ -3,6 +3,7 @@
     vitrine train claim_vit --data DATA/cifar10 train_fraction=0.1 epochs=20
 
 The other two are `claim_mixer` and `claim_bit`; `python -m benchmarks.claims` runs them all.
+Inherited from `vit_cifar10`: preprocessing.
 """
 
 from vitrine.models.training.augmentation.augment import ClassificationAugmentation

@@ -1,12 +1,24 @@
-"""What a recipe may say, and when two recipes say the same."""
+"""Recipe validation and differences."""
 
 import pytest
+from pydantic import ValidationError
 
 from vitrine.models.training.recipe import read_recipe
 from vitrine.models.training.registry import load_recipe
 
 CLASSIFIER = load_recipe("vit_cifar10")
 DETECTOR = load_recipe("detr_bccd")
+
+
+def test_derived_recipes_are_validated() -> None:
+    derived = CLASSIFIER.derive(epochs=3, preprocessing={**CLASSIFIER.preprocessing.model_dump(), "crop_pct": 0.9})
+    assert derived == load_recipe("vit_cifar10", ["epochs=3", "preprocessing.crop_pct=0.9"])
+    with pytest.raises(ValidationError, match="epoch\n  Extra inputs are not permitted"):
+        CLASSIFIER.derive(epoch=3)
+    with pytest.raises(ValidationError, match=r"augmentation\.flips\n  Extra inputs are not permitted"):
+        CLASSIFIER.derive(augmentation={"flips": 0.5})
+    with pytest.raises(ValidationError, match=r"unknown 'model\.dept': did you mean 'model\.depth'"):
+        CLASSIFIER.derive(model={**CLASSIFIER.model, "dept": 3})
 
 
 def test_differences_ignore_execution_settings() -> None:
