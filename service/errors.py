@@ -183,15 +183,15 @@ async def on_timeout(request: Request, error: Exception) -> Response:
     return error_response(request.scope, HTTPStatus.GATEWAY_TIMEOUT, TIMEOUT, "the request was not answered in time")
 
 
-async def on_disconnect(request: Request, error: Exception) -> Response:
-    """Handle a client that disconnected while sending its body; nobody reads the response."""
+async def on_incomplete_body(request: Request, error: Exception) -> Response:
+    """Handle a client that disconnected while sending its body; the response is discarded."""
     message = "the request's body ended too early"
     return error_response(request.scope, HTTPStatus.BAD_REQUEST, "incomplete", message)
 
 
 async def on_client_disconnected(request: Request, error: Exception) -> Response:
-    """Handle a client that disconnected while it was waiting: nginx's status 499, for the log; nobody reads it."""
-    request.scope["vitrine.record"].error = "client_left"
+    """Handle a client that disconnected while waiting: nginx's status 499, for the log; the response is discarded."""
+    request.scope["vitrine.record"].error = "client_disconnected"
     return Response(status_code=CLIENT_CLOSED_REQUEST, media_type="application/json")
 
 
@@ -207,7 +207,7 @@ ERROR_HANDLERS: dict[type[Exception], Handler] = {
     VitrineError: on_vitrine_error,
     HTTPException: on_http_exception,
     TimeoutError: on_timeout,
-    ClientDisconnect: on_disconnect,
+    ClientDisconnect: on_incomplete_body,
     ClientDisconnectedError: on_client_disconnected,
     Exception: on_internal_error,
 }

@@ -100,7 +100,7 @@ def train(
                 trainer.finish_epoch()
         except Interrupted:
             trainer.save()
-            trainer.log(f"interrupted in epoch {trainer.epoch + 1}: saved; the same command with --resume goes on")
+            trainer.log(f"interrupted in epoch {trainer.epoch + 1}: saved; resume with --resume")
         finally:
             trainer.close()
         return trainer.checkpoint()

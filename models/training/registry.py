@@ -40,7 +40,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), start: Checkpoint | No
     elif start is not None:
         base = module.recipe(start)
     else:
-        raise RecipeError(f"{name}: expected --from RUN, a run whose network it goes on with, found none")
+        raise RecipeError(f"{name}: expected --from RUN, the run to start from, found none")
     document = base.model_dump(mode="json")
     for override in overrides:
         key, separator, text = override.partition("=")

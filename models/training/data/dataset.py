@@ -193,7 +193,7 @@ def check_labels(data: Data, labels: Sequence[str]) -> None:
         if expected != found:
             hint = ""
             if expected is not None and found is not None and expected.partition(",")[0] == found:
-                hint = "; the network's has synonyms behind it: import its weights with --labels imagenet-1k"
+                hint = "; the network's label also lists synonyms: import its weights with --labels imagenet-1k"
             raise DataError(
                 f"{data.name}: labels: expected {len(labels)}, found {len(data.labels)}; the first that differs is "
                 f"number {i}: expected {expected!r}, found {found!r}{hint}"

@@ -95,7 +95,7 @@ def fetch(source: Source, out: Path, *, show: bool = True) -> bool:
         shutil.rmtree(work)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"{work}: the disk is full; make room and fetch again: it goes on from here") from error
+            raise DataError(f"{work}: the disk is full; make room and fetch again: the download resumes") from error
         raise DataError(f"{error.filename or work}: {error.strerror or error}") from error
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
         raise DataError(f"{source.name}: expected its archives as they are known, found: {error}") from error
@@ -111,7 +111,7 @@ def _download(archive: Archive, file: Path, show: bool) -> Path:
         before = -1
         while not _receive(archive.url, part, bar):
             if part.stat().st_size <= before:
-                raise DataError(f"{archive.url}: the connection broke; fetch again: it goes on from there")
+                raise DataError(f"{archive.url}: the connection broke; fetch again: the download resumes")
             before = part.stat().st_size
     with part.open("rb") as content:
         found = hashlib.file_digest(content, "md5").hexdigest()

@@ -209,7 +209,7 @@ def _load(checkpoint: Checkpoint, run: Path, path: Path | None, split: str) -> t
     progress = checkpoint.progress
     if path is None:
         if progress is None:
-            raise DataError(f"{run}: it was imported and names no data set; say which with --data")
+            raise DataError(f"{run}: it was imported and has no data set; pass --data")
         path = Path(progress.data_path)
     recipe = None if progress is None else progress.read_recipe()
     if split == "val" and recipe is not None and (recipe.held_out is not None or not has_split(path, "val")):

@@ -1,4 +1,4 @@
-"""What tests of whole training processes share."""
+"""Fixture for tests of training processes."""
 
 import subprocess
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def read_until() -> Callable[["subprocess.Popen[str]", str], None]:
-    """Waits until a process (with PYTHONUNBUFFERED=1, started with a pipe) prints a line that begins with a text."""
+    """Wait until a process (with PYTHONUNBUFFERED=1 and a pipe as stdout) prints a line that starts with a text."""
 
     def wait(job: "subprocess.Popen[str]", beginning: str) -> None:
         assert job.stdout is not None

@@ -1,4 +1,4 @@
-"""Real jobs of two processes under `torchrun`, compared with one process."""
+"""Training in two processes under `torchrun`, compared with one process."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ Torchrun = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def torchrun() -> Iterator[Torchrun]:
-    """Start `vitrine train` in two processes; kill what is left of them in the end."""
+    """Start `vitrine train` in two processes; kill those that still run after the test."""
     jobs: list[subprocess.Popen[str]] = []
 
     def start(arguments: list[str], *options: str) -> subprocess.Popen[str]:
@@ -87,7 +87,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 
 def gradients(run: Path) -> dict[int, torch.Tensor]:
-    """The (clipped) gradient of a run's only step: AdamW keeps a tenth of it."""
+    """The (clipped) gradient of a run's only step: AdamW's first moment is a tenth of it."""
     return {i: 10 * state["exp_avg"] for i, state in load_checkpoint(run).progress.optimizer["state"].items()}
 
 

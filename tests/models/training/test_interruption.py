@@ -1,4 +1,4 @@
-"""Signals that this process sends to itself."""
+"""Signal handling, with signals that the test process sends to itself."""
 
 import os
 import signal

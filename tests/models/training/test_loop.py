@@ -66,7 +66,7 @@ DETR = (
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads, far slower where other processes want the cores."""
+    """Networks this small are slower on several threads, far slower where other processes use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -175,7 +175,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     output, _ = job.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert job.returncode == 0, output
-        assert "the same command with --resume goes on" in output
+        assert "saved; resume with --resume" in output
     progress = load_checkpoint(broken).progress
     assert 1 <= progress.epoch < recipe.epochs
     torch.manual_seed(123)  # another process starts from another state

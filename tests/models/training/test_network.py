@@ -1,4 +1,4 @@
-"""Torch networks behind the serving predictors."""
+"""Serving predictors on torch."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Parameter groups, the schedule, and the average of the weights."""
+"""Parameter groups, the learning-rate schedule and the moving average of the weights."""
 
 import math
 from typing import Any

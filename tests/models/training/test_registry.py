@@ -1,4 +1,4 @@
-"""Recipes as shipped, and as changed on the command line."""
+"""Shipped recipes and command-line overrides."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_shipped_recipe(name: str, start: Recipe) -> None:
 
 @pytest.mark.parametrize("name", FROM_A_RUN)
 def test_recipe_that_needs_a_run(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"{name}: expected --from RUN"):
+    with pytest.raises(RecipeError, match=f"{name}: expected --from RUN, the run to start from, found none"):
         load_recipe(name)
 
 

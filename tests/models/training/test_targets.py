@@ -1,4 +1,4 @@
-"""Targets of several images as tensors."""
+"""Padded targets of a batch."""
 
 import torch
 from hypothesis import given

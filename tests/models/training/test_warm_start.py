@@ -1,4 +1,4 @@
-"""What a network takes over from another run, real runs as files."""
+"""Initialising a network from another run."""
 
 from pathlib import Path
 

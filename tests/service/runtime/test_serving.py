@@ -46,7 +46,7 @@ def test_requests_of_disconnected_clients_are_not_processed(
         wait_until(lambda: sum(" 499 " in line for line in running.lines) == 6)
         metrics = httpx.get(f"{running.url}/metrics").text
         assert 'status="499",version="1"} 6.0' in metrics
-        assert 'vitrine_rejected_total{reason="client_left"} 6.0' in metrics
+        assert 'vitrine_rejected_total{reason="client_disconnected"} 6.0' in metrics
 
 
 def test_a_client_that_disconnects_while_sending_is_harmless(

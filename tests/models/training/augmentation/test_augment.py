@@ -58,7 +58,7 @@ def detect(source: Tensor, noise: Tensor, targets: list[Target], **changes: Any)
 
 
 def boxes(count: int) -> list[Target]:
-    """No object in the first image, one in the second, ..."""
+    """No box in the first image, one in the second, ..."""
     return [
         Target(torch.arange(i), 0.2 + 0.6 * uniform(i, 4, seed=i) * torch.tensor([1, 1, 0.5, 0.5]))
         for i in range(count)

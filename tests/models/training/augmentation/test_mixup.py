@@ -13,7 +13,7 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 
 
 def plain(count: int, height: int, width: int) -> Tensor:
-    """Images of one grey each: 50, 200, 50, 200, ..."""
+    """Uniform grey images: 50, 200, 50, 200, ..."""
     greys = torch.tensor([50, 200], dtype=torch.uint8).repeat(count)[:count]
     return greys[:, None, None, None].expand(-1, height, width, 3).contiguous()
 

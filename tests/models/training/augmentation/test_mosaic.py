@@ -20,7 +20,7 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 
 
 def painted(sizes: list[tuple[int, int]], seed: int) -> tuple[Tensor, Tensor, list[Target]]:
-    """Images with one rectangle each, of a color and class unique in its group of four, on a red background."""
+    """Images with one rectangle each, with a color and class unique in its group of four, on a red background."""
     source = torch.zeros(len(sizes), 72, 72, 3, dtype=torch.uint8)
     source[..., 0] = 255
     targets = []
@@ -35,7 +35,7 @@ def painted(sizes: list[tuple[int, int]], seed: int) -> tuple[Tensor, Tensor, li
 
 
 def seen(image: Tensor, paint: Tensor) -> list[int] | None:
-    """The rectangle around the pixels that are more of a paint than of the background: left, top, right, bottom."""
+    """The rectangle (left, top, right, bottom) around the pixels that are nearer to a paint than to the background."""
     distance = (image.float() - paint.float()).norm(dim=-1)
     rows, columns = (distance < 97.5).nonzero(as_tuple=True)
     if not len(rows):

@@ -28,7 +28,7 @@ FILES = [png((10 * i, 0, 0)) for i in range(6)]
 
 
 def archive(**changes: object) -> bytes:
-    """A packed split of six images in two classes."""
+    """A packed split of six images of two classes."""
     arrays: dict[str, Any] = {
         "jpeg": np.frombuffer(b"".join(FILES), np.uint8),
         "offsets": np.cumsum([0, *map(len, FILES)]),
@@ -53,7 +53,7 @@ def load(path: Path, split: str = "train") -> ClassificationData:
 
 
 def truth(data: ClassificationData) -> list[tuple[str, str]]:
-    """The name and the label of each image."""
+    """Name and label of each image."""
     return [(Path(name).name, data.labels[i]) for name, i in zip(data.names, data.class_ids, strict=True)]
 
 

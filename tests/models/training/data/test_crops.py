@@ -1,4 +1,4 @@
-"""Objects that are cut out of a detection set."""
+"""Cropping the objects of a detection set."""
 
 from collections.abc import Callable
 from dataclasses import replace

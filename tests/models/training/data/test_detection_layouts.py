@@ -40,7 +40,7 @@ def load(path: Path, split: str = "train") -> DetectionData:
 
 
 def objects(data: DetectionData) -> dict[str, list[tuple[str, list[float]]]]:
-    """The label and the box of each object of each image."""
+    """Label and box of each object of each image."""
     return {
         Path(name).stem: [(data.labels[i], box) for i, box in zip(ids.tolist(), boxes.tolist(), strict=True)]
         for name, ids, boxes in zip(data.names, data.class_ids, data.boxes, strict=True)
@@ -71,7 +71,8 @@ def voc(root: Path, split: str, images: dict[str, list[Object]], *, difficult: i
     for name, own in images.items():
         write(root / "JPEGImages" / f"{name}.jpg", png())
         tags = "".join(
-            f"<object><name>{label}</name><difficult>{difficult}</difficult><part><bndbox><xmin>0</xmin></bndbox></part>"
+            f"<object><name>{label}</name><difficult>{difficult}</difficult>"
+            "<part><bndbox><xmin>0</xmin></bndbox></part>"
             f"<bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
             for label, (x0, y0, x1, y1) in own
         )

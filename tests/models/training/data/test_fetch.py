@@ -25,7 +25,7 @@ RANDOM = np.random.default_rng(0)
 
 
 class Server(ThreadingHTTPServer):
-    """Offers files, and does what servers and lines do to them."""
+    """HTTP server that can drop connections and send wrong data."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -35,7 +35,7 @@ class Server(ThreadingHTTPServer):
         self.resumes = True
 
     def source(self, prepare: Callable[[Sequence[Path], Path], Path], **files: bytes) -> Source:
-        """A data set of these archives; in their names, "__" stands for a dot."""
+        """Data source with these archives; "__" in their names stands for a dot."""
         archives = []
         for key, content in files.items():
             name = key.replace("__", ".")
@@ -159,7 +159,7 @@ def test_a_later_attempt_resumes(server: Server, tmp_path: Path) -> None:
     part.parent.mkdir()
     part.write_bytes(NOISE[:1000])
     server.breaks_after = 0
-    with pytest.raises(DataError, match=r"/one: the connection broke; fetch again: it goes on from there"):
+    with pytest.raises(DataError, match=r"/one: the connection broke; fetch again: the download resumes"):
         fetch(source, tmp_path / "out", show=False)
     server.breaks_after = None
     fetch(source, tmp_path / "out", show=False)

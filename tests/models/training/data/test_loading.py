@@ -1,4 +1,4 @@
-"""Canvases from memory and from worker processes."""
+"""Image loading, cached in memory and by worker processes."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Calibration of made-up networks, whose probabilities are as wrong as the test wants them."""
+"""Calibration of synthetic predictions with a known miscalibration."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float32]:
 def honest(
     images: int, classes: int, seed: int = 0, spread: float = 2
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Logits, and classes drawn with the probabilities that they mean."""
+    """Random logits, and classes drawn from their softmax."""
     random = np.random.default_rng(seed)
     logits = random.normal(0, spread, (images, classes))
     drawn = (softmax(logits).cumsum(axis=1) < random.random((images, 1))).sum(axis=1)

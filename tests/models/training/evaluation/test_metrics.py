@@ -1,4 +1,4 @@
-"""Metrics of predictors around hand-written networks: a callable over arrays is all that a predictor needs."""
+"""Metrics of predictors whose networks are functions of arrays."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ PICTURES = ClassificationData(
 
 
 def classifier(answer: Callable[[Array], Array]) -> Classifier:
-    """A classifier whose logic gets the true class of each image, which is its grey value."""
+    """A classifier of images whose grey value is their class: `answer` maps the true classes to the output."""
 
     def network(**inputs: Array) -> Sequence[Array]:
         return [answer(inputs["pixels"][:, 0, 0, 0])]
@@ -189,7 +189,7 @@ def test_a_broken_image_is_named() -> None:
 
 
 def test_confusion() -> None:
-    """A network that takes every b for c, and the half of a's images for b."""
+    """A network that predicts c for every b, and b for half of a's images."""
     seen = iter(range(100))
 
     def answer(ids: Array) -> Array:
@@ -241,7 +241,7 @@ OBJECTS = DetectionData(
 
 
 def detector(change: Callable[[Array, Array, Array], tuple[Array, Array, Array]]) -> Detector:
-    """A detector that knows the truth (scores, class ids and boxes in fractions), and changes it."""
+    """A detector whose answers are the true objects (scores, class ids and boxes in fractions) after a change."""
 
     def network(**inputs: Array) -> Sequence[Array]:
         image = int(inputs["pixels"][0, 0, 0, 0])
@@ -298,7 +298,7 @@ def test_shares_of_objects_add_up_to_all_of_them(batch: int) -> None:
 
 
 def sorted_detector() -> Detector:
-    """Always three boxes per image, so that images can be answered together."""
+    """A detector with always three boxes per image, so that images can be batched."""
 
     def network(**inputs: Array) -> Sequence[Array]:
         grey = inputs["pixels"][:, 0, 0, 0].astype(np.float32)[:, None]
@@ -310,7 +310,7 @@ def sorted_detector() -> Detector:
 
 
 def test_metrics_of_a_part_do_not_depend_on_the_rest() -> None:
-    """All of the first image is found and none of the others."""
+    """The detector finds all objects of the first image and none of the others."""
 
     def change(scores: Array, ids: Array, boxes: Array) -> tuple[Array, Array, Array]:
         return (scores, ids, boxes) if len(boxes) == 2 else (scores[:0], ids[:0], boxes[:0])

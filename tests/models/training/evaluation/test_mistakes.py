@@ -1,4 +1,4 @@
-"""What is right and wrong among hand-made answers."""
+"""Correct and wrong predictions, counted on hand-written examples."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Reports of real tiny runs: what they say is true, complete and inside one file."""
+"""Reports of tiny runs: correct, complete and self-contained."""
 
 import base64
 import html.parser
@@ -35,7 +35,7 @@ LINES = [FIRST, SECOND]
 
 
 class Page(html.parser.HTMLParser):
-    """A page taken apart; refuses tags that do not match."""
+    """Parser of a page; rejects tags that do not match."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def test_without_metrics_there_are_no_curves(classifier_run: Path, tmp_path: Pat
 
 
 def imported(run: Path, out: Path, **changes: object) -> Path:
-    """The weights of a run as if they had been imported."""
+    """A run's weights, saved as if imported."""
     out.mkdir()
     origin = Origin("published.safetensors", "0" * 64, "timm", [], [])
     checkpoint = replace(load_checkpoint(run), progress=None, origin=origin)
@@ -123,7 +123,7 @@ def imported(run: Path, out: Path, **changes: object) -> Path:
 
 def test_an_imported_runs_report(classifier_run: Path, colours: Path, tmp_path: Path) -> None:
     run = imported(classifier_run, tmp_path / "imported", temperature=2.0)
-    with pytest.raises(DataError, match="it was imported and names no data set; say which with --data"):
+    with pytest.raises(DataError, match="it was imported and has no data set; pass --data"):
         write_report(run)
     text = Page(write_report(run, data_path=colours, split="test")).text
     assert "published.safetensors" in text
@@ -148,7 +148,7 @@ def test_labels_are_escaped(classifier_run: Path, colours: Path, tmp_path: Path)
 
 
 def test_many_labels(classifier_run: Path, tmp_path: Path) -> None:
-    """With more than 30 labels the pairs are told instead of the matrix."""
+    """Above 30 labels, confusions are listed instead of the matrix."""
     checkpoint = load_checkpoint(classifier_run)
     labels = [f"label {i:02}" for i in range(40)]
     for label in labels:

@@ -89,7 +89,7 @@ def test_no_groups_no_denoising() -> None:
 
 
 def test_denoising_is_learned() -> None:
-    """Together with query groups: every part of the loss falls when one batch is seen again and again."""
+    """Together with query groups: every part of the loss falls when training on one batch."""
     torch.manual_seed(0)
     shape = {"embed_dim": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "feedforward_dim": 32}
     network = Detr(

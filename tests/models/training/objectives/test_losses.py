@@ -30,7 +30,7 @@ def output(class_ids: list[list[int]], boxes: list[list[list[float]]], certainty
 
 
 def criterion(output: DetrOutput, targets: list[Target], groups: int = 1) -> dict[str, Tensor]:
-    """The loss of a batch that is the whole batch."""
+    """The loss of a whole batch."""
     config = DetrConfig(2, num_queries=output["pred_boxes"].shape[1] // groups, query_groups=groups)
     return SetCriterion()(output, targets, SetCriterion().totals(targets, config), groups)
 
@@ -45,7 +45,7 @@ def test_perfect_prediction_costs_nothing() -> None:
 
 
 def test_by_hand() -> None:
-    """One object, two undecided queries: the nearer box is matched and misses by 0.1 in x."""
+    """One object, two uncertain queries: the nearer box is matched, with an error of 0.1 in x."""
     near = [0.6, 0.5, 0.2, 0.4]
     loss = criterion(output([[0, 0]], [[OTHER, near]], 0.0), [Target(torch.tensor([1]), torch.tensor([BOX]))])
     giou = (0.1 * 0.4) / (0.3 * 0.4)  # hull and union are the same
@@ -144,7 +144,7 @@ def gradients(output: DetrOutput) -> list[Tensor]:
 
 
 def part_of(output: DetrOutput, images: slice, longest: int, restored: int) -> DetrOutput:
-    """Some images' answers; of the restored objects, those that are there if `longest` is the most of an image."""
+    """Slice a batch; drop denoising padding beyond `longest` objects."""
 
     def cut(layer: SetPrediction) -> SetPrediction:
         return {"pred_logits": layer["pred_logits"][images], "pred_boxes": layer["pred_boxes"][images]}
@@ -163,7 +163,7 @@ def part_of(output: DetrOutput, images: slice, longest: int, restored: int) -> D
 @settings(deadline=None, max_examples=25)
 @given(counts=COUNTS.filter(lambda counts: len(counts) > 1), groups=st.integers(1, 2), data=st.data())
 def test_parts_of_a_batch_add_up_to_the_whole(counts: list[int], groups: int, data: Any) -> None:
-    """In value and in gradient, however unequally the objects are spread."""
+    """In value and in gradient, however unevenly the objects are distributed."""
     torch.manual_seed(0)
     longest, targets = max(1, *counts), random_targets(counts, 3)
     output = random_output(len(counts), 4 * groups, 3, layers=2, restored=2 * longest)
@@ -196,7 +196,7 @@ def test_totals_need_only_the_targets() -> None:
 
 
 def test_denoising_loss_covers_every_layer() -> None:
-    """Two groups for an image with one object and one with two; what the padding answers does not count."""
+    """Two groups for an image with one object and one with two; outputs of the padding do not count."""
     targets = [Target(torch.tensor([1]), torch.tensor([BOX])), Target(torch.tensor([0, 1]), torch.tensor([OTHER, BOX]))]
     near = [0.6, 0.5, 0.2, 0.4]
     prediction = output([[NO_OBJECT], [NO_OBJECT]], [[BOX], [BOX]], 0.0)
