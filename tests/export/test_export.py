@@ -151,7 +151,7 @@ def test_verify_against_the_run_again(
     path = tiny_bundles / "colours" / "1"
     printed = run_vitrine("verify", path, "--run", classifier_run)
     assert "(fp32, fp16-weights, int8-dynamic, explain)" in printed
-    assert "as torch answers: largest difference probabilities " in printed
+    assert "matches torch: largest difference probabilities " in printed
     printed = run_vitrine("verify", path, "--run", detector_run, status=1)
     assert f"architecture: expected that of {detector_run}, detr, found vit" in printed
     other = tmp_path / "other"
@@ -204,7 +204,7 @@ def test_run_and_bundle_evaluate_alike(
         assert of_run == of_bundle
 
 
-def test_what_evaluate_prints_for_programs(tiny_bundles: Path, colours: Path, squares: Path, run_vitrine: Run) -> None:
+def test_evaluate_json(tiny_bundles: Path, colours: Path, squares: Path, run_vitrine: Run) -> None:
     path = tiny_bundles / "colours" / "1"
     document = json.loads(run_vitrine("evaluate", path, "--data", colours, "--json"))
     assert document["metrics"] == read_manifest(path).metrics.values
@@ -225,7 +225,7 @@ def test_evaluate_warns_of_random_weights(
     run.mkdir()
     save_checkpoint(replace(load_checkpoint(classifier_run), progress=None, origin=origin), run)
     printed = run_vitrine("evaluate", run, "--data", colours)
-    assert f"warning: {run}: head.weight, head.bias hold random numbers: train before you measure" in printed
+    assert f"warning: {run}: head.weight, head.bias are randomly initialised: train before evaluating" in printed
     assert "top1\t" in printed
 
 

@@ -166,7 +166,7 @@ def test_classes_without_names_ask_for_labels(classes: int, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_names_that_nobody_gave_ask_for_labels(tmp_path: Path) -> None:
+def test_missing_names_require_labels(tmp_path: Path) -> None:
     with pytest.raises(ImportSettingError, match="no labels for its 3 classes"):
         import_vit(tmp_path, 3, id2label={str(i): f"LABEL_{i}" for i in range(3)})
 

@@ -80,7 +80,7 @@ def test_every_tensor_of_the_network_comes_from_the_file(dtype: torch.dtype) -> 
         torch.testing.assert_close(weights[key], tensor.float(), rtol=0, atol=0)
 
 
-def test_a_weight_does_not_drag_the_tensor_that_it_is_cut_from() -> None:
+def test_a_weight_is_saved_without_its_base_storage() -> None:
     for weight in run(content()).values():
         assert weight.is_contiguous()
         assert weight.untyped_storage().nbytes() == weight.nbytes

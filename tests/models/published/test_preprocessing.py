@@ -141,7 +141,7 @@ def test_missing_preprocessor_fields_are_the_familys() -> None:
     ],
     ids=str,
 )
-def test_what_vitrine_does_not_do_is_refused(change: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ImportSettingError, match=rf"preprocessor_config\.json: {message}"):
         found(vit.HUGGING_FACE, {**NORMAL, "size": 16, **change})
 

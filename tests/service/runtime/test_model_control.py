@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from subprocess import Popen
+from typing import Any
 
 import httpx
 import psutil
@@ -19,7 +19,7 @@ from vitrine.bundle.errors import UnknownModelError
 from vitrine.bundle.repository import Repository
 from vitrine.service.runtime.model_control import ModelControl
 
-Serving = Callable[..., AbstractContextManager[tuple[str, str, Popen[str], list[str]]]]
+Serving = Callable[..., AbstractContextManager[Any]]
 NewVersion = Callable[[Path, str], Path]
 
 DEADLINE = 30.0  # seconds to wait for a condition
