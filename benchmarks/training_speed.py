@@ -69,8 +69,8 @@ def main() -> None:
             for name, train in comparison.competitors.items()
             if name == OURS or not options.only or any(part in name for part in options.only)
         }
-        profiles, peaks = profile_rounds(selected, options.rounds, options.steps)
-        report(comparison, profiles, max(peaks), options.threads)
+        step_times, peaks = measure_rounds(selected, options.rounds, options.steps)
+        report(comparison, step_times, max(peaks), options.threads)
 
 
 @dataclass(frozen=True)
@@ -330,19 +330,19 @@ class _StopTraining(Exception):
     """Raised to stop training."""
 
 
-class ExecutionProfile(NamedTuple):
+class StepTime(NamedTuple):
     """Seconds per step: wall-clock time, and CPU time of this process's threads without its workers."""
 
-    clock: float
-    processor: float
+    wall: float
+    cpu: float
 
 
-def profile(train: Callable[[], object], steps: int) -> ExecutionProfile:
+def measure(train: Callable[[], object], steps: int) -> StepTime:
     """Train one step and `steps` further ones; return the mean time of these, between optimiser steps."""
-    step_ends: list[ExecutionProfile] = []
+    step_ends: list[StepTime] = []
 
     def stop(*_: object) -> None:
-        step_ends.append(ExecutionProfile(time.perf_counter(), time.process_time()))
+        step_ends.append(StepTime(time.perf_counter(), time.process_time()))
         if len(step_ends) > steps:
             raise _StopTraining
 
@@ -353,23 +353,23 @@ def profile(train: Callable[[], object], steps: int) -> ExecutionProfile:
         pass
     finally:
         hook.remove()
-    return ExecutionProfile(*((end - start) / steps for start, end in zip(step_ends[0], step_ends[-1], strict=True)))
+    return StepTime(*((end - start) / steps for start, end in zip(step_ends[0], step_ends[-1], strict=True)))
 
 
-def profile_rounds(
+def measure_rounds(
     competitors: dict[str, Callable[[], object]], rounds: int, steps: int
-) -> tuple[dict[str, list[ExecutionProfile]], list[float]]:
-    """Profile each competitor in each round, after a warm-up round; also return each round's `peak_flops`."""
-    profiles: dict[str, list[ExecutionProfile]] = {name: [] for name in competitors}
+) -> tuple[dict[str, list[StepTime]], list[float]]:
+    """Measure each competitor in each round, after a warm-up round; also return each round's `peak_flops`."""
+    step_times: dict[str, list[StepTime]] = {name: [] for name in competitors}
     peaks = []
     for i in range(-1, rounds):
         peaks.append(peak_flops())
         for name, train in competitors.items():
-            measured = profile(train, steps if i >= 0 else 1)
+            step_time = measure(train, steps if i >= 0 else 1)
             gc.collect()  # ends the workers of the stopped loader
             if i >= 0:
-                profiles[name].append(measured)
-    return profiles, peaks
+                step_times[name].append(step_time)
+    return step_times, peaks
 
 
 def peak_flops() -> float:
@@ -385,23 +385,23 @@ def peak_flops() -> float:
     return best
 
 
-def report(comparison: Comparison, profiles: dict[str, list[ExecutionProfile]], peak: float, threads: int) -> None:
+def report(comparison: Comparison, step_times: dict[str, list[StepTime]], peak: float, threads: int) -> None:
     """Print a Markdown table. Ratios compare the same round: median and range."""
     print(f"{threads} threads, batches of {comparison.batch_size}, matrix multiplication {peak / 1e9:.1f} GFLOP/s\n")
     for name, (parameters, flops) in comparison.networks.items():
         print(f"{name}: {parameters / 1e6:.2f} M parameters, {flops / 1e9:.2f} GFLOP forward per image")
-    print("\n| | images/s | its time / ours | rounds | its processor time / ours | of the peak |")
+    print("\n| | images/s | its time / ours | rounds | its CPU time / ours | of the peak |")
     print("|---|---|---|---|---|---|")
-    for name, rounds in profiles.items():
+    for name, rounds in step_times.items():
         _, forward = comparison.networks["Hugging Face" if name.startswith("Hugging") else "ours"]
-        rate = 3 * comparison.batch_size * forward / min(rounds).clock
-        step = statistics.median(each.clock for each in rounds)
-        pairs = list(zip(rounds, profiles[OURS], strict=True))
-        ratios = [each.clock / ours.clock for each, ours in pairs]
-        processor = statistics.median(each.processor / ours.processor for each, ours in pairs)
+        rate = 3 * comparison.batch_size * forward / min(rounds).wall
+        step = statistics.median(each.wall for each in rounds)
+        pairs = list(zip(rounds, step_times[OURS], strict=True))
+        ratios = [each.wall / ours.wall for each, ours in pairs]
+        cpu_ratio = statistics.median(each.cpu / ours.cpu for each, ours in pairs)
         print(
             f"| {name} | {comparison.batch_size / step:.1f} | {statistics.median(ratios):.2f} "
-            f"| {min(ratios):.2f} to {max(ratios):.2f} | {processor:.2f} | {rate / peak:.0%} |"
+            f"| {min(ratios):.2f} to {max(ratios):.2f} | {cpu_ratio:.2f} | {rate / peak:.0%} |"
         )
 
 

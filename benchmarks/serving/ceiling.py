@@ -1,4 +1,4 @@
-"""What the machine can do without HTTP: images of a model decoded and run in one process, in the best known ways."""
+"""The machine's limit without HTTP: decoding and inference in one process, in the fastest known ways."""
 
 import json
 import statistics
@@ -19,23 +19,18 @@ from vitrine.bundle.predictors import Predictor
 def main(bundle: Path, image: Path, seconds: float) -> None:
     """Print, as JSON, the median milliseconds of one image and the images per second of all cores.
 
-    With an image: decoding and the network. With an array of pixels (.npy): the network alone.
+    For an image, both include decoding; for an array of pixels (.npy), they cover the network only.
     """
     load = load_file if bundle.is_file() else load_bundle
-    narrow = load(bundle, threads=1).predictor
-    wide = load(bundle, threads=available_cores()).predictor
-    print(
-        json.dumps(
-            {
-                "milliseconds": 1000 * min(_median(_work(way, image, 1), seconds / 2) for way in (narrow, wide)),
-                "rate": max(_rate(_work(narrow, image, count), count, seconds) for count in (1, 8)),
-            }
-        )
-    )
+    one_core = load(bundle, threads=1).predictor
+    all_cores = load(bundle, threads=available_cores()).predictor
+    latency = min(_median(_work(predictor, image, 1), seconds / 2) for predictor in (one_core, all_cores))
+    rate = max(_rate(_work(one_core, image, count), count, seconds) for count in (1, 8))
+    print(json.dumps({"milliseconds": 1000 * latency, "rate": rate}))
 
 
 def _work(predictor: Predictor, image: Path, count: int) -> Callable[[], object]:
-    """Answer `count` images, each prepared by itself, in one call of the network."""
+    """Return a function that prepares `count` images one by one and runs them as one batch."""
     if image.suffix == ".npy":
         pixels = np.load(image)
         return lambda: predictor.infer([pixels] * count)
@@ -48,6 +43,7 @@ def _work(predictor: Predictor, image: Path, count: int) -> Callable[[], object]
 
 
 def _median(work: Callable[[], object], seconds: float) -> float:
+    """Return the median seconds of a call."""
     work()
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -58,7 +54,7 @@ def _median(work: Callable[[], object], seconds: float) -> float:
 
 
 def _rate(work: Callable[[], object], count: int, seconds: float) -> float:
-    """Images per second of as many threads as there are cores, each with calls of its own."""
+    """Return the images per second of one thread per core, each of which calls `work`."""
     calls = [0] * available_cores()
     start = time.perf_counter()
 

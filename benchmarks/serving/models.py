@@ -1,4 +1,4 @@
-"""What is asked: the models, and an image for each."""
+"""The benchmarked models, with an input image each."""
 
 import json
 import sys
@@ -16,16 +16,16 @@ BUNDLES = WORK / "bundles"
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle and the image that it is asked with."""
+    """A bundle and its test image."""
 
     name: str
     bundle: Path
     image: Path
-    route: str  # of Vitrine
+    route: str  # Vitrine's path
 
 
-def models() -> dict[str, Model]:
-    """All models, by name; those that do not ship with the project are made once."""
+def load_models() -> dict[str, Model]:
+    """Return all models by name; create those that do not ship with the project, if they do not exist yet."""
     WORK.mkdir(exist_ok=True)
     photograph = WORK / "photograph.jpg"
     if not photograph.exists():
@@ -48,12 +48,12 @@ def _frog() -> Path:
 
 
 def _photograph() -> Image.Image:
-    """500 x 375 pixels that compress about as much as a photograph: the blood cells, enlarged."""
+    """Return an image of 500 x 375 pixels that compresses about as well as a photograph: the blood cells, resized."""
     return Image.open(ROOT / "examples" / "blood.jpg").convert("RGB").resize((500, 375))
 
 
 def _random_vit(name: str, image_size: int, **settings: int) -> Path:
-    """A ViT of width 192 with random weights, exported as any other run is. It needs torch."""
+    """Export a ViT of width 192 with random weights, like any other run. This needs torch."""
     path = BUNDLES / name / "1"
     if path.exists():
         return path
@@ -62,7 +62,7 @@ def _random_vit(name: str, image_size: int, **settings: int) -> Path:
     from vitrine.models.build import build_model
     from vitrine.models.training.checkpoint import Checkpoint, Origin, save_checkpoint
 
-    full: dict[str, Any] = {"image_size": image_size, "embed_dim": 192, "num_heads": 3, **settings}
+    config: dict[str, Any] = {"image_size": image_size, "embed_dim": 192, "num_heads": 3, **settings}
     labels = [f"class {i}" for i in range(1000 if image_size == 224 else 10)]
     run = WORK / "runs" / name
     run.mkdir(parents=True, exist_ok=True)
@@ -72,15 +72,15 @@ def _random_vit(name: str, image_size: int, **settings: int) -> Path:
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
     }
-    weights = build_model("vit", full, len(labels)).state_dict()
+    weights = build_model("vit", config, len(labels)).state_dict()
     origin = Origin("random", "0" * 64, "timm", [], [])
-    save_checkpoint(Checkpoint("vit", full, preprocessing, labels, weights, origin=origin), run)
+    save_checkpoint(Checkpoint("vit", config, preprocessing, labels, weights, origin=origin), run)
     export_run(run, path, timing=Timing.NONE)
     return path
 
 
 def _no_op() -> Path:
-    """A classifier that computes next to nothing: what remains is the way to it and back."""
+    """A classifier that computes almost nothing, to measure the server's overhead."""
     file = BUNDLES / "no-op" / "model.onnx"
     if file.exists():
         return file
@@ -108,8 +108,8 @@ def _no_op() -> Path:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     model.ir_version = 10
-    real = onnx.load(ROOT / "bundles" / "vit-cifar10" / "1" / "model.onnx", load_external_data=False)
-    (identity,) = (entry.value for entry in real.metadata_props if entry.key == METADATA_KEY)
+    served = onnx.load(ROOT / "bundles" / "vit-cifar10" / "1" / "model.onnx", load_external_data=False)
+    (identity,) = (entry.value for entry in served.metadata_props if entry.key == METADATA_KEY)
     helper.set_model_props(model, {METADATA_KEY: json.dumps({**json.loads(identity), "name": "no-op"})})
     file.parent.mkdir(parents=True)
     onnx.save(model, file)
@@ -117,4 +117,4 @@ def _no_op() -> Path:
 
 
 if __name__ == "__main__":
-    sys.stdout.write("\n".join(f"{model.name}: {model.bundle}" for model in models().values()) + "\n")
+    sys.stdout.write("\n".join(f"{model.name}: {model.bundle}" for model in load_models().values()) + "\n")

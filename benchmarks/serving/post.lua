@@ -1,4 +1,4 @@
--- POST the file $BODY with the lines of $HEADERS.
+-- POST the file $BODY with the headers in $HEADERS, one per line.
 local file = io.open(os.getenv("BODY"), "rb")
 wrk.method, wrk.body = "POST", file:read("*all")
 file:close()

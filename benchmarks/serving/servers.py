@@ -1,4 +1,4 @@
-"""The servers: how each is started, asked and stopped."""
+"""Start, query and stop the servers."""
 
 import base64
 import json
@@ -31,48 +31,48 @@ _BOUNDARY = "a-boundary-of-the-benchmark"
 
 @dataclass(frozen=True)
 class Request:
-    """What is posted."""
+    """A POST request."""
 
     path: str
     body: bytes
-    headers: str  # `name: value`, one a line
+    headers: str  # `name: value`, one per line
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that can be started, and how it is asked for an image of a model."""
+    """How to start and query a server."""
 
     name: str
     command: Callable[[Model], list[str]]
-    ready: str  # a path that is answered with 200 once it can work
+    ready: str  # path that returns 200 once the server is ready
     request: Callable[[Model], Request]
-    health: str = ""
-    answer: Callable[[bytes], float] = lambda body: 0.0  # the best score in an answer
+    health: str = ""  # path of the health probe
+    score: Callable[[bytes], float] = lambda body: 0.0  # best score in a response
     environment: Callable[[Model], dict[str, str]] = lambda model: {}
 
 
 @dataclass
 class Running:
-    """A server that has started."""
+    """A started server."""
 
     process: subprocess.Popen[bytes]
-    seconds: float  # until it was ready
+    seconds: float  # from start until ready
 
     def memory(self) -> float:
-        """MiB of all its processes; pages that they share count once."""
+        """Return the memory of all its processes in MiB; shared pages count once."""
         root = psutil.Process(self.process.pid)
         total = 0
         for process in (root, *root.children(recursive=True)):
             try:
                 total += process.memory_full_info().pss
-            except psutil.Error:  # it has just ended
+            except psutil.Error:  # the process has just ended
                 continue
         return total / 2**20
 
 
 @contextmanager
 def running(server: Server, model: Model) -> Iterator[Running]:
-    """Start a server and wait until it is ready; end it with all its processes."""
+    """Start a server and wait until it is ready; stop it and all its processes at the end of the block."""
     environment = {**os.environ, **server.environment(model)}
     log = (WORK / f"{server.name}.out").open("wb")
     start = time.perf_counter()
@@ -107,8 +107,8 @@ def running(server: Server, model: Model) -> Iterator[Running]:
 
 def _is_ready(path: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=20) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=20) as response:
+            return bool(response.status == 200)
     except (OSError, urllib.error.URLError):
         return False
 
@@ -118,36 +118,36 @@ def _is_free() -> bool:
         return probe.connect_ex(("127.0.0.1", PORT)) != 0
 
 
-def ask_once(request: Request) -> bytes:
-    """The answer to a request."""
+def send(request: Request) -> bytes:
+    """Send a request; return the response body."""
     headers = dict(line.split(": ", 1) for line in request.headers.splitlines())
-    asked = urllib.request.Request(f"http://127.0.0.1:{PORT}{request.path}", request.body, headers)
-    with urllib.request.urlopen(asked, timeout=60) as answer:
-        body: bytes = answer.read()
+    post = urllib.request.Request(f"http://127.0.0.1:{PORT}{request.path}", request.body, headers)
+    with urllib.request.urlopen(post, timeout=60) as response:
+        body: bytes = response.read()
         return body
 
 
 def load(model: Model) -> Bundle:
-    """A model's bundle."""
+    """Load a model's bundle."""
     return load_file(model.bundle) if model.bundle.is_file() else load_bundle(model.bundle)
 
 
 def expected(model: Model) -> float:
-    """The best score that a right answer has."""
+    """The best score of a correct response."""
     predictor = load(model).predictor
     image = predictor.prepare(decode_for(model.image.read_bytes(), predictor.preprocessing))
     return float(max(predictor.infer([image])[0][0]))  # type: ignore[list-item]
 
 
 def _vitrine_environment(model: Model) -> dict[str, str]:
-    root = WORK / "roots" / model.name  # of this bundle alone: peers have one model, too
+    root = WORK / "roots" / model.name  # serves only this bundle, as the other servers have one model
     if not model.bundle.is_file() and not root.exists():
         root.mkdir(parents=True)
         (root / model.name).symlink_to(model.bundle.parent)
-    where = model.bundle if model.bundle.is_file() else root
-    environment = {"VITRINE_BUNDLES": str(where), "VITRINE_PORT": str(PORT), "VITRINE_GRPC_PORT": "0"}
+    bundles = model.bundle if model.bundle.is_file() else root
+    environment = {"VITRINE_BUNDLES": str(bundles), "VITRINE_PORT": str(PORT), "VITRINE_GRPC_PORT": "0"}
     if model.name == "no-op":
-        # nobody collects them: what a span costs is paid nevertheless
+        # no collector: recording spans costs the same
         environment |= {"VITRINE_TRACES_ENDPOINT": "http://127.0.0.1:9/v1/traces", "VITRINE_TRACES_SHARE": "0.01"}
     return environment
 
@@ -221,7 +221,7 @@ def _triton_request(model: Model) -> Request:
 
 
 def pixels(model: Model) -> np.ndarray:  # type: ignore[type-arg]
-    """A classifier's image as its network takes it."""
+    """Return a classifier's test image as the input of its network."""
     predictor = load(model).predictor
     prepared = predictor.prepare(decode_for(model.image.read_bytes(), predictor.preprocessing))
     assert isinstance(prepared, np.ndarray)
@@ -234,24 +234,25 @@ def _tensor_request(model: Model) -> Request:
     return _binary(f"/v2/models/{model.name}/infer", tensor, image.tobytes(), ["probabilities"])
 
 
-def _scores(body: bytes) -> float:
-    """The best score in an answer of ours or of a peer's, whatever is around it."""
+def _best_score(body: bytes) -> float:
+    """Return the best score in a JSON response of any of the servers."""
     return max(map(float, re.findall(rb'(?:probability|score)[\\\\]*": *([0-9.e-]+)', body)))
 
 
-def _vitrine(name: str, request: Callable[[Model], Request], answer: Callable[[bytes], float] = _scores) -> Server:
+def _vitrine(name: str, request: Callable[[Model], Request], score: Callable[[bytes], float] = _best_score) -> Server:
     return Server(
         name,
         lambda model: [str(ROOT / ".venv" / "bin" / "python"), "-m", "vitrine", "serve"],
         "/readyz",
         request,
         "/livez",
-        answer,
+        score,
         _vitrine_environment,
     )
 
 
-def _first_tensor(body: bytes) -> float:
+def _best_in_tensor(body: bytes) -> float:
+    """Return the maximum of the float32 tensor after the JSON document of a binary response."""
     length = json.JSONDecoder().raw_decode(body.decode("latin-1"))[1]
     return float(np.frombuffer(body[length:], "<f4").max())
 
@@ -261,9 +262,15 @@ SERVERS = {
     for server in (
         _vitrine("vitrine", lambda model: _raw(model.route)(model)),
         _vitrine("vitrine, multipart", lambda model: _multipart(model.route, "image")(model)),
-        _vitrine("vitrine, v2 binary", _tensor_request, _first_tensor),
+        _vitrine("vitrine, v2 binary", _tensor_request, _best_in_tensor),
         Server(
-            "fastapi", _peer("fastapi"), "/docs", _multipart("/predict", "image"), "/docs", _scores, _peer_environment
+            "fastapi",
+            _peer("fastapi"),
+            "/docs",
+            _multipart("/predict", "image"),
+            "/docs",
+            _best_score,
+            _peer_environment,
         ),
         Server(
             "litserve",
@@ -271,7 +278,7 @@ SERVERS = {
             "/health",
             _multipart("/predict", "request"),
             "/health",
-            _scores,
+            _best_score,
             _peer_environment,
         ),
         Server(
@@ -280,7 +287,7 @@ SERVERS = {
             "/v2/models/model/ready",
             _mlserver_request,
             "/v2/health/live",
-            _scores,
+            _best_score,
             _peer_environment,
         ),
         Server(
@@ -289,10 +296,10 @@ SERVERS = {
             "/v2/models/model/ready",
             _triton_request,
             "/v2/health/live",
-            _scores,
+            _best_score,
             _peer_environment,
         ),
-        Server("ray", _peer("ray"), "/-/healthz", _raw("/"), "/-/healthz", _scores, _peer_environment),
+        Server("ray", _peer("ray"), "/-/healthz", _raw("/"), "/-/healthz", _best_score, _peer_environment),
     )
 }
 PEERS = ("fastapi", "litserve", "mlserver", "triton", "ray")

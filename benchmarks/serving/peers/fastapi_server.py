@@ -1,4 +1,4 @@
-"""FastAPI as its tutorial has it: an uploaded file, a plain function, which runs on the thread pool."""
+"""FastAPI as in its tutorial: an uploaded file and a synchronous endpoint on the thread pool."""
 
 import uvicorn
 from fastapi import FastAPI, File
@@ -10,7 +10,7 @@ session = open_session()
 
 @app.post("/predict")
 def predict(image: bytes = File()) -> list:
-    """One image."""
+    """Return the predictions for one image."""
     return run(session, [read_image(image)])[0]
 
 

@@ -1,4 +1,4 @@
-"""LitServe with a worker process for each core."""
+"""LitServe with one worker process per core."""
 
 import os
 
@@ -8,14 +8,14 @@ from model import PORT, open_session, read_image, run
 
 
 class Api(litserve.LitAPI):
-    """One image."""
+    """Predict for one image per request."""
 
     def setup(self, device: str) -> None:
-        """In each worker."""
+        """Load the model, in each worker."""
         self.session = open_session(threads=1)
 
     def decode_request(self, request: UploadFile) -> object:
-        """Multipart to pixels."""
+        """Decode the uploaded image."""
         return read_image(request.file.read())
 
     def predict(self, image: object) -> object:
@@ -23,7 +23,7 @@ class Api(litserve.LitAPI):
         return run(self.session, [image])[0]
 
     def encode_response(self, output: object) -> object:
-        """As it is."""
+        """Return the result unchanged."""
         return {"answer": output}
 
 

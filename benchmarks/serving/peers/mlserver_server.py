@@ -1,4 +1,4 @@
-"""MLServer with a runtime of one's own."""
+"""MLServer with a custom runtime."""
 
 import json
 import subprocess
@@ -13,15 +13,15 @@ from model import PORT, open_session, read_image, run
 
 
 class Runtime(MLModel):
-    """One image."""
+    """Predict for one image per request."""
 
     async def load(self) -> bool:
-        """Once."""
+        """Load the model."""
         self.session = open_session()
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        """Base64 to an answer."""
+        """Return the predictions for one base64 image, as JSON."""
         (data,) = Base64Codec.decode_input(payload.inputs[0])
         answer = json.dumps(run(self.session, [read_image(data)])[0])
         output = ResponseOutput(name="answer", shape=[1], datatype="BYTES", data=[answer])

@@ -1,6 +1,7 @@
-"""What all peers run: an ONNX graph with Pillow and NumPy, as a user of theirs would write it.
+"""The model code of all other servers: an ONNX graph with Pillow and NumPy, as their users would write it.
 
-The environment says which: MODEL (an ONNX file) and TASK, SIZE ("32", or the shortest and longest edge "240,320").
+Environment variables: MODEL (an ONNX file), TASK, SIZE ("32", or the shortest and longest edge "240,320"),
+INTERPOLATION and PORT.
 """
 
 import io
@@ -17,14 +18,14 @@ RESAMPLING = Image.Resampling[os.environ["INTERPOLATION"].upper()]
 
 
 def open_session(threads: int = 0) -> onnxruntime.InferenceSession:
-    """The graph; by default on all cores, as ONNX Runtime does."""
+    """Load the graph; by default on all cores, the default of ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(os.environ["MODEL"], options, providers=["CPUExecutionProvider"])
 
 
 def read_image(data: bytes) -> np.ndarray:
-    """Bytes to uint8 [height, width, 3]."""
+    """Decode and resize an image to uint8 [height, width, 3]."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     if IS_DETECTOR:
         shortest, longest = SIZE
@@ -39,7 +40,7 @@ def read_image(data: bytes) -> np.ndarray:
 
 
 def run(session: onnxruntime.InferenceSession, images: list) -> list:
-    """An answer for each image: the best five classes, or the objects that score at least 0.5."""
+    """Return the predictions for each image: the best five classes, or the objects that score at least 0.5."""
     feeds = {"pixels": np.stack(images)}
     if IS_DETECTOR:
         feeds["sizes"] = np.array([image.shape[:2] for image in images], np.int64)
@@ -48,12 +49,12 @@ def run(session: onnxruntime.InferenceSession, images: list) -> list:
 
 
 def best(probabilities: np.ndarray) -> list:
-    """The five most probable classes."""
+    """Return the five most probable classes."""
     order = np.argsort(-probabilities)[:5]
     return [{"class_id": int(i), "score": float(probabilities[i])} for i in order]
 
 
 def objects(scores: np.ndarray, class_ids: np.ndarray, boxes: np.ndarray) -> list:
-    """The objects that score at least 0.5, best first."""
+    """Return the objects that score at least 0.5, best first."""
     order = [i for i in np.argsort(-scores) if scores[i] >= 0.5]
     return [{"class_id": int(class_ids[i]), "score": float(scores[i]), "box": boxes[i].tolist()} for i in order]

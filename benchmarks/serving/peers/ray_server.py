@@ -1,4 +1,4 @@
-"""Ray Serve with a replica for each core."""
+"""Ray Serve with one replica per core."""
 
 import os
 
@@ -12,13 +12,13 @@ cores = os.cpu_count() or 1
 
 @serve.deployment(num_replicas=cores, ray_actor_options={"num_cpus": 1}, max_ongoing_requests=32)
 class Predictor:
-    """One image."""
+    """Predict for one image per request."""
 
     def __init__(self) -> None:
         self.session = open_session(threads=1)
 
     async def __call__(self, request: Request) -> list:
-        """Body to an answer."""
+        """Return the predictions for the image in the body."""
         return run(self.session, [read_image(await request.body())])[0]
 
 

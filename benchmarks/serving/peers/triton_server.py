@@ -1,4 +1,4 @@
-"""Triton by pytriton, with an instance for each core and its dynamic batching."""
+"""Triton through pytriton, with one instance per core and dynamic batching."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pytriton.model_config import ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
 
-def instance() -> object:
-    """A function with a session of its own."""
+def make_instance() -> object:
+    """Return an inference function with its own session."""
     session = open_session(threads=1)
 
     @batch
@@ -26,7 +26,7 @@ config = TritonConfig(http_port=PORT, grpc_port=PORT + 1, metrics_port=PORT + 2,
 with Triton(config=config) as triton:
     triton.bind(
         model_name="model",
-        infer_func=[instance() for _ in range(os.cpu_count() or 1)],
+        infer_func=[make_instance() for _ in range(os.cpu_count() or 1)],
         inputs=[Tensor(name="image", dtype=bytes, shape=(1,))],
         outputs=[Tensor(name="answer", dtype=bytes, shape=(1,))],
         config=ModelConfig(max_batch_size=8),
