@@ -92,10 +92,10 @@ def train(
 def check_data(
     path: Annotated[Path, typer.Argument(help="Data set.")],
     split: Annotated[
-        list[str] | None, typer.Option(help="Part of the data set; may be repeated (default: all).", show_default=False)
+        list[str] | None, typer.Option(help="Split; may be repeated (default: all).", show_default=False)
     ] = None,
     sheets: Annotated[
-        Path | None, typer.Option(help="Folder for a contact sheet of each part.", show_default=False)
+        Path | None, typer.Option(help="Folder for a contact sheet of each split.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every finding.")] = False,
 ) -> None:
@@ -129,9 +129,9 @@ def fetch_data(
 def crop_data(
     path: Annotated[Path, typer.Argument(help="Data set with boxes.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    split: Annotated[str, typer.Option(help="Part of the data set.")] = "train",
-    margin: Annotated[float, typer.Option(min=0, help="Seen around a box, as a part of its edge.")] = 0.1,
-    smallest: Annotated[int, typer.Option(min=1, help="Pixels; objects with a shorter edge are left out.")] = 16,
+    split: Annotated[str, typer.Option(help="Split.")] = "train",
+    margin: Annotated[float, typer.Option(min=0, help="Margin around each box, as a fraction of its edge.")] = 0.1,
+    smallest: Annotated[int, typer.Option(min=1, help="Shortest edge in pixels; smaller objects are skipped.")] = 16,
 ) -> None:
     """Crop the objects of a detection set: a classification set to pretrain a detector's backbone on."""
     from vitrine.bundle.manifest import Task
@@ -151,11 +151,11 @@ def import_(
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     variant: Annotated[
-        str | None, typer.Option(help="Standard size, where the file does not tell: detr_resnet50_dc5, ...")
+        str | None, typer.Option(help="Variant, if the file does not determine it: detr_resnet50_dc5, ...")
     ] = None,
     labels: Annotated[str | None, typer.Option(help="imagenet-1k, coco or a file with a label on each line.")] = None,
     reset_head: Annotated[
-        bool, typer.Option("--reset-head", help="New last layer for --labels, to be trained.")
+        bool, typer.Option("--reset-head", help="Initialise a new, untrained head for --labels.")
     ] = False,
 ) -> None:
     """Turn published weights into a run; KEY=VALUE overrides a setting (image_size=384, preprocessing.crop_pct=1)."""
@@ -178,9 +178,7 @@ def import_(
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A run, a bundle, or an ONNX file of a bundle.")],
     data: Annotated[Path, typer.Option(help="Data set.")],
-    split: Annotated[
-        str | None, typer.Option(help="Part of the data set (default: test, or val where there is no test).")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split (default: test, or val if there is no test).")] = None,
     variant: Variant = None,
     providers: Providers = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the whole confusion matrix.")] = False,
@@ -206,7 +204,7 @@ def evaluate(
         checkpoint = load_checkpoint(path)
         if checkpoint.progress is None and checkpoint.origin is not None and checkpoint.origin.untrained:
             untrained = ", ".join(checkpoint.origin.untrained)
-            typer.echo(f"warning: {path}: {untrained} hold random numbers: train before you measure", err=True)
+            typer.echo(f"warning: {path}: {untrained} are randomly initialised: train before evaluating", err=True)
         predictor, task = checkpoint_predictor(checkpoint)
     images = load_split(data, task, split or ("test" if has_split(data, "test") else "val"))
     predictions = predict(predictor, images)
@@ -237,7 +235,7 @@ def report(
     data: Annotated[
         Path | None, typer.Option(help="Data set (default: where it was when the run was trained).")
     ] = None,
-    split: Annotated[str, typer.Option(help="Part of the data set to look for mistakes in.")] = "val",
+    split: Annotated[str, typer.Option(help="Split to search for mistakes.")] = "val",
     out: Annotated[Path | None, typer.Option(help="HTML file to write (default: report.html in the run).")] = None,
 ) -> None:
     """Write an HTML report of a run: learning curves, metrics and mistakes."""
@@ -255,7 +253,7 @@ def export(
     ] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = NOT_STATED,
     data_licence: Annotated[str, typer.Option(help="Terms of the data, for the model card.")] = NOT_STATED,
-    notes: Annotated[str, typer.Option(help="What a reader of the figures must know, for the model card.")] = "",
+    notes: Annotated[str, typer.Option(help="Caveats about the measurements, for the model card.")] = "",
     variant: Annotated[
         list[Precision] | None,
         typer.Option(help="Smaller or faster graph to add; may be repeated.", show_default=False),
@@ -266,7 +264,9 @@ def export(
     default: Annotated[Precision, typer.Option(help="The variant that is served.")] = Precision.FP32,
     latency: Annotated[
         Literal["none", "own", "all"],
-        typer.Option(help="Ways to time for the card: torch and the graphs (own), compiled torch and OpenVINO (all)."),
+        typer.Option(
+            help="What to time for the card: torch and the graphs (own), also torch.compile and OpenVINO (all)."
+        ),
     ] = "own",
     providers: Providers = "cpu",
 ) -> None:
@@ -294,7 +294,7 @@ def export(
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")],
     run: Annotated[
-        Path | None, typer.Option(help="The run it was made of: compare with torch again.", show_default=False)
+        Path | None, typer.Option(help="The run it was exported from; also compare with torch.", show_default=False)
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Images to compare on (default: where they were when the run was trained).")
@@ -315,7 +315,7 @@ def verify(
 
         parity = verify_run(run, bundle, data_path=data, providers=chosen)
         differences = ", ".join(f"{name} {value:.1e}" for name, value in parity.max_abs_diff.items())
-        typer.echo(f"as torch answers: largest difference {differences} on {parity.images} images of {parity.data}")
+        typer.echo(f"matches torch: largest difference {differences} on {parity.images} images of {parity.data}")
 
 
 @app.command()
@@ -353,15 +353,17 @@ def predict(
     annotate: Annotated[
         Path | None, typer.Option(help="Folder for a picture of each answer.", show_default=False)
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Classes an image (default: 5).", show_default=False)] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Number of classes per image (default: 5).", show_default=False)
+    ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Least score of an object (default: 0.5).", show_default=False)
+        float | None, typer.Option(help="Minimum score of an object (default: 0.5).", show_default=False)
     ] = None,
     max_detections: Annotated[
-        int | None, typer.Option(help="Objects an image, at most (default: 100).", show_default=False)
+        int | None, typer.Option(help="Maximum number of objects per image (default: 100).", show_default=False)
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="Answer this label only; may be repeated.", show_default=False)
+        list[str] | None, typer.Option(help="Return only this label; may be repeated.", show_default=False)
     ] = None,
     variant: Variant = None,
     providers: Providers = "cpu",
@@ -419,11 +421,13 @@ def bundles(
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on, in place of VITRINE_HOST.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on, in place of VITRINE_PORT.")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Of gRPC, in place of VITRINE_GRPC_PORT; 0: none.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on, instead of VITRINE_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on, instead of VITRINE_PORT.")] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="gRPC port, instead of VITRINE_GRPC_PORT; 0 disables gRPC.")
+    ] = None,
     settings_file: Annotated[
-        Path | None, typer.Option("--settings", help="YAML file of settings, in place of VITRINE_SETTINGS.")
+        Path | None, typer.Option("--settings", help="YAML file of settings, instead of VITRINE_SETTINGS.")
     ] = None,
     print_settings: Annotated[bool, typer.Option(help="Print the effective settings and exit.")] = False,
 ) -> None:
@@ -466,19 +470,20 @@ def serve(
 
 
 def _greet(roots: Sequence[Path], host: str, port: int, manifests: Sequence[Identity]) -> None:
-    """Print what is served where, and what to try."""
+    """Print the served models, the address and an example request for each task."""
     host = f"[{host}]" if ":" in host else host
     typer.echo(f"Vitrine serves {', '.join(map(str, roots))} on http://{host}:{port}")
     for manifest in manifests:
         typer.echo(f"  {_summary(manifest)}")
-    for task, line in _CURL.items():
+    for task, (route, example) in _ROUTES.items():
         names = [manifest.name for manifest in manifests if manifest.task is task]
         if names:
-            typer.echo(f"  try: {line.format(model=names[-1], host=host, port=port)}")
+            image = example if Path(example).is_file() else "IMAGE.jpg"
+            typer.echo(f"  try: curl -F image=@{image} -F model={names[-1]} http://{host}:{port}{route}")
 
 
 @app.command()
-def key(name: Annotated[str, typer.Option(help="Whose it is, to tell the lines of the file apart.")] = "") -> None:
+def key(name: Annotated[str, typer.Option(help="Name of the key's owner, stored in its line.")] = "") -> None:
     """Make an API key, and its line for VITRINE_API_KEYS_FILE."""
     import secrets
 
@@ -491,9 +496,9 @@ def key(name: Annotated[str, typer.Option(help="Whose it is, to tell the lines o
     typer.echo(f"line for the file:     {f'{name} {hash_key(made)}'.strip()}")
 
 
-_CURL = {
-    Task.CLASSIFICATION: "curl -F image=@examples/frog.jpg -F model={model} http://{host}:{port}/classify",
-    Task.DETECTION: "curl -F image=@examples/blood.jpg -F model={model} http://{host}:{port}/detect",
+_ROUTES = {  # path and example image of each task
+    Task.CLASSIFICATION: ("/classify", "examples/frog.jpg"),
+    Task.DETECTION: ("/detect", "examples/blood.jpg"),
 }
 
 
@@ -527,7 +532,7 @@ def main() -> None:
         typer.echo(f"vitrine: {error}", err=True)
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
-        needs = f"this command needs {error.name}, which serving does not"
+        needs = f"this command needs {error.name}, which is not installed"
         how = "pip install 'vitrine-serving[train]', in a checkout pip install -r requirements/train.txt"
         typer.echo(f"vitrine: {needs}: {how}", err=True)
         raise SystemExit(1) from None
