@@ -91,7 +91,7 @@ def openapi_document() -> str:
 
 def _operation(operation_id: str, tag: str, summary: str, ok: Json, errors: tuple[int, ...], **fields: Any) -> Json:
     """Return an operation object: `ok` is its response with status 200."""
-    error = {"application/json": {"schema": _reference("ProtocolErrorAnswer" if tag == "protocol" else "ErrorAnswer")}}
+    error = _json_content(_reference("ProtocolErrorAnswer" if tag == "protocol" else "ErrorAnswer"))
     headers = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
     responses = {str(status): _response(_ERRORS[status], error, *headers.get(status, ())) for status in errors}
     return {

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vitrine.service.errors import CLIENT_CLOSED_REQUEST
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import log_request
 from vitrine.service.observability.request_record import STAGES, RequestRecord, current_record
@@ -17,7 +18,6 @@ from vitrine.service.paths import PROBES
 from vitrine.service.settings import Settings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_CLIENT_CLOSED_REQUEST = "499"  # status if the client disconnected before the response started
 
 
 def request_id(sent: str | None) -> str:
@@ -39,7 +39,7 @@ def track_request(record: RequestRecord) -> Iterator[None]:
         yield
     finally:
         seconds = time.monotonic() - start
-        status = record.status or _CLIENT_CLOSED_REQUEST
+        status = record.status or str(CLIENT_CLOSED_REQUEST)  # no status: disconnected before the response started
         metrics.request_finished(record, status, seconds)
         log_request(record, status, seconds)
 

@@ -254,7 +254,8 @@ async def grpc_server(serving: Serving) -> AsyncIterator[None]:
         ("grpc.max_send_message_length", -1),
     ]
     server = grpc.aio.server(options=options)
-    pb_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(serving), server)  # type: ignore[no-untyped-call]
+    add_servicer = pb_grpc.add_GRPCInferenceServiceServicer_to_server
+    add_servicer(InferenceServicer(serving), server)  # type: ignore[no-untyped-call]
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

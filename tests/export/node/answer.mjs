@@ -1,5 +1,6 @@
 // node answer.mjs onnxruntime-node|onnxruntime-web model.onnx inputs.json
-// Prints the graph's outputs, {name: {dims, data}}, for inputs {name: {type, dims, data: base64 of little-endian bytes}}.
+// Prints the graph's outputs, {name: {dims, data}}.
+// inputs.json contains {name: {type, dims, data: base64 of little-endian bytes}}.
 import { readFileSync } from 'node:fs'
 
 const [runtime, model, inputs] = process.argv.slice(2)

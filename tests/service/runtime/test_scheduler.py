@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
-from vitrine.bundle.predictors import Classifier, Detector, PreparedImage, Row
+from vitrine.bundle.predictors import Classifier, Detector, Predictor, PreparedImage, Row
 from vitrine.bundle.profile import ExecutionProfile
 from vitrine.service.errors import OverloadedError
 from vitrine.service.observability.request_record import RequestRecord
@@ -39,9 +39,10 @@ class Doubling:
         return [2 * values]
 
 
-def bundle_of(network: Doubling, **profile: Any) -> Bundle:
-    predictor = Classifier(network, SQUARE, ["a"])
-    return Bundle(None, predictor, Path("nowhere"), profile=ExecutionProfile(0.001, **profile))  # type: ignore[arg-type]
+def bundle_of(network: Doubling | Predictor, seconds: float = 0.001, **profile: Any) -> Bundle:
+    predictor = Classifier(network, SQUARE, ["a"]) if isinstance(network, Doubling) else network
+    execution_profile = ExecutionProfile(seconds, **profile)
+    return Bundle(None, predictor, Path("nowhere"), profile=execution_profile)  # type: ignore[arg-type]
 
 
 class Value:
@@ -123,7 +124,7 @@ def test_work_waits_for_a_thread_and_its_wait_is_recorded() -> None:
 
 def test_an_image_that_would_wait_too_long_is_refused_with_retry_after() -> None:
     async def scenario(scheduler: Scheduler) -> None:
-        slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), profile=ExecutionProfile(3.0))  # type: ignore[arg-type]
+        slow = bundle_of(Doubling(), 3.0)
         first, result = await occupied(scheduler, slow)
         waiting = start_all(scheduler.run(Value(2), slow, RequestRecord()))
         await asyncio.sleep(0)
@@ -139,7 +140,7 @@ def test_an_image_that_would_wait_too_long_is_refused_with_retry_after() -> None
 
 
 def test_a_lone_image_is_never_refused_however_slow_the_network_is() -> None:
-    slow = Bundle(None, bundle_of(Doubling()).predictor, Path("nowhere"), profile=ExecutionProfile(1e6))  # type: ignore[arg-type]
+    slow = bundle_of(Doubling(), 1e6)
     with scheduling(max_wait=0.001) as scheduler:
         assert asyncio.run(scheduler.run(Value(2), slow, RequestRecord())) == 4
 
@@ -283,8 +284,7 @@ def test_images_of_different_sizes_run_in_separate_batches() -> None:
 
     async def scenario(scheduler: Scheduler) -> None:
         preprocessing = DetectionPreprocessing(shortest_edge=64, longest_edge=640, **CHANNELS)
-        predictor = Detector(network, preprocessing, ["a"])
-        bundle = Bundle(None, predictor, Path("nowhere"), profile=ExecutionProfile(0.001, batch=8))  # type: ignore[arg-type]
+        bundle = bundle_of(Detector(network, preprocessing, ["a"]), batch=8)
         first, result = await occupied(scheduler, bundle_of(Doubling()))
         waiting = start_all(*(scheduler.run(Picture(h), bundle, RequestRecord()) for h in (64, 600, 60, 610)))
         await asyncio.sleep(0)
