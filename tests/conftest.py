@@ -27,9 +27,10 @@ SLOW_FIXTURES = {"chromium", "classifier_run", "detector_run"}
 COLOURS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 30)}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: a second thread costs more than it gives
-# Nothing may touch the user's home, not even while tests are collected.
-_home = tempfile.TemporaryDirectory(prefix="vitrine-home-")
-os.environ |= {"HOME": _home.name, "XDG_CACHE_HOME": f"{_home.name}/cache", "XDG_CONFIG_HOME": f"{_home.name}/config"}
+# Nothing may touch the user's home or leave files behind, not even while tests are collected.
+_home = tempfile.TemporaryDirectory(prefix="vt-")  # short: sockets lie in it
+os.environ |= {"HOME": _home.name, "TMPDIR": _home.name}
+os.environ |= {"XDG_CACHE_HOME": f"{_home.name}/cache", "XDG_CONFIG_HOME": f"{_home.name}/config"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
