@@ -14,7 +14,7 @@ import grimp
 
 FILE = Path(__file__).with_name("floors.svg")
 ROOT = "vitrine"
-DETAILED = ("models.training",)  # drawn with floors of its own, beside the package that it lies in
+DETAILED = ["models.training"]  # a package inside another one, drawn with its own floors and without arrows
 LEFT_OUT = {"__main__"}
 MARGIN, GAP, LINE, PAD = 20, 56, 19, 12  # pixels
 STYLE = (
@@ -79,8 +79,7 @@ def draw() -> str:
     graph = grimp.build_graph(ROOT)
     names, imports = find_imports(graph, ROOT, but=LEFT_OUT)
     rows = floors(names, imports)
-    for row in rows:
-        row += [package for package in DETAILED if package.partition(".")[0] in row]
+    rows[-1] += DETAILED
     inside = {name: _lines(graph, name) for row in rows for name in row}
     widths = {name: 8.2 * max(20, *map(len, [name, *lines])) for name, lines in inside.items()}
     width = 2 * MARGIN + max(sum(widths[name] for name in row) + GAP * (len(row) - 1) for row in rows)
