@@ -119,8 +119,8 @@ def _arrows(boxes: Mapping[str, Box], imports: Imports) -> Iterator[str]:
 
     for pair in sorted(imports):
         source, target = (boxes[name] for name in pair)
-        outgoing = sorted((p for p in imports if p[0] == pair[0]), key=lambda p: boxes[p[1]].centre)
-        incoming = sorted((p for p in imports if p[1] == pair[1]), key=lambda p: boxes[p[0]].centre)
+        outgoing = sorted((p for p in imports if p[0] == pair[0]), key=lambda p: (boxes[p[1]].centre, p))
+        incoming = sorted((p for p in imports if p[1] == pair[1]), key=lambda p: (boxes[p[0]].centre, p))
         x1, x2 = place(source, outgoing, pair), place(target, incoming, pair)
         y1, y2 = source.top + source.height, target.top - 1
         yield f'<path class="arrow" marker-end="url(#tip)" d="M{x1:.0f} {y1:.0f}L{x2:.0f} {y2:.0f}"/>'
