@@ -48,6 +48,7 @@ image:  ## build the container image
 wheels: $(DEV)/installed  ## build dist/*.whl: vitrine-serving, and vitrine-bundles with the shipped bundles
 	rm -rf build dist
 	$(DEV)/bin/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist . ./deploy/vitrine-bundles
+	cp requirements/serve.txt dist/constraints.txt
 	@ls dist
 
 lock: $(DEV)/installed  ## pin requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: the newest of everything)
