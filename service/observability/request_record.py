@@ -32,7 +32,8 @@ class RequestRecord:
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     method: str = ""
     path: str = ""  # as sent by the client
-    client: str = ""  # address
+    client: str = ""  # address and port
+    key: str = ""  # name of the API key that the client sent; never the key itself
     route: str = ""  # path template, such as /v2/models/{name}/infer, or gRPC method; never client input
     model: str = ""
     version: str = ""
@@ -50,6 +51,11 @@ class RequestRecord:
     def quiet(self) -> bool:
         """Whether the request is a probe or a scrape."""
         return self.path in QUIET_PATHS
+
+    @property
+    def sender(self) -> str:
+        """Whose request this is, for shares and limits: the name of the API key, else the client's address."""
+        return self.key or self.client.rpartition(":")[0]
 
     @property
     def images(self) -> int:
