@@ -5,7 +5,7 @@ NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
-.PHONY: help serve test test-fast check format picture bench-serving image wheels lock proto clean browser
+.PHONY: help serve test test-fast soak check format picture bench-serving image wheels lock proto clean browser
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -18,7 +18,10 @@ test: $(SERVE)/installed $(DEV)/installed $(NODE)/node_modules/.package-lock.jso
 	$(DEV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(SERVE)/installed $(DEV)/installed  ## run the tests that train nothing and open no browser (under 2 minutes)
-	$(DEV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(DEV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not soak"
+
+soak: $(SERVE)/installed $(DEV)/installed  ## run the long tests of reliability (docs/operations.md)
+	$(DEV)/bin/python -m pytest -m soak tests/reliability
 
 check: $(DEV)/installed  ## lint, types, floors, dead code, dependencies, workflows
 	$(DEV)/bin/ruff check .

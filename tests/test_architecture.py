@@ -57,7 +57,7 @@ def test_every_module_has_its_test(package: str, root: Path) -> None:
 def test_tests_mirror_the_packages(root: Path) -> None:
     for test in (root / "tests").rglob("test_*.py"):
         package = test.parent.relative_to(root / "tests")
-        assert (root / package).is_dir()
+        assert (root / package).is_dir() or package == Path("reliability")  # the whole server, under attack
 
 
 def test_one_lock_feeds_makefile_dockerfile_and_bentofile(root: Path) -> None:
