@@ -22,7 +22,15 @@ from prometheus_client.registry import Collector
 
 from vitrine.bundle.repository import Repository
 from vitrine.service.observability.request_record import RequestRecord
-from vitrine.service.observability.shared_counters import Key, SharedCounters, read_shared_counters
+from vitrine.service.observability.shared_counters import (
+    ENDED,
+    Key,
+    Numbers,
+    SharedCounters,
+    add_up,
+    add_up_ended,
+    read_shared_counters,
+)
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 OTHER = "other"  # `route` of unknown paths
@@ -72,6 +80,7 @@ _counters = SharedCounters()
 def use_folder(folder: Path) -> None:
     """Start counting, in a file of this process in the folder shared by the server's workers."""
     global _counters
+    add_up_ended(folder)
     _counters = SharedCounters(folder)
     for name in _GAUGES:
         _counters.set((name,), 0)
@@ -117,20 +126,20 @@ def set_queue(waiting: int, running: int) -> None:
 class _CountersCollector(Collector):
     """The counters of all workers, and the gauges of the living ones."""
 
-    def __init__(self, counts: dict[Key, list[float]], gauges: list[dict[Key, list[float]]]) -> None:
+    def __init__(self, counts: Numbers, gauges: list[Numbers]) -> None:
         self._counts, self._gauges = counts, gauges
 
     def collect(self) -> Iterator[Metric]:
         for name, (text, labels) in _COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=labels)
-            for (_, *values), (count,) in self._series(name):
+            for (_, *values), (count,) in self._series(name, len(labels), 1):
                 counter.add_metric(values, count)
             if counter.samples:
                 yield counter
         for name, (text, labels, buckets) in _HISTOGRAMS.items():
             histogram = HistogramMetricFamily(name, text, labels=labels)
             bounds = [*map(str, map(float, buckets)), "+Inf"]
-            for (_, *values), (*counts, total) in self._series(name):
+            for (_, *values), (*counts, total) in self._series(name, len(labels), len(buckets) + 2):
                 histogram.add_metric(values, list(zip(bounds, accumulate(counts), strict=True)), total)
             if histogram.samples:
                 yield histogram
@@ -140,8 +149,12 @@ class _CountersCollector(Collector):
         if starts:
             yield GaugeMetricFamily(_START_SECONDS, _START_TEXT, min(starts))
 
-    def _series(self, name: str) -> list[tuple[Key, list[float]]]:
-        return sorted((key, values) for key, values in self._counts.items() if key[0] == name)
+    def _series(self, name: str, labels: int, numbers: int) -> list[tuple[Key, list[float]]]:
+        """Return the series of a metric; those of another shape are from a damaged file."""
+        shape = 1 + labels, numbers
+        return sorted(
+            (key, values) for key, values in self._counts.items() if key[0] == name and (len(key), len(values)) == shape
+        )
 
 
 class _ModelsCollector(Collector):
@@ -180,33 +193,15 @@ class _WorkersCollector(Collector):
 
 def exposition(repository: Repository) -> bytes:
     """Return all metrics of all workers, in Prometheus' text format."""
-    counters = read_shared_counters(_counters.folder) if _counters.folder else {os.getpid(): _counters.read()}
-    counts: dict[Key, list[float]] = {}
-    for worker in counters.values():
-        for key, values in worker.items():
-            before = counts.get(key)
-            counts[key] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
-    living = {pid: worker for pid, worker in counters.items() if pid == os.getpid() or _is_worker(pid)}
+    counters = read_shared_counters(_counters.folder) if _counters.folder else {}
+    counters[os.getpid()] = _counters.read()
+    counts = add_up(counters.values())
+    living = {pid: worker for pid, worker in counters.items() if pid != ENDED}
     registry = CollectorRegistry()
     registry.register(_CountersCollector(counts, list(living.values())))
     registry.register(_WorkersCollector(set(living)))
     registry.register(_ModelsCollector(repository))
     return generate_latest(registry)
-
-
-def _is_worker(pid: int) -> bool:
-    """Whether a process is alive and has our parent; the pid of an ended worker may have been reused."""
-    if not _PROCESSES.is_dir():  # not Linux
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
-    try:
-        state, parent = (_PROCESSES / str(pid) / "stat").read_text().rpartition(")")[2].split()[:2]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX" and int(parent) == os.getppid()  # Z: a zombie
 
 
 def _resident_bytes(pid: int) -> int:
