@@ -1,0 +1,87 @@
+"""Clients that misbehave on purpose: they reset what they opened, or leave in the middle of a message."""
+
+import asyncio
+import socket
+import struct
+
+from benchmarks.soak.client import HOST
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_DATA, _HEADERS, _RESET, _SETTINGS, _PING, _GOAWAY = 0, 1, 3, 4, 6, 7
+_ACKNOWLEDGED, _END_HEADERS, _END_STREAM = 1, 4, 1
+_CANCEL = 8
+_STREAMS_PER_CONNECTION = 500
+_AT_ONCE = 50
+
+
+def leave(port: int, sent: bytes, *, read: int = 0) -> None:
+    """Send bytes, read some of the answer, and reset the connection."""
+    with socket.create_connection((HOST, port), timeout=30) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() sends RST
+        try:
+            connection.sendall(sent)
+            while read > 0:
+                received = connection.recv(read)
+                if not received:
+                    break
+                read -= len(received)
+        except ConnectionError:  # the server was first
+            pass
+
+
+async def reset_rapidly(port: int, path: str, message: bytes, streams: int) -> int:
+    """Open HTTP/2 streams with a gRPC message and cancel each at once; return how often the server said goodbye."""
+    goodbyes, opened = 0, 0
+    while opened < streams:
+        count = min(_STREAMS_PER_CONNECTION, streams - opened)
+        goodbyes += await _reset(port, path, message, count)
+        opened += count
+    return goodbyes
+
+
+async def _reset(port: int, path: str, message: bytes, streams: int) -> int:
+    reader, writer = await asyncio.open_connection(HOST, port)
+    goodbyes = 0
+
+    async def read() -> None:
+        nonlocal goodbyes
+        while True:
+            head = await reader.readexactly(9)
+            payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
+            kind, flags = head[3], head[4]
+            if kind in (_SETTINGS, _PING) and not flags & _ACKNOWLEDGED:
+                writer.write(_frame(kind, _ACKNOWLEDGED, 0, b"" if kind == _SETTINGS else payload))
+            goodbyes += kind == _GOAWAY
+
+    reading = asyncio.create_task(read())
+    writer.write(_PREFACE + _frame(_SETTINGS, 0, 0, b""))
+    fields = ((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "vitrine"))
+    fields += (("content-type", "application/grpc"), ("te", "trailers"))
+    block = b"".join(map(_literal_field, *zip(*fields, strict=True)))
+    body = b"\0" + len(message).to_bytes(4, "big") + message
+    try:
+        for number in range(streams):
+            stream = 2 * number + 1
+            writer.write(_frame(_HEADERS, _END_HEADERS, stream, block))
+            writer.write(_frame(_DATA, _END_STREAM, stream, body))
+            writer.write(_frame(_RESET, 0, stream, _CANCEL.to_bytes(4, "big")))
+            if number % _AT_ONCE == 0:
+                await writer.drain()
+                await asyncio.sleep(0)
+        await writer.drain()
+    except ConnectionError:  # the server has had enough
+        pass
+    finally:
+        reading.cancel()
+        writer.transport.abort()
+        await asyncio.gather(reading, return_exceptions=True)
+    return goodbyes
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+
+def _literal_field(name: str, value: str) -> bytes:
+    """A header field without indexing and Huffman code (RFC 7541, section 6.2.2)."""
+    return b"\0" + b"".join(bytes((len(text),)) + text.encode() for text in (name, value))
