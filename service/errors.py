@@ -112,6 +112,68 @@ class WorkerError(VitrineError):
         super().__init__(f"worker {pid}: expected it to replay the change, found {found}; the other workers have")
 
 
+class MalformedRequestError(VitrineError):
+    """Bytes that are no HTTP request, or an ambiguous one."""
+
+    code = "bad_request"
+
+    def __init__(self, where: str, *, expected: str, found: object) -> None:
+        super().__init__(f"{where}: expected {expected}, found {found}")
+
+
+class UnsupportedVersionError(VitrineError):
+    """A request of another version of HTTP."""
+
+    code = "unsupported_version"
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"request: expected HTTP/1.1 or HTTP/1.0, found HTTP/{found}")
+
+
+class UrlTooLongError(VitrineError):
+    """The URL is too long."""
+
+    code = "url_too_long"
+
+    def __init__(self, *, limit: int) -> None:
+        super().__init__(f"URL: expected at most {limit} bytes, found more")
+
+
+class HeadersTooLargeError(VitrineError):
+    """There are too many headers, or they are too long."""
+
+    code = "headers_too_large"
+
+    def __init__(self, *, limit: int, unit: str) -> None:
+        super().__init__(f"headers: expected at most {limit} {unit}, found more")
+
+
+class SlowRequestError(VitrineError):
+    """The client sends its request too slowly."""
+
+    code = "too_slow"
+
+    def __init__(self, part: str, seconds: float, received: int) -> None:
+        super().__init__(f"{part}: expected sooner, found {received} bytes in {seconds:.1f} s")
+
+
+class TooManyConnectionsError(VitrineError):
+    """There are too many connections."""
+
+    code = "too_many_connections"
+    retry_after = 1
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"all {limit} connections are in use; try again later")
+
+
+class ClientConnectionsError(TooManyConnectionsError):
+    """One client has too many connections."""
+
+    def __init__(self, limit: int) -> None:
+        VitrineError.__init__(self, f"connections: expected at most {limit} from one address, found more")
+
+
 STATUS: dict[type[VitrineError], HTTPStatus] = {
     ParameterError: HTTPStatus.BAD_REQUEST,
     UnauthorizedError: HTTPStatus.UNAUTHORIZED,
@@ -126,6 +188,13 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
     WorkerError: HTTPStatus.SERVICE_UNAVAILABLE,
     ProviderError: HTTPStatus.SERVICE_UNAVAILABLE,
+    MalformedRequestError: HTTPStatus.BAD_REQUEST,
+    UnsupportedVersionError: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
+    UrlTooLongError: HTTPStatus.REQUEST_URI_TOO_LONG,
+    HeadersTooLargeError: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    SlowRequestError: HTTPStatus.REQUEST_TIMEOUT,
+    TooManyConnectionsError: HTTPStatus.SERVICE_UNAVAILABLE,
+    ClientConnectionsError: HTTPStatus.TOO_MANY_REQUESTS,
 }
 _STATUSES = set(HTTPStatus)
 TIMEOUT = "timeout"
@@ -159,7 +228,7 @@ def vitrine_error_response(scope: Scope, error: VitrineError) -> Response:
     response = error_response(scope, STATUS[type(error)], error.code, str(error))
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
-    elif isinstance(error, OverloadedError):
+    elif isinstance(error, (OverloadedError, TooManyConnectionsError)):
         response.headers["Retry-After"] = str(error.retry_after)
     return response
 

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 
 from vitrine.service.access import AccessMiddleware, Keys
 from vitrine.service.app import HOT_ROUTES, create_app, start_loading
+from vitrine.service.connections import use_connections
 from vitrine.service.errors import ErrorShapeMiddleware
 from vitrine.service.front import Dispatcher
 from vitrine.service.launch import WORKING_DIRECTORY, shared_folder
@@ -71,6 +72,7 @@ class _Service(bentoml.Service[Any]):  # type: ignore[misc]  # BentoML is not ty
     """BentoML's service with `_front` as its ASGI application."""
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        use_connections(_settings)
         start_loading(_app)  # while BentoML imports its application's dependencies
         return _front(super().to_asgi(is_main))
 

@@ -98,6 +98,14 @@ class Settings(BaseSettings):
     timeout_seconds: float = Field(30.0, gt=0, le=60, description="from a request's headers to its response; else 504")
     stuck_seconds: float = Field(120.0, gt=0, description="after which `/livez` reports a thread as stuck")
 
+    receive_seconds: float = Field(10.0, gt=0, description="for a request's headers, and for each 10 kB of its body")
+    send_seconds: float = Field(60.0, gt=0, description="for a client to read its answer; else it is cut off")
+    keep_alive_seconds: float = Field(75.0, gt=0, description="until an idle connection is closed")
+    max_connections: int = Field(1000, ge=1, description="connections of each process; the next ones get 503")
+    max_connections_per_client: int | None = Field(
+        None, ge=1, description="of these, from one address; the next ones get 429; by default half of them"
+    )
+
     max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="largest body of a request")
     max_pixels: int = Field(MAX_PIXELS, ge=1, le=178_000_000, description="most pixels of an image")
     max_images: int = Field(32, ge=1, description="most images in a request")

@@ -117,6 +117,11 @@ def request_finished(record: RequestRecord, status: str, seconds: float) -> None
         add(("vitrine_rejected", record.error), 1)
 
 
+def count_rejected(reason: str) -> None:
+    """Count the rejection of what did not become a request."""
+    _counters.add(("vitrine_rejected", reason), 1)
+
+
 def set_queue(waiting: int, running: int) -> None:
     """Set the number of waiting and of running images of this process."""
     _counters.set(("vitrine_queue_images",), waiting)
