@@ -1,4 +1,4 @@
-"""Connections: what is refused, and that nothing is left of them. Uvicorn itself runs here, with a small application."""
+"""Connections: what is refused, and that nothing is left of them. Uvicorn itself runs here, with a small app."""
 
 import asyncio
 import gc
