@@ -12,7 +12,6 @@ import io
 import json
 import struct
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from PIL import Image
 from benchmarks.serving.models import ROOT
 from benchmarks.soak.client import Client, encode_form, encode_request, read_metrics, wait_until_idle
 from benchmarks.soak.overload import percentile
+from benchmarks.soak.pictures import make_png
 from benchmarks.soak.processes import peak_memory, reset_peak, usage
 from benchmarks.soak.server import Server, started
 
@@ -82,11 +82,11 @@ def inputs() -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     yield "PNG, 49 megapixels", 8, lambda: classify(_encoded(Image.new("RGB", (7000, 7000), "red"), "PNG"))
     yield "PNG, 49 megapixels, palette with alpha", 8, lambda: classify(_palette_with_alpha())
     yield "PNG, 49 megapixels, 16 bits", 8, lambda: classify(_encoded(Image.new("I;16", (7000, 7000), 9), "PNG"))
-    yield "PNG, 50,000,000 x 1", 8, lambda: classify(_png(50_000_000, 1))
-    yield "PNG, 1 x 50,000,000", 8, lambda: classify(_png(1, 50_000_000))
-    yield "PNG, 49 megapixels, broken at its end", 10, lambda: classify(_png(7000, 7000)[:-60])
-    yield "PNG, 100,000 x 100,000 promised", 100, lambda: classify(_png(100_000, 100_000, empty=True))
-    yield "PNG, a million chunks", 4, lambda: classify(_png(16, 16, chunks=1_000_000))
+    yield "PNG, 50,000,000 x 1", 8, lambda: classify(make_png(50_000_000, 1))
+    yield "PNG, 1 x 50,000,000", 8, lambda: classify(make_png(1, 50_000_000))
+    yield "PNG, 49 megapixels, broken at its end", 10, lambda: classify(make_png(7000, 7000)[:-60])
+    yield "PNG, 100,000 x 100,000 promised", 100, lambda: classify(make_png(100_000, 100_000, empty=True))
+    yield "PNG, a million chunks", 4, lambda: classify(make_png(16, 16, chunks=1_000_000))
     yield "TIFF, 49 megapixels, Group 4 noise", 4, lambda: classify(_group4(1, 49_000_000, b"\x55" * 2_000_000))
     for file in sorted((ROOT / "tests" / "reliability").glob("bombs/*")):  # pictures that are hard to make
         yield f"bomb: {file.name}", 4, lambda file=file: classify(file.read_bytes())
@@ -129,19 +129,6 @@ def _palette_with_alpha() -> bytes:
     image.putpalette(bytes(range(48)))
     image.save(buffer, "PNG", transparency=bytes(range(0, 160, 10)))
     return buffer.getvalue()
-
-
-def _png(width: int, height: int, *, chunks: int = 0, empty: bool = False) -> bytes:
-    """A grey PNG of zeros, with as many empty text chunks before its data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checked = kind + data
-        return len(data).to_bytes(4, "big") + checked + zlib.crc32(checked).to_bytes(4, "big")
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    pixels = b"" if empty else zlib.compress(bytes((width + 1) * height), 9)
-    parts = (chunk(b"IHDR", header), chunk(b"tEXt", b"a\0b") * chunks, chunk(b"IDAT", pixels), chunk(b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def _group4(width: int, height: int, data: bytes) -> bytes:

@@ -56,6 +56,19 @@ def make_pictures() -> dict[str, bytes]:
     return pictures
 
 
+def make_png(width: int, height: int, *, chunks: int = 0, empty: bool = False) -> bytes:
+    """Return a grey PNG of zeros, with as many short text chunks before its data; `empty`: without data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return len(data).to_bytes(4, "big") + checked + zlib.crc32(checked).to_bytes(4, "big")
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = b"" if empty else zlib.compress(bytes((width + 1) * height), 9)
+    parts = (chunk(b"IHDR", header), chunk(b"tEXt", b"a\0b") * chunks, chunk(b"IDAT", pixels), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def _rle8_bitmap() -> bytes:
     """A bitmap of 16 x 8 pixels in run-length encoding, which Pillow only reads."""
     rows = b"".join(bytes((8, row, 8, 255 - row)) + b"\0\0" for row in range(8)) + b"\0\1"

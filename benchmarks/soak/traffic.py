@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2
 from benchmarks.serving.models import ROOT
 from benchmarks.soak.attacks import leave
 from benchmarks.soak.client import Client, encode_form, encode_request
-from benchmarks.soak.pictures import Mutator, make_pictures
+from benchmarks.soak.pictures import Mutator, make_pictures, make_png
 from benchmarks.soak.server import Server
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -130,7 +130,7 @@ class Traffic:
             (encode_request("GET", "/nowhere"), "404"),
             (encode_request("PUT", "/classify"), "405"),
             (encode_request("POST", "/classify", self._frog, Accept="text/html"), "406"),
-            (encode_request("POST", "/classify", self._too_many_pixels()), "413"),
+            (encode_request("POST", "/classify", make_png(100_000, 100_000, empty=True)), "413"),
             (encode_request("POST", "/classify", b"no picture"), "415"),
             (encode_request("POST", "/classify", self._photograph[:2000]), "422"),
             (encode_request("POST", "/classify", b"{", Content_Type="application/json"), "400"),
@@ -139,12 +139,6 @@ class Traffic:
         request, expected = cases[number % len(cases)]
         status = await self._ask(request)
         return "as expected" if status == expected else f"{status} instead of {expected}"
-
-    @staticmethod
-    def _too_many_pixels() -> bytes:
-        """A PNG that promises 100,000 x 100,000 pixels."""
-        head = make_pictures()["png"]
-        return head[:16] + (100_000).to_bytes(4, "big") * 2 + head[24:]
 
     async def _cancelled(self, number: int) -> str:
         if number % 4 == 3:
