@@ -94,12 +94,62 @@ def test_ties_keep_the_order_of_the_labels(classifier: Classifier) -> None:
     assert [prediction.label for prediction in found] == ["red", "green", "blue"]
 
 
-def test_a_batch_gives_the_answers_of_single_images(classifier: Classifier) -> None:
-    images = [Image.new("RGB", (5 + i, 9), (10 * i, 20, 30)) for i in range(4)]
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_batch_gives_the_answers_of_single_images(classifier: Classifier, count: int) -> None:
+    images = [Image.new("RGB", (5 + i, 9), (10 * i, 20, 30)) for i in range(count)]
     batch = classifier.probabilities(images)
-    assert (batch.shape, batch.dtype) == ((4, 3), np.float32)
+    assert (batch.shape, batch.dtype) == ((count, 3), np.float32)
     for image, row in zip(images, batch, strict=True):
         np.testing.assert_array_equal(classifier.probabilities([image])[0], row)
+    rows = classifier.infer([classifier.prepare(image) for image in images])
+    np.testing.assert_array_equal([probabilities for (probabilities,) in rows], batch)
+
+
+@pytest.mark.parametrize("labels", [None, [], ["red"], ["red", "green"], ["red", "green", "blue"]])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_labels_select_among_the_classes(classifier: Classifier, labels: list[str] | None, top_k: int) -> None:
+    image = Image.new("RGB", (8, 8), (50, 100, 150))  # red is the least probable
+    every = [found for found in classifier.classify(image) if labels is None or found.label in labels]
+    assert classifier.classify(image, top_k=top_k, labels=labels) == every[:top_k]
+
+
+@pytest.mark.parametrize("labels", [None, [], ["platelet"], ["cell"], ["cell", "platelet"]])
+@pytest.mark.parametrize("max_detections", [1, 2, 5])
+def test_labels_select_among_the_objects(detector: Detector, labels: list[str] | None, max_detections: int) -> None:
+    image = Image.new("RGB", (8, 8))
+    every = [found for found in detector.detect(image, threshold=0) if labels is None or found.label in labels]
+    found = detector.detect(image, threshold=0, max_detections=max_detections, labels=labels)
+    assert found == every[:max_detections]
+
+
+@pytest.mark.parametrize(
+    ("label", "such_as"), [("platelets", "platelet"), ("zebra", "cell"), ("x" * 200, "cell"), ("", "cell")]
+)
+def test_an_unknown_label_is_refused_and_one_like_it_named(
+    classifier: Classifier, detector: Detector, label: str, such_as: str
+) -> None:
+    known = ("cell", "platelet", "nucleus")
+    predictors = Classifier(classifier.network, CLASSIFICATION, known), Detector(detector.network, DETECTION, known)
+    for predict in (predictors[0].classify, predictors[1].detect):
+        with pytest.raises(ParameterError) as refused:
+            predict(Image.new("RGB", (8, 8)), labels=["nucleus", label])
+        assert str(refused.value) == (
+            f"labels: expected some of the model's 3 labels, such as {such_as!r}, found {label[:100]!r}"
+        )
+
+
+def test_five_classes_and_a_hundred_objects_by_default() -> None:
+    labels = tuple(f"label {i}" for i in range(150))
+
+    def classes(**inputs: np.ndarray) -> list[np.ndarray]:
+        return [np.linspace(0, 1, 150, dtype=np.float32)[None]]
+
+    def objects(**inputs: np.ndarray) -> list[np.ndarray]:
+        return [np.full((1, 150), 0.5, np.float32), np.arange(150)[None], np.zeros((1, 150, 4), np.float32)]
+
+    image = Image.new("RGB", (8, 8))
+    assert len(Classifier(classes, CLASSIFICATION, labels).classify(image)) == 5
+    assert len(Detector(objects, DETECTION, labels).detect(image)) == 100
 
 
 @pytest.mark.parametrize("top_k", [0, -1])

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,10 +104,60 @@ def test_a_constant_network_is_no_better_than_chance() -> None:
     assert evaluate(predictor, PICTURES)["top1"] <= 0.13
 
 
-def test_probabilities_that_are_not_finite_are_an_error() -> None:
-    predictor = classifier(lambda ids: np.full((len(ids), len(LABELS)), np.nan, np.float32))
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+@pytest.mark.parametrize("at", [0, 70, 99])
+def test_a_probability_that_is_not_finite_is_an_error_in_any_batch(at: int, broken: float) -> None:
+    numbers = iter(range(100))
+
+    def answer(ids: Array) -> Array:
+        rows = one_hot(ids)
+        rows[[next(numbers) == at for _ in ids], 3] = broken
+        return rows
+
     with pytest.raises(DataError, match="not finite"):
-        evaluate(predictor, PICTURES)
+        predict(classifier(answer), PICTURES, batch=8)
+
+
+def test_a_classifier_computes_64_images_at_once_and_a_detector_one() -> None:
+    sizes: list[int] = []
+
+    def answer(ids: Array) -> Array:
+        sizes.append(len(ids))
+        return one_hot(ids)
+
+    predicted = predict(classifier(answer), PICTURES)
+    assert 0 <= predicted.seconds < 60
+    found = predict(detector(lambda *objects: (sizes.append(1), *objects)[1:]), OBJECTS)
+    assert 0 <= found.seconds < 60
+    assert sizes == [64, 36, 1, 1, 1, 1]
+
+
+class Counted(list[bytes]):
+    """Encoded images that count how many were read."""
+
+    read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read += 1
+        return super().__getitem__(index)
+
+
+def test_images_are_read_a_little_ahead_only() -> None:
+    """Two batches, or two images per thread, of at most eight threads."""
+    images = Counted(png(4, 4, i % 8) for i in range(100))
+    data = replace(PICTURES, encoded=images)
+    batches = iter(range(1, 100))
+
+    def answer(ids: Array) -> Array:
+        assert images.read <= 2 * 16 + 16 * next(batches)
+        return one_hot(ids)
+
+    predict(classifier(answer), data, batch=16)
+    assert images.read == 100
+    images.read, images[0] = 0, b"no image"
+    with pytest.raises(DataError):
+        predict(classifier(answer), data, batch=16)
+    assert images.read <= 2 * 16
 
 
 def share_that_classify_gets_right(predictor: Classifier) -> float:
@@ -205,6 +256,28 @@ def test_confusion() -> None:
     lines = confusion_text(matrix, LABELS).splitlines()
     assert lines[0].split() == list(LABELS)
     assert lines[2].split() == ["b", "0", "0", "13", "0", "0", "0", "0", "0"]
+
+
+def test_a_confusion_matrix_is_printed_in_columns() -> None:
+    matrix = np.array([[5, 0], [1, 1234567]])
+    assert confusion_text(matrix, ["a", "a label of 23 characters"]).splitlines() == [
+        "                           a a label",
+        "a                          5       0",
+        "a label of 23 charac       1 1234567",
+    ]
+    assert confusion_text(np.eye(12, dtype=np.int64), LABELS[:1] * 12).splitlines()[1] == "a" + "     1" + "     0" * 11
+    assert confusion_text(np.eye(13, dtype=np.int64), LABELS[:1] * 13) == " count   share  true class as answered"
+
+
+@pytest.mark.parametrize(("given", "expected"), [((), 10), ((3,), 3), ((200,), 90)])
+def test_the_most_frequent_confusions_come_first(given: tuple[int, ...], expected: int) -> None:
+    matrix = np.arange(100).reshape(10, 10)
+    matrix[0, 0] = 10**6
+    matrix[np.diag_indices(10)] += 1
+    confused = most_confused(matrix, [f"label {i}" for i in range(10)], *given)
+    counts = sorted(matrix[~np.eye(10, dtype=bool)].tolist(), reverse=True)
+    assert [pair.count for pair in confused] == counts[:expected]
+    assert confused[0] == Confusion("label 9", "label 8", 98, 98 / matrix[9].sum())
 
 
 def test_confusion_of_many_classes_shows_the_largest_entries() -> None:
@@ -320,6 +393,24 @@ def test_metrics_of_a_part_do_not_depend_on_the_rest() -> None:
     assert evaluate(predictor, OBJECTS)["AP"] < 0.6
     with pytest.raises(DataError, match="no boxes to measure with"):
         measure(predict(predictor, OBJECTS, np.array([2])), OBJECTS)
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_average_precision_by_area(size: str) -> None:
+    """Objects below 32² pixels are small, those above 96² large."""
+    edges = {"small": 31, "medium": 33, "large": 97}
+    boxes = np.array([[0, 0, edge, edge] for edge in edges.values()], np.float32) + np.array([[0], [100], [200]])
+    data = replace(
+        OBJECTS, encoded=[png(300, 300, 0)], names=["0"], class_ids=[np.zeros(3, int)], boxes=[boxes.astype(np.float32)]
+    )
+
+    def network(**inputs: Array) -> Sequence[Array]:
+        box = boxes[list(edges).index(size)] / 300
+        return [np.float32([[0.9]]), np.array([[0]]), box[None, None].astype(np.float32)]
+
+    metrics = evaluate(Detector(network, DETECTION, data.labels), data)
+    found = {name: metrics[f"AP_{name}"] for name in edges}
+    assert found == pytest.approx({name: float(name == size) for name in edges})
 
 
 def test_a_label_named_like_an_area_keeps_its_own_value() -> None:

@@ -29,10 +29,11 @@ def output(class_ids: list[list[int]], boxes: list[list[list[float]]], certainty
     }
 
 
-def criterion(output: DetrOutput, targets: list[Target], groups: int = 1) -> dict[str, Tensor]:
+def criterion(output: DetrOutput, targets: list[Target], **grouped: int) -> dict[str, Tensor]:
     """The loss of a whole batch."""
+    groups = grouped.get("groups", 1)
     config = DetrConfig(2, num_queries=output["pred_boxes"].shape[1] // groups, query_groups=groups)
-    return SetCriterion()(output, targets, SetCriterion().totals(targets, config), groups)
+    return SetCriterion()(output, targets, SetCriterion().totals(targets, config), **grouped)
 
 
 BOX, OTHER = [0.5, 0.5, 0.2, 0.4], [0.2, 0.2, 0.1, 0.1]
