@@ -5,7 +5,7 @@ NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
-.PHONY: help serve test test-fast soak check format picture bench-serving image wheels lock proto clean browser
+.PHONY: help serve test test-fast soak mutation check format picture bench-serving image wheels lock proto clean browser
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -22,6 +22,9 @@ test-fast: $(SERVE)/installed $(DEV)/installed  ## run the tests that train noth
 
 soak: $(SERVE)/installed $(DEV)/installed  ## run the long tests of reliability (docs/operations.md)
 	$(DEV)/bin/python -m pytest -m soak tests/reliability
+
+mutation: $(DEV)/installed  ## make small faults in MODULES, such as bundle/predictors.py, and see whether tests notice
+	$(DEV)/bin/python tests/mutation.py $(MODULES)
 
 check: $(DEV)/installed  ## lint, types, floors, dead code, dependencies, workflows
 	$(DEV)/bin/ruff check .

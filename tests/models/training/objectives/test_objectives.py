@@ -96,6 +96,11 @@ def test_mixed_images_are_grouped(setting: str, group: int) -> None:
     assert make_objective(recipe, PICTURES, Recorder(), CPU).group == group
 
 
+@pytest.mark.parametrize(("mosaic", "group"), [(0, 1), (0.5, 4)])
+def test_images_of_a_mosaic_are_grouped(mosaic: float, group: int) -> None:
+    assert detection(f"augmentation.mosaic={mosaic}")[1].group == group
+
+
 def detection(*changes: str) -> tuple[Recipe, DetectionObjective]:
     recipe = load_recipe("detr_bccd", [*DETR_PLAIN, *changes])
     objective = make_objective(recipe, OBJECTS, Detr(CONFIG), CPU)
