@@ -19,8 +19,9 @@ from PIL import Image
 from vitrine.batch.results import Record, Results, ResultsError
 from vitrine.bundle.drawing import MAX_JPEG_EDGE, draw_classification, draw_detections
 from vitrine.bundle.errors import ImageError, ImageTooLargeError, ParameterError, UnsupportedImageError, VitrineError
+from vitrine.bundle.files import hash_file
 from vitrine.bundle.images import SUPPORTED_FORMATS, ReducedImage, decode, decode_for
-from vitrine.bundle.loading import Bundle, hash_file
+from vitrine.bundle.loading import Bundle
 from vitrine.bundle.machine import available_cores
 from vitrine.bundle.manifest import Manifest, Preprocessing
 from vitrine.bundle.predictors import Classifier, Detector, Predictor

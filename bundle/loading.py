@@ -6,7 +6,10 @@ also warms up the session). Any failure raises `BundleError`; there is no fallba
 
 import hashlib
 import importlib.util
+import io
+import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from vitrine.bundle.errors import BundleError
+from vitrine.bundle.files import hash_file, open_file, read_file
 from vitrine.bundle.manifest import (
     EXPLAIN_FILE,
     GOLDEN_FILE,
@@ -31,6 +35,10 @@ from vitrine.bundle.predictors import Predictor, make_predictor
 from vitrine.bundle.profile import ExecutionProfile
 from vitrine.bundle.runtime import CPU, OnnxNetwork
 from vitrine.bundle.tolerances import CONFIDENT_SCORE, GOLDEN
+
+_MAX_MANIFEST_BYTES = 2**24
+_MAX_GOLDEN_BYTES = 2**28  # of the archive, and of each array
+_BAD_ARCHIVE = zipfile.BadZipFile, zlib.error
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST_FILE
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise BundleError(file, "file", expected="a readable manifest", found=error.strerror) from error
+        manifest = Manifest.model_validate_json(read_file(file, _MAX_MANIFEST_BYTES, "manifest"))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "document"
@@ -122,7 +128,7 @@ def load_bundle(
         raise BundleError(path / MANIFEST_FILE, "variants", expected=f"one of {listed}", found=precision.value)
     _check_files(path, manifest)
     file = path / precision.file
-    network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache)
+    network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache, hashes=manifest.hashes)
     _check_tensors(file, manifest, network, manifest.outputs)
     _check_golden(path, manifest, network, precision)
     return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path, precision)
@@ -139,7 +145,7 @@ def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[st
     if EXPLAIN_FILE not in manifest.files or manifest.explanation is None:
         return None
     _check_files(path, manifest)
-    network = OnnxNetwork(path / EXPLAIN_FILE, threads=threads, providers=providers)
+    network = OnnxNetwork(path / EXPLAIN_FILE, threads=threads, providers=providers, hashes=manifest.hashes)
     _check_tensors(path / EXPLAIN_FILE, manifest, network, manifest.explanation.outputs)
     _check_golden(path, manifest, network, Precision.FP32, EXPLAIN_FILE)
     return network
@@ -152,7 +158,8 @@ def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU, c
         BundleError: the file is not part of a bundle, or its graph differs from its metadata.
         ProviderError: a provider is missing or did not start.
     """
-    network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache)
+    hashes = {file.name: hash_file(file)}
+    network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache, hashes=hashes)
     try:
         identity = Identity.model_validate_json(network.metadata.get(METADATA_KEY, ""))
     except ValidationError as error:
@@ -172,21 +179,16 @@ def golden_name(output: str, precision: Precision) -> str:
     return output if precision is Precision.FP32 else f"{precision.value}.{output}"
 
 
-def hash_file(file: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _check_files(path: Path, manifest: Manifest) -> None:
     for name, listed in manifest.files.items():
         file = path / name
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise BundleError(file, "file", expected=f"{listed.size} bytes", found="no such file")
-        if (size := file.stat().st_size) != listed.size:
-            raise BundleError(file, "size", expected=listed.size, found=size)
-        if (sha256 := hash_file(file)) != listed.sha256:
-            raise BundleError(file, "sha256", expected=listed.sha256, found=sha256)
+        with open_file(file) as stream:
+            if (size := os.fstat(stream.fileno()).st_size) != listed.size:
+                raise BundleError(file, "size", expected=listed.size, found=size)
+            if (sha256 := hashlib.file_digest(stream, "sha256").hexdigest()) != listed.sha256:
+                raise BundleError(file, "sha256", expected=listed.sha256, found=sha256)
 
 
 def _check_tensors(file: Path, identity: Identity, network: OnnxNetwork, outputs: tuple[TensorSpec, ...]) -> None:
@@ -201,7 +203,11 @@ def _check_golden(
 ) -> None:
     file = path / (name or precision.file)
     golden = read_golden(path, manifest)
-    outputs = network(**{spec.name: golden[spec.name] for spec in manifest.inputs})
+    try:
+        outputs = network(**{spec.name: golden[spec.name] for spec in manifest.inputs})
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        found = str(error).partition("\n")[0]
+        raise BundleError(path / GOLDEN_FILE, "arrays", expected="inputs of the graph", found=found) from error
     for spec, output in zip(manifest.outputs, outputs, strict=False):  # an explain graph has further outputs
         expected = golden[golden_name(spec.name, precision)]
         if spec.name == "class_ids" and output.shape == expected.shape:
@@ -228,8 +234,23 @@ def read_golden(path: Path, manifest: Manifest) -> dict[str, NDArray[np.generic]
     file = path / GOLDEN_FILE
     names = [spec.name for spec in manifest.inputs]
     names += [golden_name(spec.name, precision) for precision in manifest.variants for spec in manifest.outputs]
+    content = read_file(file, _MAX_GOLDEN_BYTES)
+    if (sha256 := hashlib.sha256(content).hexdigest()) != manifest.files[GOLDEN_FILE].sha256:
+        raise BundleError(file, "sha256", expected=manifest.files[GOLDEN_FILE].sha256, found=sha256)
     try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return {name: _read_array(archive, name) for name in names}
+    except (*_BAD_ARCHIVE, KeyError, EOFError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise BundleError(file, "arrays", expected=", ".join(names), found=error) from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[np.generic]:
+    member = archive.getinfo(f"{name}.npy")
+    if member.file_size > _MAX_GOLDEN_BYTES:
+        raise ValueError(f"{name}: expected at most {_MAX_GOLDEN_BYTES} bytes, found {member.file_size}")
+    with archive.open(member) as stream:
+        content = stream.read(member.file_size)  # no more, whatever the archive unpacks to
+    array: NDArray[np.generic] = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected numbers, found {array.dtype}")
+    return array

@@ -15,6 +15,8 @@ EXPLAIN_FILE = "explain.onnx"
 GOLDEN_FILE = "golden.npz"
 CARD_FILE = "README.md"
 
+MAX_FILE_BYTES = 2**31 - 1  # an ONNX file's limit, set by protobuf
+
 METADATA_KEY = "vitrine"  # key in an ONNX file's metadata; the value is `Identity` as JSON
 
 NOT_STATED = "not stated"
@@ -247,7 +249,7 @@ class File(_Strict):
     """Expected hash and size of a file of the bundle."""
 
     sha256: Sha256
-    size: Annotated[int, Field(ge=0)]  # bytes
+    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
 
 
 class Identity(_Strict):
@@ -292,6 +294,11 @@ class Manifest(Identity):
     latency: Latency | None = None  # None if not measured
     explanation: Explanation | None = None
     files: dict[str, File]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each file, by name."""
+        return {name: file.sha256 for name, file in self.files.items()}
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:

@@ -267,7 +267,8 @@ class Repository:
             return bundle
         all_cores = None
         if self._cores > 1 and self._providers == CPU:
-            network = OnnxNetwork(bundle.file, threads=self._cores, cache=self._cache)
+            hashes = bundle.manifest.hashes if isinstance(bundle.manifest, Manifest) else None
+            network = OnnxNetwork(bundle.file, threads=self._cores, cache=self._cache, hashes=hashes)
             all_cores = make_predictor(network, bundle.manifest.preprocessing, bundle.manifest.labels)
         return replace(bundle, profile=measure_profile(bundle.predictor, all_cores))
 

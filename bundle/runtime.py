@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # on by default; read when onnxruntim
 import onnxruntime
 
 from vitrine.bundle.errors import BundleError, ProviderError
-from vitrine.bundle.manifest import TensorSpec
+from vitrine.bundle.external_data import external_files
+from vitrine.bundle.files import hash_file, read_file
+from vitrine.bundle.manifest import MAX_FILE_BYTES, TensorSpec
 
 CPU = ("CPUExecutionProvider",)
 _MAPPED_GRAPH, _MAPPED_WEIGHTS, _MAPPED_SOURCE = "graph.onnx", "weights.bin", "of"
@@ -47,7 +49,13 @@ class OnnxNetwork:
     """An ONNX Runtime session; safe to call from several threads at once."""
 
     def __init__(
-        self, file: Path, *, threads: int = 1, providers: Sequence[str] = CPU, cache: Path | None = None
+        self,
+        file: Path,
+        *,
+        threads: int = 1,
+        providers: Sequence[str] = CPU,
+        cache: Path | None = None,
+        hashes: Mapping[str, str] | None = None,
     ) -> None:
         """Load a graph.
 
@@ -56,22 +64,17 @@ class OnnxNetwork:
                 cores the lower latency.
             providers: execution providers by ONNX Runtime's names, in order of preference; all must work.
             cache: folder for `mapped_graph` (CPU only). Networks and processes with the same folder share weights.
+            hashes: SHA-256 of the file, and of those beside it that it may take weights from, by name; None: no check.
 
         Raises:
-            BundleError: the file is not an ONNX graph that this runtime can run.
+            BundleError: the file is not an ONNX graph that this runtime can run, or a hash differs.
             ProviderError: a provider is missing or did not start. (ONNX Runtime would fall back to the CPU.)
         """
         self._file = file
-        options = _session_options(threads)
-        try:
-            graph = file
-            if cache is not None and tuple(providers) == CPU:
-                graph = mapped_graph(file, cache) or file
-            if graph is not file:  # already optimised
-                options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            self._session = onnxruntime.InferenceSession(str(graph), options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime's exceptions have no common base class
-            raise BundleError(file, "graph", expected="an ONNX graph", found=str(error).splitlines()[0]) from error
+        session = None
+        if cache is not None and tuple(providers) == CPU:
+            session = _mapped_session(file, threads, cache, hashes)
+        self._session = session or _session(file, _session_options(threads), providers, hashes)
         started = self._session.get_providers()
         for provider in providers:
             if provider not in started:
@@ -105,38 +108,98 @@ class OnnxNetwork:
         return TensorSpec(name=argument.name, datatype=_DATATYPES[argument.type], shape=tuple(shape))
 
 
-def mapped_graph(file: Path, cache: Path) -> Path | None:
+def mapped_graph(file: Path, cache: Path, hashes: Mapping[str, str]) -> Path | None:
     """Return a copy of a graph that ONNX Runtime maps into memory instead of reading it.
 
     The copy is optimised and its weights are packed for this processor. Sessions and processes that load it share one
-    copy of the weights and start sooner. It is written to `cache` once; None if that fails, e.g. for lack of space.
+    copy of the weights and start sooner. It is made once, from content with these hashes, in a folder of `cache`; None
+    if that fails, e.g. for lack of space. Processes that have mapped it keep it if it is removed.
     """
-    state = _file_state(file)
-    folder = _mapped_folder(cache, state)
-    if folder.is_dir():
-        return folder / _MAPPED_GRAPH
-    _remove_stale(cache)
-    if shutil.disk_usage(cache).free < _MAPPED_SPACE * file.stat().st_size:
+    try:
+        state = _file_state(file, hashes)
+        folder = _mapped_folder(cache, state)
+        if not folder.is_dir():
+            _remove_stale(cache)
+            if shutil.disk_usage(cache).free < _MAPPED_SPACE * file.stat().st_size:
+                return None
+            _write_mapped_graph(file, hashes, state, folder)
+    except OSError:
         return None
-    temporary = Path(tempfile.mkdtemp(dir=cache))
+    return folder / _MAPPED_GRAPH if folder.is_dir() else None
+
+
+def _write_mapped_graph(file: Path, hashes: Mapping[str, str], state: str, folder: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    graph, weights = temporary / _MAPPED_GRAPH, temporary / _MAPPED_WEIGHTS
     options = _session_options(threads=1)
-    options.optimized_model_filepath = str(temporary / _MAPPED_GRAPH)
+    options.optimized_model_filepath = str(graph)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _MAPPED_WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
         (temporary / _MAPPED_SOURCE).write_bytes(os.fsencode(state))
-        onnxruntime.InferenceSession(str(file), options, providers=list(CPU))
+        _session(file, options, CPU, hashes)
+        if weights.exists():  # reading a hole in a mapped file on a full disk would kill us
+            with weights.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, weights.stat().st_size)
+        _session_of_mapped(graph, threads=1)  # checks that nothing is cut off
         temporary.rename(folder)
     except Exception:  # disk full, another process was faster, or not a graph, which loading reports
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder / _MAPPED_GRAPH if folder.is_dir() else None
 
 
-def _file_state(file: Path) -> str:
-    """Inode, size, modification time and path: what identifies the content of a file."""
+def _mapped_session(
+    file: Path, threads: int, cache: Path, hashes: Mapping[str, str] | None
+) -> onnxruntime.InferenceSession | None:
+    graph = mapped_graph(file, cache, hashes or {file.name: hash_file(file)})
+    if graph is not None:
+        with contextlib.suppress(Exception):  # removed or damaged since: the file itself is loaded
+            return _session_of_mapped(graph, threads)
+    return None
+
+
+def _session_of_mapped(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = _session_options(threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been optimised
+    return onnxruntime.InferenceSession(str(graph), options, providers=list(CPU))
+
+
+def _session(
+    file: Path, options: onnxruntime.SessionOptions, providers: Sequence[str], hashes: Mapping[str, str] | None
+) -> onnxruntime.InferenceSession:
+    """Load a graph from the very bytes that are checked; nothing else is read."""
+    model = _read(file, hashes)
+    try:
+        names = list(external_files(model))
+    except ValueError as error:
+        raise BundleError(file, "graph", expected="an ONNX graph", found=error) from error
+    for name in names:
+        if name != Path(name).name or (hashes is not None and name not in hashes):
+            expected = "weights in the file or in one beside it that a manifest lists"
+            raise BundleError(file, "external data", expected=expected, found=repr(name[:200]))
+    weights = [_read(file.with_name(name), hashes) for name in names]
+    options.add_external_initializers_from_files_in_memory(names, weights, list(map(len, weights)))
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        raise BundleError(file, "graph", expected="an ONNX graph", found=str(error).partition("\n")[0]) from error
+    session._model_bytes = None  # would be kept as long as the session
+    return session
+
+
+def _read(file: Path, hashes: Mapping[str, str] | None) -> bytes:
+    content = read_file(file, MAX_FILE_BYTES)
+    if hashes is not None and (sha256 := hashlib.sha256(content).hexdigest()) != hashes[file.name]:
+        raise BundleError(file, "sha256", expected=hashes[file.name], found=sha256)
+    return content
+
+
+def _file_state(file: Path, hashes: Mapping[str, str]) -> str:
+    """Hash of all hashes, inode, size, modification time and path: what identifies the content of a graph."""
+    digest = hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
     stat = file.stat()
-    return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {file.resolve()}"
+    return f"{digest} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {file.resolve()}"
 
 
 def _mapped_folder(cache: Path, state: str) -> Path:
@@ -150,8 +213,8 @@ def _remove_stale(cache: Path) -> None:
             state = os.fsdecode(note.read_bytes())
             if note.parent != _mapped_folder(cache, state):  # being written
                 continue
-            source = Path(state.split(" ", 3)[3])
-            if not source.exists() or _file_state(source) != state:
+            source = Path(state.split(" ", 4)[4])
+            if not source.exists() or _file_state(source, {}).split(" ", 1)[1] != state.split(" ", 1)[1]:
                 shutil.rmtree(note.parent, ignore_errors=True)
 
 

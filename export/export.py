@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from vitrine.bundle.loading import golden_name, hash_file, load_bundle, load_explain_network
+from vitrine.bundle.files import hash_file
+from vitrine.bundle.loading import golden_name, load_bundle, load_explain_network
 from vitrine.bundle.manifest import (
     CARD_FILE,
     GATE_METRIC,

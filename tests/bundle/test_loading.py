@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import onnx
 import pytest
 
 from vitrine.bundle.errors import BundleError
-from vitrine.bundle.loading import find_bundles, hash_file, load_bundle, load_explain_network, load_file, read_manifest
+from vitrine.bundle.files import hash_file
+from vitrine.bundle.loading import find_bundles, load_bundle, load_explain_network, load_file, read_manifest
 from vitrine.bundle.manifest import Precision
 
 
@@ -163,3 +166,107 @@ def test_files_with_missing_or_wrong_metadata_are_rejected(bundle: Path, tmp_pat
         onnx.save(model, file)
         with pytest.raises(BundleError, match=message):
             load_file(file)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "golden.npz"])
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "link in a circle", "empty", "huge"])
+@pytest.mark.timeout(30)
+def test_whatever_lies_in_a_files_place_is_refused_by_name(kind: str, name: str, bundle: Path) -> None:
+    file = bundle / name
+    file.unlink()
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind in ("device", "link in a circle"):
+        file.symlink_to("/dev/zero" if kind == "device" else name)
+    else:
+        file.touch()
+        os.truncate(file, 100 * 2**30 if kind == "huge" else 0)
+    for load in (load_bundle, load_explain_network):
+        with pytest.raises(BundleError, match=rf"{name}: (file: expected a re|size: expected|document: expected Inv)"):
+            load(bundle)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_weights_in_another_file_are_checked(cached: bool, bundle: Path, tmp_path: Path) -> None:
+    cache = tmp_path if cached else None
+    model = bundle / "model.onnx"
+    onnx.save(onnx.load(model), model, save_as_external_data=True, location="weights.bin")
+    edit_manifest(bundle, explanation=None)
+    rehash(bundle, "model.onnx")
+    with pytest.raises(BundleError, match=r"model\.onnx: external data: expected weights in .*, found 'weights\.bin'"):
+        load_bundle(bundle, cache=cache)
+    with pytest.raises(BundleError, match=r"model\.onnx: external data: expected weights in .*, found 'weights\.bin'"):
+        load_file(model, cache=cache)
+    rehash(bundle, "weights.bin")
+    load_bundle(bundle, cache=cache)
+    weights = np.fromfile(bundle / "weights.bin", np.uint8)
+    weights[len(weights) // 2] ^= 1
+    weights.tofile(bundle / "weights.bin")
+    with pytest.raises(BundleError, match=r"weights\.bin: sha256"):
+        load_bundle(bundle, cache=cache)
+
+
+@pytest.mark.parametrize(
+    "location", ["../model.onnx", "{bundle}/model.onnx", "inner/../model.onnx", "", "*/_ORT_MEM_ADDR_/*"]
+)
+def test_weights_outside_of_the_bundle_are_refused(location: str, bundle: Path) -> None:
+    location = location.format(bundle=bundle)
+    graph = onnx.load(bundle / "explain.onnx", load_external_data=False)
+    named = [entry for tensor in graph.graph.initializer for entry in tensor.external_data if entry.key == "location"]
+    assert named
+    named[-1].value = location
+    onnx.save(graph, bundle / "explain.onnx")
+    rehash(bundle, "explain.onnx")
+    with pytest.raises(BundleError, match=r"explain\.onnx: external data: expected weights in") as refused:
+        load_explain_network(bundle)
+    assert repr(location) in str(refused.value)
+
+
+def test_a_loaded_graph_does_not_depend_on_its_file(bundle: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    inputs = {spec.name: np.load(bundle / "golden.npz")[spec.name] for spec in read_manifest(bundle).inputs}
+    explain = load_explain_network(bundle)
+    assert explain is not None
+    networks = [load_bundle(bundle).predictor.network, load_bundle(bundle, cache=cache).predictor.network, explain]
+    before = [network(**inputs) for network in networks]
+    for file in bundle.iterdir():
+        os.truncate(file, 0)
+    shutil.rmtree(cache)
+    for network, answers in zip(networks, before, strict=True):
+        for answer, expected in zip(network(**inputs), answers, strict=True):
+            np.testing.assert_array_equal(answer, expected)
+
+
+def test_golden_samples_that_unpack_to_too_much_are_refused(bundle: Path) -> None:
+    golden = dict(np.load(bundle / "golden.npz"))
+    with zipfile.ZipFile(bundle / "golden.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{next(iter(golden))}.npy", b"")
+        archive.filelist[0].file_size = 2**29
+    rehash(bundle, "golden.npz")
+    with pytest.raises(
+        BundleError, match=r"golden\.npz: arrays: expected .* found \w+: expected at most 268435456 bytes"
+    ):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((0,)), np.array("text"), np.array(1 + 1j), np.zeros((3, 1, 1, 1), np.int64)]
+)
+def test_golden_inputs_that_the_graph_does_not_take(array: Any, bundle: Path) -> None:
+    golden = dict(np.load(bundle / "golden.npz"))
+    np.savez(bundle / "golden.npz", **{**golden, "pixels": array})
+    rehash(bundle, "golden.npz")
+    with pytest.raises(BundleError, match=r"golden\.npz: arrays: expected"):
+        load_bundle(bundle)
+
+
+def test_a_golden_array_whose_header_promises_more_than_there_is(bundle: Path) -> None:
+    golden = dict(np.load(bundle / "golden.npz"))
+    with zipfile.ZipFile(bundle / "golden.npz", "w") as archive, archive.open(f"{next(iter(golden))}.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2**60,)})
+    rehash(bundle, "golden.npz")
+    with pytest.raises(BundleError, match=r"golden\.npz: arrays: expected"):
+        load_bundle(bundle)

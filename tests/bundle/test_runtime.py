@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from vitrine.bundle.errors import BundleError, ProviderError
+from vitrine.bundle.files import hash_file
 from vitrine.bundle.manifest import TensorSpec
 from vitrine.bundle.runtime import CPU, OnnxNetwork, parse_providers
 
@@ -226,3 +227,58 @@ def test_without_free_space_the_graph_is_not_mapped(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=large_graph.stat().st_size))
     assert OnnxNetwork(large_graph, cache=tmp_path)(pixels=np.ones((1, 64), np.uint8))[0].any()
     assert list(tmp_path.iterdir()) == [large_graph]
+
+
+@pytest.mark.parametrize("fault", ["missing", "a file", "a link in a circle", "damaged", "read-only"])
+def test_a_graph_loads_whatever_happened_to_the_cache(fault: str, large_graph: Path, tmp_path: Path) -> None:
+    cache, pixels = tmp_path / "cache", np.ones((1, 64), np.uint8)
+    expected = OnnxNetwork(large_graph)(pixels=pixels)[0]
+    if fault == "a file":
+        cache.touch()
+    elif fault == "a link in a circle":
+        cache.symlink_to("cache")
+    elif fault == "damaged":
+        cache.mkdir()
+        OnnxNetwork(large_graph, cache=cache)
+        (graph,) = cache.glob("*/graph.onnx")
+        graph.write_bytes(b"")
+    elif fault == "read-only":
+        cache = Path("/proc/self")  # nobody can make files there
+    np.testing.assert_array_equal(OnnxNetwork(large_graph, cache=cache)(pixels=pixels)[0], expected)
+
+
+@pytest.mark.parametrize("part", ["graph.onnx", "weights.bin"])
+def test_a_mapped_graph_that_is_cut_off_is_never_used(part: str, large_graph: Path, tmp_path: Path) -> None:
+    cache, pixels = tmp_path / "cache", np.ones((1, 64), np.uint8)
+    cache.mkdir()
+    expected = OnnxNetwork(large_graph, cache=cache)(pixels=pixels)[0]
+    (file,) = cache.glob(f"*/{part}")
+    for size in (file.stat().st_size - 1, file.stat().st_size // 2, 1, 0):
+        os.truncate(file, size)
+        np.testing.assert_array_equal(OnnxNetwork(large_graph, cache=cache)(pixels=pixels)[0], expected)
+    file.unlink()
+    np.testing.assert_array_equal(OnnxNetwork(large_graph, cache=cache)(pixels=pixels)[0], expected)
+
+
+def test_the_space_of_a_mapped_graph_is_allocated(large_graph: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    OnnxNetwork(large_graph, cache=cache)
+    for file in cache.glob("*/*"):
+        assert file.stat().st_blocks * 512 >= file.stat().st_size
+
+
+def test_a_graph_is_loaded_from_the_content_that_was_checked(large_graph: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    hashes = {large_graph.name: hash_file(large_graph)}
+    OnnxNetwork(large_graph, hashes=hashes, cache=cache)
+    state, content = large_graph.stat(), bytearray(large_graph.read_bytes())
+    content[content.index(b"weights") + 100] ^= 1  # a weight
+    large_graph.write_bytes(content)
+    for folder in (None, cache):
+        with pytest.raises(BundleError, match=r"model\.onnx: sha256: expected"):
+            OnnxNetwork(large_graph, hashes=hashes, cache=folder)
+    os.utime(large_graph, ns=(state.st_atime_ns, state.st_mtime_ns))
+    changed = {large_graph.name: hash_file(large_graph)}
+    assert OnnxNetwork(large_graph, hashes=changed, cache=cache)(pixels=np.ones((1, 64), np.uint8))
