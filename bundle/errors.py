@@ -8,7 +8,7 @@
     └── ImageError              an image cannot be used
         ├── UnsupportedImageError   not a supported image type
         ├── UndecodableImageError   a supported type, but broken
-        └── ImageTooLargeError      too many bytes or pixels
+        └── ImageTooLargeError      too many bytes or pixels, too much memory or work
     (TrainingError, ExportError and SettingsError are defined in the packages that raise them)
 
 Each class formats its message from its arguments: what, where, expected, found. `code` is the stable, machine-readable
@@ -87,11 +87,11 @@ class UndecodableImageError(ImageError):
 
 
 class ImageTooLargeError(ImageError):
-    """An image exceeds the limit of bytes or pixels."""
+    """An image exceeds a limit of bytes, pixels, memory or work."""
 
     code = "too_large"
 
-    def __init__(self, *, limit: int, unit: str, found: object) -> None:
+    def __init__(self, *, limit: object, unit: str, found: object) -> None:
         super().__init__(f"image: at most {limit} {unit} are accepted, found {found}")
 
 

@@ -4,31 +4,33 @@ Evaluation during training, export and the service share this module. It decodes
 crops and pads; all arithmetic on pixels (mean/std, layout, masks) happens in the ONNX graph.
 """
 
+import errno
 import io
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, features
+from PIL import AvifImagePlugin, Image, features
 
+from vitrine.bundle import headers
 from vitrine.bundle.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Interpolation, Preprocessing
 
-MAX_PIXELS = 50_000_000  # 50 megapixels; 3 bytes per pixel once decoded
+MAX_PIXELS = 50_000_000  # 50 megapixels
 
-# Formats by Pillow's name, with their signatures. (Pillow's JPEG plugin also reads MPO, which many phones write.)
-_SIGNATURES: dict[str, tuple[bytes, ...]] = {
-    "JPEG": (b"\xff\xd8\xff",),
-    "PNG": (b"\x89PNG\r\n\x1a\n",),
-    "WEBP": (b"RIFF",),
-    "GIF": (b"GIF87a", b"GIF89a"),
-    "BMP": (b"BM",),
-    "TIFF": (b"II*\x00", b"MM\x00*"),
-}
-_PREFIXES = tuple(prefix for prefixes in _SIGNATURES.values() for prefix in prefixes)
-_AVIF_BRANDS = (b"avif", b"avis")
-SUPPORTED_FORMATS = (*_SIGNATURES, *(("AVIF",) if features.check("avif") else ()))  # Pillow may be built without AVIF
+# Pillow may be built without AVIF. (Its JPEG plugin also reads MPO, which many phones write.)
+SUPPORTED_FORMATS = tuple(form for form in headers.FORMATS if form != "AVIF" or features.check("avif"))
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a thread decodes an image on one core
+
+# Seconds of CPU that decoding may take, a multiple of what any image of that size needs. It ends what Pillow does in
+# Python (docs/decisions/0021-bounds-before-decoding.md); `headers` bounds what runs in C.
+_BASE_SECONDS = 2.0
+_SECONDS_PER_PIXEL = 80e-9
+
+_BAND_PIXELS = 2**20  # converted at a time
+_RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # of this machine, not of the image
 
 # libjpeg can decode a block to 4 x 4, 2 x 2 or 1 pixels instead of 8 x 8, which is faster. The decoded image must be at
 # least twice as large as the size it is resized to: then as many answers become right as become wrong
@@ -50,6 +52,7 @@ _TRANSPOSES = {
 }
 _AXES_SWAPPED = (5, 6, 7, 8)  # rows become columns
 _X_FLIPPED, _Y_FLIPPED = (2, 3, 6, 7), (3, 4, 7, 8)  # the upright left (top) edge is stored at the right or bottom
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # by alpha
 _RESAMPLING = {
     Interpolation.BILINEAR: Image.Resampling.BILINEAR,
     Interpolation.BICUBIC: Image.Resampling.BICUBIC,
@@ -80,7 +83,9 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         UnsupportedImageError: not a supported image type.
         UndecodableImageError: a supported type, but broken.
-        ImageTooLargeError: more than `max_pixels` pixels; checked before pixels are decoded.
+        ImageTooLargeError: more than `max_pixels` pixels, or more work or memory than any useful image of that size
+            needs; all but the time is checked before pixels are decoded (see `headers`).
+        MemoryError, OSError: this machine has no memory or file descriptor left.
     """
     return _decode(data, None, max_pixels).image
 
@@ -97,31 +102,49 @@ def decode_for(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = M
 def _decode(data: bytes, preprocessing: Preprocessing | None, max_pixels: int) -> ReducedImage:
     if not data:
         raise UndecodableImageError("it is empty")
-    if not _has_supported_signature(data):
+    form = headers.identify(data)
+    if form not in SUPPORTED_FORMATS:
         raise UnsupportedImageError(supported=SUPPORTED_FORMATS, found=f"bytes that begin with {data[:8]!r}")
     try:
-        image = Image.open(io.BytesIO(data), formats=SUPPORTED_FORMATS)
+        source = _Source(headers.check(data, form, max_pixels=max_pixels))
+        image = Image.open(source, formats=(form,))
         size = image.size
-        if size[0] * size[1] > max_pixels:
-            raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=f"{size[0]} x {size[1]}")
+        headers.check_size(*size, max_pixels)
+        source.allow(_BASE_SECONDS + _SECONDS_PER_PIXEL * size[0] * size[1])
         drafted = None if preprocessing is None else _draft(image, preprocessing)
         image.load()
+        vars(image).pop("_decoder", None)  # WebP's and AVIF's hold whole pictures
         return _to_upright(image, *((image.size, image.size) if drafted is None else (size, drafted)))
-    except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=error) from error
     except (ImageTooLargeError, UndecodableImageError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(limit=max_pixels, unit="pixels", found=error) from error
     except Exception as error:  # Pillow's decoders raise almost any exception on broken data
-        reason = str(error).split("<_io.BytesIO")[0].strip() or type(error).__name__
+        if isinstance(error, OSError) and error.errno in _RESOURCE_ERRORS:
+            raise
+        reason = str(error).split("<vitrine")[0].strip() or type(error).__name__
+        if "out of memory" in reason.lower() or reason == "decoder error -9":
+            raise MemoryError(reason) from error
         raise UndecodableImageError(reason) from error
 
 
-def _has_supported_signature(data: bytes) -> bool:
-    if data[4:8] == b"ftyp":  # ISO media; "avif" may be the major or a compatible brand
-        return "AVIF" in SUPPORTED_FORMATS and any(brand in data[8:64] for brand in _AVIF_BRANDS)
-    if data.startswith(b"RIFF"):  # also the container of WAV and AVI
-        return data[8:12] == b"WEBP"
-    return data.startswith(_PREFIXES)
+class _Source(io.BytesIO):
+    """An encoded image whose reading fails once its thread has used its CPU time for decoding."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._start = time.thread_time()
+        self._seconds = _BASE_SECONDS
+
+    def allow(self, seconds: float) -> None:
+        """Set the seconds of CPU time, counted from the start."""
+        self._seconds = seconds
+
+    def read(self, size: int | None = -1) -> bytes:
+        if time.thread_time() - self._start > self._seconds:
+            limit = f"{self._seconds:.1f}"
+            raise ImageTooLargeError(limit=limit, unit="seconds of decoding", found="more")
+        return super().read(size)
 
 
 def _draft(image: Image.Image, preprocessing: Preprocessing) -> tuple[float, float] | None:
@@ -156,13 +179,35 @@ def _orientation(image: Image.Image) -> int:
 def _to_upright(image: Image.Image, size: tuple[int, int], reduced: tuple[float, float]) -> ReducedImage:
     """Apply the EXIF orientation to an image of original size `size`, which fills `reduced` of its stored pixels."""
     orientation = _orientation(image)
-    if orientation in _TRANSPOSES:
-        image = image.transpose(_TRANSPOSES[orientation])
     if orientation in _AXES_SWAPPED:
         size, reduced = size[::-1], reduced[::-1]
-    left = image.width - reduced[0] if orientation in _X_FLIPPED else 0.0
-    top = image.height - reduced[1] if orientation in _Y_FLIPPED else 0.0
-    return ReducedImage(_to_rgb(image), *size, box=(left, top, left + reduced[0], top + reduced[1]))
+    upright = _to_upright_rgb(image, orientation)
+    left = upright.width - reduced[0] if orientation in _X_FLIPPED else 0.0
+    top = upright.height - reduced[1] if orientation in _Y_FLIPPED else 0.0
+    return ReducedImage(upright, *size, box=(left, top, left + reduced[0], top + reduced[1]))
+
+
+def _to_upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    """Convert and turn an image in bands of rows, so that only one copy of it is needed."""
+    if image.mode == "RGB" and orientation == 1:
+        return image
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // width)
+    if height <= rows:
+        return _turn(_to_rgb(image), orientation)
+    swapped = orientation in _AXES_SWAPPED
+    backwards = orientation in (_X_FLIPPED if swapped else _Y_FLIPPED)
+    upright = Image.new("RGB", (height, width) if swapped else (width, height))
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        band = _turn(_to_rgb(image.crop((0, top, width, bottom))), orientation)
+        place = height - bottom if backwards else top
+        upright.paste(band, (place, 0) if swapped else (0, place))
+    return upright
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(_TRANSPOSES[orientation])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -171,11 +216,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise UndecodableImageError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise UndecodableImageError("its 32-bit pixels are outside 0 to 65535; save it with 8 or 16 bits")
-        grey >>= 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
