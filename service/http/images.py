@@ -2,22 +2,18 @@
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
 from vitrine.bundle.drawing import MAX_JPEG_EDGE, draw_detections
 from vitrine.bundle.errors import ImageError, ParameterError
-from vitrine.bundle.images import decode, decode_for
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import Task
-from vitrine.bundle.predictors import Classifier, Predictor, PreparedImage, Row
+from vitrine.bundle.predictors import Classifier, Predictor, Row
 from vitrine.service.errors import Error, ErrorAnswer, NotAcceptableError
 from vitrine.service.http import schemas
 from vitrine.service.http.answers import (
@@ -31,6 +27,7 @@ from vitrine.service.http.answers import (
     json_response,
     negotiate,
 )
+from vitrine.service.http.image_work import ImageWork
 from vitrine.service.http.parameters import (
     CLASSIFY_PARAMETERS,
     DETECT_PARAMETERS,
@@ -41,10 +38,9 @@ from vitrine.service.http.parameters import (
     VARIANT,
     Parameter,
 )
-from vitrine.service.http.requests import ImageRequest, image_bytes, read_image_request
-from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.http.requests import ImageRequest, read_image_request
 from vitrine.service.runtime.scheduler import gather
-from vitrine.service.runtime.serving import Deadline, Serving, get_record, get_serving
+from vitrine.service.runtime.serving import Deadline, get_record, get_serving
 
 
 class _ImageRoute(NamedTuple):
@@ -92,7 +88,7 @@ async def detect(request: Request) -> Response:
 async def _predict(request: Request, route: _ImageRoute) -> Response:
     serving, record = get_serving(request), get_record(request)
     media_type = negotiate(request.headers.get("accept"), route.media_types)
-    await serving.admit()
+    await serving.admit(request, task=route.task)
     async with Deadline(request, serving.settings.timeout_seconds) as deadline:
         image_request = await read_image_request(request, route.parameters, serving.settings)
         deadline.body_received()
@@ -103,15 +99,15 @@ async def _predict(request: Request, route: _ImageRoute) -> Response:
         if several and drawn:
             raise NotAcceptableError(offered=f"{JSON}, {CSV} for several images", found=media_type)
 
-        def to_result(work: _ImageWork, row: Row) -> Any:
+        def to_result(work: ImageWork, row: Row) -> Any:
             predictions = postprocess(row, work.prepared)
             if drawn:
                 return _draw(work.decoded, predictions, media_type)
-            return route.image_result(work.size, predictions)
+            return route.image_result(work.shape, predictions)
 
         images = image_request.images
-        works = [_ImageWork(image, serving, record, bundle.predictor, to_result, drawn) for image in images]
-        results = await gather([_run(work, bundle, several=several) for work in works])
+        works = [ImageWork(image, serving, record, bundle.predictor, to_result, drawn) for image in images]
+        results = await gather([_run(work, bundle, len(works), several=several) for work in works])
         if drawn:
             return cast(Response, results[0])
         if media_type == CSV:
@@ -136,35 +132,6 @@ def _make_postprocess(predictor: Predictor, request: ImageRequest) -> Callable[[
     return partial(predictor.postprocess, threshold=threshold, max_detections=max_detections, labels=labels)
 
 
-@dataclass(eq=False)
-class _ImageWork:
-    """The work on one image of a request (`scheduler.Work`)."""
-
-    image: object  # see `requests.image_bytes`
-    serving: Serving
-    record: RequestRecord
-    predictor: Predictor
-    to_result: "Callable[[_ImageWork, Row], Any]"
-    keep_decoded: bool
-    decoded: Image.Image = field(init=False)  # only with `keep_decoded`
-    size: schemas.Image = field(init=False)
-    prepared: NDArray[np.uint8] | PreparedImage = field(init=False)
-
-    def prepare(self) -> NDArray[np.uint8] | PreparedImage:
-        with self.record.stage("decode"):
-            data, max_pixels = image_bytes(self.image), self.serving.settings.max_pixels
-            image = decode_for(data, self.predictor.preprocessing, max_pixels=max_pixels)
-            self.record.add_image(image.width * image.height)
-            self.size = schemas.Image(image.width, image.height)
-            if self.keep_decoded:
-                self.decoded = image.image if image.is_whole else decode(data, max_pixels=max_pixels)
-            self.prepared = self.predictor.prepare(image)
-        return self.prepared
-
-    def postprocess(self, row: Row) -> Any:
-        return self.to_result(self, row)
-
-
 def _draw(image: Image.Image, detections: list[Any], media_type: str) -> Response:
     drawing, buffer = draw_detections(image, detections), io.BytesIO()
     if media_type == JPEG and max(drawing.size) > MAX_JPEG_EDGE:
@@ -173,10 +140,10 @@ def _draw(image: Image.Image, detections: list[Any], media_type: str) -> Respons
     return Response(buffer.getvalue(), media_type=media_type)
 
 
-async def _run(work: _ImageWork, bundle: Bundle, *, several: bool) -> Any:
+async def _run(work: ImageWork, bundle: Bundle, images: int, *, several: bool) -> Any:
     """Run the work; with several images, return the error of an invalid one instead of raising it."""
     try:
-        return await work.serving.scheduler.run(work, bundle, work.record)
+        return await work.serving.scheduler.run(work, bundle, work.record, images=images)
     except (ImageError, ParameterError) as error:
         if not several:
             raise

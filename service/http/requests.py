@@ -171,13 +171,13 @@ async def _read_json(body: bytes) -> tuple[list[object], list[tuple[str, object]
 
 
 def image_bytes(image: object) -> bytes:
-    """Return the encoded image: given as bytes, base64 or a data URL.
+    """Return the encoded image: given as bytes, a memoryview, base64 or a data URL.
 
     Raises:
         ParameterError: it is something else, such as another URL, which is never fetched.
     """
-    if isinstance(image, bytes):
-        return image
+    if isinstance(image, (bytes, memoryview)):
+        return bytes(image)
     if not isinstance(image, str):
         raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=preview(image))
     if _URL.match(image):

@@ -21,7 +21,7 @@ class Stage(NamedTuple):
     """A stage of the work: `decode` (bytes to the network's pixels), `queue` (waiting for a thread), `inference`."""
 
     name: str
-    start: int  # nanoseconds since the epoch
+    start: int  # nanoseconds of the monotonic clock
     end: int
 
 
@@ -77,17 +77,17 @@ class RequestRecord:
         self.variant = bundle.variant.value if bundle.variant else ""
 
     def add_stage(self, name: str, start: int, end: int) -> None:
-        """Add a stage from `start` to `end` (nanoseconds since the epoch)."""
+        """Add a stage from `start` to `end` (nanoseconds of the monotonic clock)."""
         self.stages.append(Stage(name, start, end))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the block as a stage."""
-        start = time.time_ns()
+        start = time.monotonic_ns()
         try:
             yield
         finally:
-            self.add_stage(name, start, time.time_ns())
+            self.add_stage(name, start, time.monotonic_ns())
 
     def seconds(self, name: str) -> float:
         """Total duration of the stages `name`; may exceed the request's, as images are processed in parallel."""

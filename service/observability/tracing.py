@@ -1,6 +1,7 @@
 """OpenTelemetry spans: one per request, over HTTP or gRPC, with its stages as children."""
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -98,9 +99,10 @@ def record_spans(settings: Settings, record: RequestRecord) -> None:
             parent.set_status(Status(StatusCode.ERROR, record.error))
     context = trace.set_span_in_context(parent)
     tracer = _tracer(settings.traces_endpoint, settings.traces_share)
+    epoch = time.time_ns() - time.monotonic_ns()
     for stage in record.stages:
-        span = tracer.start_span(stage.name, context, attributes=model, start_time=stage.start)
-        span.end(stage.end)
+        span = tracer.start_span(stage.name, context, attributes=model, start_time=epoch + stage.start)
+        span.end(epoch + stage.end)
 
 
 def shutdown_tracing(settings: Settings) -> None:

@@ -66,7 +66,7 @@ async def model_ready(request: Request) -> Response:
 async def model_infer(request: Request) -> Response:
     """`POST /v2/models/{name}[/versions/{version}]/infer`."""
     serving, record = get_serving(request), get_record(request)
-    await serving.admit()
+    await serving.admit(request, name=request.path_params["name"])
     async with Deadline(request, serving.settings.timeout_seconds) as deadline:
         body = await _body(request, serving.settings.max_body_bytes)
         deadline.body_received()

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from vitrine import __version__
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
-from vitrine.bundle.images import decode_for
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import DetectionPreprocessing, TensorSpec
 from vitrine.bundle.predictors import Classifier, PreparedImage, Row
 from vitrine.service.errors import preview
-from vitrine.service.http.requests import image_bytes
+from vitrine.service.http.image_work import ImageWork
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import Work
 from vitrine.service.runtime.serving import Serving
@@ -203,31 +202,15 @@ def _requested_outputs(bundle: Bundle, outputs: Sequence[RequestedOutput]) -> Se
 
 
 @dataclass(eq=False)
-class _EncodedImageWork:
-    """The work on an encoded image (`scheduler.Work`)."""
-
-    image: object  # a memoryview, or see `requests.image_bytes`
-    serving: Serving
-    record: RequestRecord
-    bundle: Bundle
-
-    def prepare(self) -> NDArray[np.uint8] | PreparedImage:
-        with self.record.stage("decode"):
-            data = bytes(self.image) if isinstance(self.image, memoryview) else image_bytes(self.image)
-            predictor = self.bundle.predictor
-            decoded = decode_for(data, predictor.preprocessing, max_pixels=self.serving.settings.max_pixels)
-            self.record.add_image(decoded.width * decoded.height)
-            return predictor.prepare(decoded)
-
-    def postprocess(self, row: Row) -> Row:
-        return row
-
-
-@dataclass(eq=False)
 class _PixelWork:
     """The work on an image that the client has already prepared (`scheduler.Work`)."""
 
     prepared: NDArray[np.uint8] | PreparedImage
+    size: int = 0
+    draws: bool = False
+
+    def cost(self) -> float:
+        return 0.0
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
         return self.prepared
@@ -236,9 +219,7 @@ class _PixelWork:
         return row
 
 
-def _encoded_image_works(
-    serving: Serving, record: RequestRecord, bundle: Bundle, tensor: Tensor
-) -> list[_EncodedImageWork]:
+def _encoded_image_works(serving: Serving, record: RequestRecord, bundle: Bundle, tensor: Tensor) -> list[ImageWork]:
     if not isinstance(tensor.data, UndecodedElements):
         raise ParameterError(f"input {IMAGE}: datatype", expected="BYTES", found=tensor.datatype[:20])
     if tensor.shape[1:] not in ((), (1,)) or not tensor.shape:
@@ -246,7 +227,7 @@ def _encoded_image_works(
         raise ParameterError(f"input {IMAGE}: shape", expected="[number of images]", found=found)
     _check_count(serving, tensor.shape[0])
     images = _decode_elements(tensor.data, tensor.shape[0])
-    return [_EncodedImageWork(image, serving, record, bundle) for image in images]
+    return [ImageWork(image, serving, record, bundle.predictor, lambda _, row: row) for image in images]
 
 
 def _pixel_works(

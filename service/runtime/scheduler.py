@@ -1,9 +1,14 @@
-"""Scheduling: images wait in one bounded queue for as many threads as there are cores.
+"""Scheduling: images wait in one bounded, fair queue for as many threads as there are cores.
 
 A thread takes an image, decodes it, runs the network on one core and postprocesses the output. Parallel images give the
 highest throughput, and an invalid image fails on its own. For a network so small that call overhead matters, a thread
 takes its share of the queue and runs it as one batch. A lone image runs on all cores. The bundle's `ExecutionProfile`
 determines which of these pay for a network.
+
+The queue (`fair_queue`) shares the threads between senders, and between the small and the large requests of a sender.
+
+An error leaves a thread as a value without frames: a traceback would hold the image, and be part of a reference cycle
+with the future and the frame that awaits it.
 """
 
 import asyncio
@@ -11,33 +16,48 @@ import contextlib
 import math
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
+from vitrine.bundle.errors import VitrineError
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.predictors import PreparedImage, Row
 from vitrine.bundle.profile import ExecutionProfile
 from vitrine.service.errors import OverloadedError
 from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.runtime.fair_queue import FairQueue, FlowKey, Kind
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+AnyError = TypeVar("AnyError", bound=Exception)
 
 _BUCKET_SIZE = 64  # pixels; images whose sizes round up to the same multiple may be padded to one batch
-_LOOKAHEAD = 64  # images at the front of the queue that are considered for a batch
 _MAX_REFUSALS_PER_SECOND = 200  # clients that retry at once would otherwise monopolize the event loop
 _MAX_REFUSAL_DELAY = 1.0  # seconds
 _INITIAL_SLOWDOWN = 1.5  # measured time of an image relative to `ExecutionProfile.seconds`
 _SLOWDOWN_DECAY = 0.95  # weight of the previous slowdown in the moving average
 _UNMEASURED = ExecutionProfile(0.0)
+_SECONDS_PER_BYTE = 10e-9  # of an encoded photograph, to decode it at the resolution that the network needs
 
 
 class Work(Protocol[T_co]):
-    """Work on one image of a request. Both methods run on a computing thread; `Scheduler.run` raises their errors."""
+    """Work on one image of a request. The methods run on a computing thread; `Scheduler.run` raises their errors."""
+
+    @property
+    def size(self) -> int:
+        """Size of the encoded image in bytes; 0 if there is nothing to decode."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the result is a picture: such work may not occupy all threads."""
+
+    def cost(self) -> float:
+        """Return the expected seconds on one core besides the network, from the header of the image; cheap."""
 
     def prepare(self) -> Any:
         """Return the image as `Predictor.prepare` does."""
@@ -52,8 +72,12 @@ class _Job:
     bundle: Bundle
     profile: ExecutionProfile
     record: RequestRecord
-    future: asyncio.Future[Any]
-    submitted: int  # nanoseconds since the epoch
+    future: asyncio.Future[tuple[Any, Exception | None]]
+    submitted: int  # nanoseconds of the monotonic clock
+    images: int  # of the request
+    flow: FlowKey
+    cost: float  # expected seconds on one core
+    is_measured: bool = False  # whether `flow` follows from the image's header, not only from its bytes
     prepared: Any = None
 
 
@@ -65,14 +89,16 @@ class Scheduler:
 
     def __init__(self, threads: int, max_queue: int, max_wait_seconds: float = math.inf) -> None:
         """Args: number of threads, maximum length of the queue, and maximum expected wait of an image in seconds."""
-        self._max_queue, self._max_wait = max_queue, max_wait_seconds
-        self._queue: deque[_Job] = deque()
+        self._max_wait = max_wait_seconds
+        self._queue: FairQueue[_Job] = FairQueue(max_queue)
         self._arrivals: SimpleQueue[bool] = SimpleQueue()  # True: a job; False: end the thread
         self._lock = threading.Lock()
         self._running: dict[int, float] = {}  # start of each running batch, by its number (monotonic seconds)
         self._batch_number = 0
         self._last_shared = -math.inf  # when more than one image was last in progress (monotonic seconds)
-        self._backlog = 0.0  # seconds on one core for the whole queue, by `ExecutionProfile.seconds`
+        self._max_limited = max(1, threads - 1)  # threads for kinds that may not occupy all
+        self._limited = 0  # of them, running
+        self._deferred = 0  # arrivals of work that waits for one of these threads
         self._slowdown = _INITIAL_SLOWDOWN
         self._next_refusal = 0.0
         self._results: deque[_Result] = deque()  # not yet delivered
@@ -91,71 +117,110 @@ class Scheduler:
         """Number of images, or batches of them, running on a thread."""
         return len(self._running)
 
+    @property
+    def started(self) -> int:
+        """Number of images, or batches of them, that have been started since the scheduler exists."""
+        return self._batch_number
+
     def longest_running(self) -> float:
         """Return for how many seconds the oldest running batch has been running; 0 if none is."""
         with self._lock:
             start = min(self._running.values(), default=None)
         return 0.0 if start is None else time.monotonic() - start
 
-    def check_capacity(self) -> None:
-        """Check that another image can be queued.
+    def check_capacity(self, sender: str, bundles: Collection[Bundle], size: int = 0) -> None:
+        """Check that another image of the sender can be queued, as far as can be known before its body is read.
+
+        Args:
+            bundles: those that the request may be for.
+            size: bytes of the request.
 
         Raises:
             OverloadedError: the queue is full, or its expected duration exceeds the maximum wait.
         """
-        waiting = len(self._queue)
-        seconds = self._backlog * self._slowdown / len(self._threads)
-        if waiting >= self._max_queue or (waiting and seconds > self._max_wait):
-            raise OverloadedError(waiting, seconds)
+        if not self._queue or not bundles:
+            return
+        cheapest = min((bundle.profile or _UNMEASURED).seconds for bundle in bundles)
+        magnitude = Kind.of(None, cheapest + size * _SECONDS_PER_BYTE).magnitude
+        groups = set(map(id, bundles))
+        with self._lock:
+            similar = [
+                key
+                for key in self._queue.active()
+                if key.sender == sender and key.kind.group in groups and abs(key.kind.magnitude - magnitude) <= 1
+            ]
+            refusals = [self._refusal(key) for key in similar]
+        refusal = refusals[0] if refusals and all(refusals) else None
+        if refusal is not None:
+            raise refusal
+
+    def _refusal(self, flow: FlowKey) -> OverloadedError | None:
+        """Return the error for another image of the flow if there is no capacity; the caller holds the lock."""
+        waiting, cost = self._queue.ahead(flow)
+        seconds = cost * self._slowdown / len(self._threads)
+        is_full = self._queue.is_full(flow) or (waiting > 0 and seconds > self._max_wait)
+        return OverloadedError(len(self._queue), seconds) if is_full else None
 
     async def throttle_refusal(self) -> None:
         """Wait until another request may be refused: not at all, unless refusals are very frequent."""
         now = time.monotonic()
-        delay = min(max(self._next_refusal - now, 0.0), _MAX_REFUSAL_DELAY)
-        self._next_refusal = max(self._next_refusal, now) + 1 / _MAX_REFUSALS_PER_SECOND
-        if delay > 0:
-            await asyncio.sleep(delay)
+        turn = min(max(self._next_refusal, now), now + _MAX_REFUSAL_DELAY)
+        self._next_refusal = turn + 1 / _MAX_REFUSALS_PER_SECOND
+        if turn > now:
+            await asyncio.sleep(turn - now)
 
-    async def run(self, work: Work[T], bundle: Bundle, record: RequestRecord) -> T:
+    async def run(self, work: Work[T], bundle: Bundle, record: RequestRecord, *, images: int = 1) -> T:
         """Queue the work and return its result.
 
         The record gets the stages `queue` and `inference`, and the batch size.
+
+        Args:
+            images: number of images of the request, which wait behind smaller requests of the same sender.
 
         Raises:
             OverloadedError: see `check_capacity`.
             Exception: any error of the work or the network.
         """
-        self.check_capacity()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        job = _Job(work, bundle, bundle.profile or _UNMEASURED, record, future, time.time_ns())
+        future: asyncio.Future[tuple[T, Exception | None]] = asyncio.get_running_loop().create_future()
+        profile = bundle.profile or _UNMEASURED
+        cost = profile.seconds + work.size * _SECONDS_PER_BYTE
+        flow = FlowKey(record.sender, Kind.of(id(bundle), cost * images, limited=work.draws))
+        job = _Job(work, bundle, profile, record, future, time.monotonic_ns(), images, flow, cost)
         with self._lock:
+            refusal = self._refusal(flow)
+            if refusal is not None:
+                raise refusal
             if self._queue or self._running:
                 self._last_shared = time.monotonic()
-            self._queue.append(job)
-            self._backlog += job.profile.seconds
+            self._queue.push(job, flow, cost)
         self._arrivals.put(True)
         try:
-            return await future
+            result, error = await future
         except asyncio.CancelledError:
             with self._lock:
-                if job in self._queue:
-                    self._queue.remove(job)
-                    self._subtract_backlog(job)
+                self._queue.remove(job, job.flow)
             raise
+        if error is None:
+            return result
+        try:
+            raise error
+        finally:
+            del error, result, future, job, work  # the traceback refers to this frame
 
-    async def run_all(self, works: Iterable[Work[T]], bundle: Bundle, record: RequestRecord) -> list[T]:
+    async def run_all(self, works: Sequence[Work[T]], bundle: Bundle, record: RequestRecord) -> list[T]:
         """Run all `works` and return their results in order. If one fails, the others leave the queue.
 
         Raises:
             OverloadedError, Exception: see `run`.
         """
-        return await gather([self.run(work, bundle, record) for work in works])
+        return await gather([self.run(work, bundle, record, images=len(works)) for work in works])
 
     def close(self) -> None:
         """Finish running work, cancel queued work and end the threads."""
+        dropped = []
         with self._lock:
-            dropped = list(self._queue)
-            self._queue.clear()
+            while (found := self._queue.pop()) is not None:
+                dropped.append(found[1])
         for _ in self._threads:
             self._arrivals.put(False)
         for thread in self._threads:
@@ -165,25 +230,26 @@ class Scheduler:
 
     def _worker(self) -> None:
         while self._arrivals.get():
+            jobs = self._next_batch()
+            if not jobs:  # cancelled, taken by another batch, or deferred
+                continue
             with self._lock:
-                jobs = self._next_batch()
                 self._batch_number += 1
                 number = self._batch_number
-                if jobs:
-                    self._running[number] = start = time.monotonic()
-            if not jobs:  # cancelled, or taken by another batch
-                continue
+                self._running[number] = start = time.monotonic()
             try:
                 results = self._process(jobs)
             finally:
                 with self._lock:
                     del self._running[number]
+                    self._end_limited(jobs)
             expected = sum(job.profile.seconds for job in jobs)
             if expected:
                 slowdown = (time.monotonic() - start) / expected
                 self._slowdown = _SLOWDOWN_DECAY * self._slowdown + (1 - _SLOWDOWN_DECAY) * slowdown
             self._results += results
             loop = jobs[0].future.get_loop()
+            del jobs, results  # they hold images; this thread may wait long for the next
             if self._notified_loop is not loop:
                 self._notified_loop = loop
                 with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -194,35 +260,63 @@ class Scheduler:
         self._notified_loop = None  # first, so that later results schedule another call
         while self._results:
             job, result, error = self._results.popleft()
-            if job.future.done():  # cancelled
-                continue
-            if error is None:
-                job.future.set_result(result)
-            else:
-                job.future.set_exception(error)
+            if not job.future.done():  # cancelled
+                job.future.set_result((result, error))
 
     def _next_batch(self) -> list[_Job]:
-        """Take the next image, and those to run with it, from the queue; the caller holds the lock."""
-        if not self._queue:
+        """Take the next image, and those to run with it, from the queue."""
+        first = self._next_job()
+        if first is None:
             return []
-        first = self._queue.popleft()
-        share = math.ceil((1 + len(self._queue)) / len(self._threads))
-        size = min(first.profile.batch, share)
         jobs = [first]
-        if size > 1:
-            front = islice(self._queue, _LOOKAHEAD)
-            jobs += islice((job for job in front if job.bundle is first.bundle), size - 1)
-            for job in jobs[1:]:
-                self._queue.remove(job)
-        for job in jobs:
-            self._subtract_backlog(job)
+        size = min(first.profile.batch, math.ceil((1 + len(self._queue)) / len(self._threads)))
+        while len(jobs) < size and (job := self._next_job(first.flow.kind)) is not None:
+            jobs.append(job)
         return jobs
 
-    def _subtract_backlog(self, job: _Job) -> None:
-        self._backlog = self._backlog - job.profile.seconds if self._queue else 0.0  # drop rounding errors
+    def _next_job(self, kind: Kind | None = None) -> _Job | None:
+        """Take the next image from the queue, of the given kind; one that costs more than expected queues again."""
+        while True:
+            with self._lock:
+                found = self._queue.pop(lambda other: self._accepts(other) and kind in (None, other))
+                if found is None:
+                    self._deferred += kind is None and bool(self._queue)
+                    return None
+                job = found[1]
+                self._limited += job.flow.kind.limited
+                delays_nobody = not self._queue
+            if not job.future.done() and (delays_nobody or job.is_measured or not self._is_larger(job)):
+                return job
+            with self._lock:
+                self._end_limited([job])
+                if not job.future.done():
+                    self._queue.put_back(job, found[0], job.flow, job.cost)
+
+    @staticmethod
+    def _is_larger(job: _Job) -> bool:
+        """Measure the cost of an image; return whether its kind is a larger one, which is noted in the job."""
+        job.is_measured = True
+        try:
+            job.cost = job.profile.seconds + job.work.cost()
+        except Exception:  # raised again by `prepare`
+            return False
+        before = job.flow.kind
+        kind = Kind.of(before.group, job.cost * job.images, limited=before.limited)
+        job.flow = job.flow._replace(kind=kind)
+        return kind.magnitude > before.magnitude
+
+    def _accepts(self, kind: Kind) -> bool:
+        return not kind.limited or self._limited < self._max_limited
+
+    def _end_limited(self, jobs: Sequence[_Job]) -> None:
+        """Free the threads that the jobs occupied, for deferred work; the caller holds the lock."""
+        self._limited -= sum(job.flow.kind.limited for job in jobs)
+        for _ in range(self._deferred):
+            self._arrivals.put(True)
+        self._deferred = 0
 
     def _process(self, jobs: Sequence[_Job]) -> "list[_Result]":
-        start = time.time_ns()
+        start = time.monotonic_ns()
         results: list[_Result] = []
         ready = []
         for job in jobs:
@@ -230,7 +324,7 @@ class Scheduler:
             try:
                 job.prepared = job.work.prepare()
             except Exception as error:
-                results.append((job, None, error))
+                results.append((job, None, without_frames(error)))
             else:
                 ready.append(job)
         if len(ready) == 1:
@@ -244,18 +338,18 @@ class Scheduler:
         is_lone = len(jobs) == 1 and profile.all_cores is not None and self._is_lone(profile)
         all_cores = is_lone and profile.prefers_all_cores()
         predictor = profile.all_cores if all_cores and profile.all_cores is not None else bundle.predictor
-        start = time.time_ns()
+        start = time.monotonic_ns()
         try:
             rows = predictor.infer([job.prepared for job in jobs])
         except Exception as error:
             if len(jobs) == 1:
-                return [(jobs[0], None, error)]
+                return [(jobs[0], None, without_frames(error))]
             return [result for job in jobs for result in self._infer([job])]  # only the invalid image fails
-        end = time.time_ns()
+        end = time.monotonic_ns()
         if not all_cores:
-            profile.record_latency((end - start) / 1e9 / len(jobs))
+            profile.record_latency((end - start) / 1e9, [_pixels(job) for job in jobs])
         if is_lone and self._is_lone(profile):  # still
-            profile.record_lone_latency((end - start) / 1e9, all_cores=all_cores)
+            profile.record_lone_latency((end - start) / 1e9, _pixels(jobs[0]), all_cores=all_cores)
         results: list[_Result] = []
         for job, row in zip(jobs, rows, strict=True):
             job.record.add_stage("inference", start, end)
@@ -263,7 +357,7 @@ class Scheduler:
             try:
                 results.append((job, job.work.postprocess(row), None))
             except Exception as error:
-                results.append((job, None, error))
+                results.append((job, None, without_frames(error)))
         return results
 
     def _is_lone(self, profile: ExecutionProfile) -> bool:
@@ -285,14 +379,56 @@ def _size_bucket(job: _Job) -> tuple[int, int]:
     return 0, 0
 
 
+def _pixels(job: _Job) -> int:
+    """Return the number of pixels that the network gets for the image."""
+    pixels = job.prepared.pixels if isinstance(job.prepared, PreparedImage) else job.prepared
+    return int(pixels.shape[0] * pixels.shape[1])
+
+
+def without_frames(error: AnyError) -> AnyError:
+    """Remove the frames from an error, and its causes; those of a bug stay as text, for the log."""
+    if not isinstance(error, VitrineError):
+        error.add_note("".join(traceback.format_exception(error)))
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 async def gather(awaitables: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Return the results of all, in order. If one raises, cancel the others and raise its error."""
     if len(awaitables) == 1:
         return [await awaitables[0]]
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    done: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+    results: list[T | None] = [None] * len(awaitables)
+    unfinished = set(range(len(awaitables)))
+    tasks = [
+        asyncio.ensure_future(_settle(awaitable, i, results, unfinished, done))
+        for i, awaitable in enumerate(awaitables)
+    ]
+    error = None
     try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
+        error = await done
+        if error is not None:
+            raise error
+        return cast(list[T], results)
+    finally:
         for task in tasks:
             task.cancel()
-        raise
+        del done, results, tasks, task, error  # the traceback of the error refers to this frame
+
+
+async def _settle(
+    awaitable: Coroutine[Any, Any, T],
+    index: int,
+    results: list[T | None],
+    unfinished: set[int],
+    done: asyncio.Future[Exception | None],
+) -> None:
+    """Put the result in its place; resolve `done` with an error, or with None after the last result."""
+    error = None
+    try:
+        results[index] = await awaitable
+        unfinished.remove(index)
+    except Exception as caught:
+        error = without_frames(caught)
+    if not done.done() and (error or not unfinished):
+        done.set_result(error)

@@ -33,14 +33,18 @@ class Serving:
         """Whether no computing thread is stuck, that is, busy with one batch for `stuck_seconds` or longer."""
         return self.scheduler.longest_running() < self.settings.stuck_seconds
 
-    async def admit(self) -> None:
-        """Check that there is capacity for a request, before its body is read.
+    async def admit(self, request: Request, *, task: Task | None = None, name: str | None = None) -> None:
+        """Check that there is capacity for a request for a model, or any model for a task, before its body is read.
 
         Raises:
             OverloadedError: see `Scheduler.check_capacity`.
         """
+        bundles = self.repository.bundles.values()
+        possible = [b for b in bundles if b.manifest.task is task or b.manifest.name == name]
+        size = request.headers.get("content-length", "")
         try:
-            self.scheduler.check_capacity()
+            sender = get_record(request).sender
+            self.scheduler.check_capacity(sender, possible, int(size[:12]) if size.isdecimal() else 0)
         except OverloadedError:
             await self.scheduler.throttle_refusal()
             raise

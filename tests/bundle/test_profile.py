@@ -17,7 +17,7 @@ def simulate(profile: ExecutionProfile, *, all_cores: float, one_core: float, im
     chosen = []
     for _ in range(images):
         chosen.append(profile.prefers_all_cores())
-        profile.record_lone_latency(all_cores if chosen[-1] else one_core, all_cores=chosen[-1])
+        profile.record_lone_latency(all_cores if chosen[-1] else one_core, 1, all_cores=chosen[-1])
     return chosen
 
 
@@ -65,8 +65,8 @@ def test_a_single_core_never_prefers_all_cores() -> None:
 def test_batches_only_for_short_calls_by_the_fastest_one() -> None:
     profile = ExecutionProfile(0.03, batch=8)
     assert profile.batch == 1
-    profile.record_latency(0.02)
+    profile.record_latency(0.02, [1])
     assert profile.batch == 1
-    profile.record_latency(0.009)
-    profile.record_latency(0.04)
+    profile.record_latency(0.009, [1])
+    profile.record_latency(0.04, [1])
     assert profile.batch == 8

@@ -1,9 +1,12 @@
 """The scheduler on its own: running, queueing, batching and refusing."""
 
 import asyncio
+import gc
 import threading
+import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from vitrine.bundle.errors import ParameterError
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing
 from vitrine.bundle.predictors import Classifier, Detector, Predictor, PreparedImage, Row
@@ -48,8 +52,15 @@ def bundle_of(network: Doubling | Predictor, seconds: float = 0.001, **profile: 
 class Value:
     """Work on an image of one pixel."""
 
-    def __init__(self, value: int, before: Callable[[], object] = lambda: None) -> None:
-        self.value, self.before = value, before
+    size = 0
+
+    def __init__(
+        self, value: int, before: Callable[[], object] = lambda: None, *, seconds: float = 0.0, draws: bool = False
+    ) -> None:
+        self.value, self.before, self.seconds, self.draws = value, before, seconds, draws
+
+    def cost(self) -> float:
+        return self.seconds
 
     def prepare(self) -> NDArray[np.uint8]:
         self.before()
@@ -129,11 +140,11 @@ def test_an_image_that_would_wait_too_long_is_refused_with_retry_after() -> None
         waiting = start_all(scheduler.run(Value(2), slow, RequestRecord()))
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError) as refused:
-            scheduler.check_capacity()
+            scheduler.check_capacity("", [slow])
         assert refused.value.retry_after >= 3
         first.may_end.set()
         await asyncio.gather(result, *waiting)
-        scheduler.check_capacity()
+        scheduler.check_capacity("", [slow])
 
     with scheduling(max_wait=1.0) as scheduler:
         asyncio.run(scenario(scheduler))
@@ -312,3 +323,128 @@ def test_a_lone_image_runs_on_all_cores_and_parallel_ones_on_one_each() -> None:
 
     with scheduling(threads=2) as scheduler:
         asyncio.run(scenario(scheduler))
+
+
+class FailsLate(Value):
+    def postprocess(self, row: Row) -> int:
+        raise ParameterError("top_k", expected="more", found="less")
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("kind", ["prepared", "computed", "postprocessed", "cancelled", "timed out", "answered"])
+def test_an_ended_image_is_freed_at_once_without_the_garbage_collector(kind: str, images: int) -> None:
+    async def scenario(scheduler: Scheduler) -> list[weakref.ref[Value]]:
+        bundle = bundle_of(Doubling(poison=7))
+        make: dict[str, Callable[[], Value]] = {
+            "prepared": lambda: Value(1, fail),
+            "computed": lambda: Value(7),
+            "postprocessed": lambda: FailsLate(1),
+        }
+        works = [make.get(kind, lambda: Value(1))() for _ in range(images)]
+        references = [weakref.ref(work) for work in works]
+        if kind in ("cancelled", "timed out"):
+            first, result = await occupied(scheduler, bundle)
+            with suppress(TimeoutError, asyncio.CancelledError):
+                async with asyncio.timeout(0.01 if kind == "timed out" else None):
+                    task = asyncio.ensure_future(scheduler.run_all(works, bundle, RequestRecord()))
+                    asyncio.get_running_loop().call_later(0.01, task.cancel)
+                    await task
+            first.may_end.set()
+            await result
+            del task, first, result
+        else:
+            with suppress(ValueError, RuntimeError, ParameterError):
+                await scheduler.run_all(works, bundle, RequestRecord())
+        del works, make
+        await scheduler.run(Value(1), bundle, RequestRecord())  # what was cancelled has left the loop and the thread
+        return references
+
+    gc.collect()
+    gc.disable()
+    try:
+        with scheduling() as scheduler:
+            alive = [reference() for reference in asyncio.run(scenario(scheduler))]
+    finally:
+        gc.enable()
+    assert alive == [None] * images
+
+
+def test_the_error_of_a_bug_keeps_its_traceback_as_text() -> None:
+    with scheduling() as scheduler, pytest.raises(ValueError, match="no") as caught:
+        asyncio.run(scheduler.run(Value(1, fail), bundle_of(Doubling()), RequestRecord()))
+    assert "in fail" in "".join(caught.value.__notes__)
+
+
+def test_a_small_image_passes_the_large_ones_of_the_same_sender() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        order: list[str] = []
+        bundle = bundle_of(Doubling())
+        first, result = await occupied(scheduler, bundle)
+
+        def noting(name: str, seconds: float) -> Value:
+            return Value(1, lambda: order.append(name), seconds=seconds)
+
+        waiting = start_all(
+            *(scheduler.run(noting("bomb", 2.0), bundle, RequestRecord()) for _ in range(3)),  # looks small
+            *(scheduler.run(noting("of many", 0.0), bundle, RequestRecord(), images=16) for _ in range(3)),
+            *(scheduler.run(noting("small", 0.0), bundle, RequestRecord()) for _ in range(3)),
+        )
+        await asyncio.sleep(0)
+        first.may_end.set()
+        await asyncio.gather(result, *waiting)
+        assert order == ["small"] * 3 + ["of many"] * 3 + ["bomb"] * 3
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_pictures_leave_a_thread_for_other_work() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Doubling())
+        pictures = [Blocked(), Blocked(), Blocked()]
+        for picture in pictures:
+            picture.draws = True
+        results = start_all(*(scheduler.run(picture, bundle, RequestRecord()) for picture in pictures))
+        for _ in range(3):
+            assert await asyncio.wait_for(scheduler.run(Value(2), bundle, RequestRecord()), 30) == 4
+        assert (scheduler.running, scheduler.waiting) == (1, 2)
+        for picture in pictures:
+            picture.may_end.set()
+        assert await asyncio.wait_for(asyncio.gather(*results), 30) == [2, 2, 2]
+
+    with scheduling(threads=2) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_a_sender_that_fills_the_queue_leaves_room_for_others() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Doubling())
+        first, result = await occupied(scheduler, bundle)
+        greedy = start_all(*(scheduler.run(Value(1), bundle, RequestRecord(key="greedy")) for _ in range(8)))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            scheduler.check_capacity("greedy", [bundle])
+        with pytest.raises(OverloadedError):
+            await scheduler.run(Value(1), bundle, RequestRecord(key="greedy"))
+        scheduler.check_capacity("modest", [bundle])
+        (modest,) = start_all(scheduler.run(Value(3), bundle, RequestRecord(key="modest")))
+        await asyncio.sleep(0)
+        first.may_end.set()
+        assert await modest == 6
+        await asyncio.gather(result, *greedy)
+
+    with scheduling(max_queue=8) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_a_refusal_after_a_storm_of_refusals_waits_no_longer_than_its_turn() -> None:
+    async def scenario(scheduler: Scheduler) -> float:
+        storm = [asyncio.ensure_future(scheduler.throttle_refusal()) for _ in range(5000)]
+        await asyncio.wait_for(asyncio.gather(*storm), 30)
+        await asyncio.sleep(0.1)  # the turns of the storm have passed
+        start = time.monotonic()
+        await scheduler.throttle_refusal()
+        return time.monotonic() - start
+
+    with scheduling() as scheduler:
+        assert asyncio.run(scenario(scheduler)) < 0.5  # not a second, as each of the storm

@@ -1,0 +1,52 @@
+"""The work on one encoded image of a request, over HTTP or gRPC."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitrine.bundle.images import decode, decode_for
+from vitrine.bundle.predictors import Predictor, PreparedImage, Row
+from vitrine.service.http import schemas
+from vitrine.service.http.requests import image_bytes
+from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.runtime.serving import Serving
+
+
+@dataclass(eq=False)
+class ImageWork:
+    """The work on an encoded image (`scheduler.Work`)."""
+
+    image: object  # see `requests.image_bytes`
+    serving: Serving
+    record: RequestRecord
+    predictor: Predictor
+    to_result: "Callable[[ImageWork, Row], Any]"
+    draws: bool = False  # `to_result` needs the image
+    decoded: Image.Image = field(init=False)  # only with `draws`
+    shape: schemas.Image = field(init=False)  # width and height
+    prepared: NDArray[np.uint8] | PreparedImage = field(init=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.image) if isinstance(self.image, (bytes, str, memoryview)) else 0
+
+    def cost(self) -> float:
+        return 0.0
+
+    def prepare(self) -> NDArray[np.uint8] | PreparedImage:
+        with self.record.stage("decode"):
+            data, max_pixels = image_bytes(self.image), self.serving.settings.max_pixels
+            image = decode_for(data, self.predictor.preprocessing, max_pixels=max_pixels)
+            self.record.add_image(image.width * image.height)
+            self.shape = schemas.Image(image.width, image.height)
+            if self.draws:
+                self.decoded = image.image if image.is_whole else decode(data, max_pixels=max_pixels)
+            self.prepared = self.predictor.prepare(image)
+        return self.prepared
+
+    def postprocess(self, row: Row) -> Any:
+        return self.to_result(self, row)

@@ -1,0 +1,140 @@
+"""The fair queue: order, shares, capacity."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitrine.service.runtime.fair_queue import FairQueue, FlowKey, Kind
+
+
+def key(sender: str, seconds: float, *, limited: bool = False) -> FlowKey:
+    return FlowKey(sender, Kind.of("network", seconds, limited=limited))
+
+
+def take_all(queue: FairQueue[str]) -> list[str]:
+    order = []
+    while (found := queue.pop()) is not None:
+        order.append(found[1])
+    return order
+
+
+def test_items_of_a_flow_keep_their_order() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    for value in "abc":
+        queue.push(value, key("sender", 1.0), 1.0)
+    assert len(queue) == 3
+    assert take_all(queue) == ["a", "b", "c"]
+    assert len(queue) == 0
+
+
+@pytest.mark.parametrize("senders", [("one", "one"), ("one", "other")], ids=["same sender", "two senders"])
+def test_small_work_is_next_however_much_large_work_waits(senders: tuple[str, str]) -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    for i in range(20):
+        queue.push(f"large{i}", key(senders[0], 2.0), 2.0)
+    queue.pop()  # runs
+    for _ in range(3):
+        queue.push("small", key(senders[1], 0.01), 0.01)
+        found = queue.pop()
+        assert found is not None
+        assert found[1] == "small"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.01, 0.1, 1.0])), min_size=1, max_size=60))
+def test_nothing_is_lost_and_no_flow_is_reordered(pushed: list[tuple[str, float]]) -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    values = [f"{sender} {seconds} {i}" for i, (sender, seconds) in enumerate(pushed)]
+    for value, (sender, seconds) in zip(values, pushed, strict=True):
+        queue.push(value, key(sender, seconds), seconds)
+    taken = take_all(queue)
+    assert sorted(taken) == sorted(values)
+    for flow in set(pushed):
+        of_flow = [value for value, pair in zip(values, pushed, strict=True) if pair == flow]
+        assert [value for value in taken if value in of_flow] == of_flow
+    assert (len(queue), list(queue.active()), queue.ahead(key("a", 1.0))) == (0, [], (0, 0.0))
+
+
+def test_senders_with_equal_work_take_turns() -> None:
+    queue: FairQueue[str] = FairQueue(1000)
+    for _ in range(90):
+        queue.push("greedy", key("greedy", 1.0), 1.0)
+    for _ in range(10):
+        queue.push("modest", key("modest", 1.0), 1.0)
+    assert Counter(take_all(queue)[:20]) == {"greedy": 10, "modest": 10}
+
+
+def test_a_sender_gets_no_larger_share_by_sending_work_of_many_kinds() -> None:
+    queue: FairQueue[str] = FairQueue(1000)
+    for _ in range(50):
+        for seconds in (1.0, 2.0, 4.0):
+            queue.push(f"various {seconds}", key("various", seconds), seconds)
+        queue.push("plain 1.0", key("plain", 1.0), 1.0)
+    seconds_of = Counter[str]()
+    for value in take_all(queue)[:60]:
+        sender, seconds_text = value.split()
+        seconds_of[sender] += float(seconds_text)  # type: ignore[assignment]
+    assert 0.6 < seconds_of["various"] / seconds_of["plain"] < 1.8
+
+
+def test_a_flow_that_is_not_accepted_waits_and_the_others_pass() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    queue.push("picture", key("sender", 1.0, limited=True), 1.0)
+    queue.push("plain", key("sender", 1.0), 1.0)
+    found = queue.pop(lambda kind: not kind.limited)
+    assert found is not None
+    assert found[1] == "plain"
+    assert queue.pop(lambda kind: not kind.limited) is None
+    assert take_all(queue) == ["picture"]
+
+
+def test_a_removed_item_no_longer_counts() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    flow = key("sender", 1.0)
+    for value in ("a", "b"):
+        queue.push(value, flow, 1.0)
+    assert queue.ahead(flow) == (2, 2.0)
+    queue.remove("a", flow)
+    queue.remove("a", flow)
+    queue.remove("b", key("other", 1.0))
+    assert (len(queue), queue.ahead(flow)) == (1, (1, 1.0))
+    assert take_all(queue) == ["b"]
+
+
+def test_ahead_counts_what_comes_first_only() -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    for _ in range(10):
+        queue.push("large", key("one", 1.0), 1.0)
+    assert queue.ahead(key("one", 1.0)) == (10, pytest.approx(10))
+    assert queue.ahead(key("other", 0.01)) == (0, 0.0)
+    for _ in range(3):
+        queue.push("other", key("other", 1.0), 1.0)
+    assert queue.ahead(key("other", 1.0)) == (6, pytest.approx(6))  # its own three, and as much of the other sender
+
+
+def test_a_full_queue_has_room_for_flows_below_their_share_only() -> None:
+    queue: FairQueue[str] = FairQueue(8)
+    greedy, modest = key("greedy", 1.0), key("modest", 1.0)
+    for _ in range(8):
+        assert not queue.is_full(greedy)
+        queue.push("greedy", greedy, 1.0)
+    assert queue.is_full(greedy)
+    admitted = 0
+    while not queue.is_full(modest):
+        queue.push("modest", modest, 1.0)
+        admitted += 1
+    assert 2 <= admitted <= 4
+    assert queue.is_full(greedy)
+    queue.pop()
+    assert len(queue) < 8 or queue.is_full(greedy)
+
+
+def test_the_share_of_many_senders_is_forgotten_when_it_has_passed() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    queue.push("waits", key("waits", 1.0), 1.0)
+    queue.push("waits", key("waits", 1.0), 1.0)
+    for i in range(5000):
+        queue.push("passes", key(f"sender{i}", 1e-4), 1e-4)
+        queue.pop()
+    assert len(queue._flows) < 3000
