@@ -436,7 +436,7 @@ def test_a_picture_too_long_for_jpeg_is_406(width: int, status: int, server: str
 def test_requests_beyond_the_queue_get_503_with_retry_after(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
-    with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="2") as (url, *_):
+    with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="2", VITRINE_MAX_WAIT_SECONDS="600") as (url, *_):
         with ThreadPoolExecutor(8) as pool:
             responses = list(
                 pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(100), timeout=60), range(8))
@@ -453,7 +453,8 @@ def test_requests_beyond_the_queue_get_503_with_retry_after(
 
 
 def test_timed_out_requests_leave_the_queue(serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]) -> None:
-    with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="4", VITRINE_TIMEOUT_SECONDS="0.2") as (url, *_):
+    settings = {"VITRINE_MAX_QUEUE": "4", "VITRINE_MAX_WAIT_SECONDS": "600", "VITRINE_TIMEOUT_SECONDS": "0.2"}
+    with serve(slow_bundle, VITRINE_THREADS="1", **settings) as (url, *_):
         with ThreadPoolExecutor(5) as pool:
             responses = list(
                 pool.map(lambda _: httpx.post(f"{url}/classify", content=bright(200), timeout=60), range(5))
