@@ -20,8 +20,14 @@ test: $(SERVE)/installed $(DEV)/installed $(NODE)/node_modules/.package-lock.jso
 test-fast: $(SERVE)/installed $(DEV)/installed  ## run the tests that train nothing and open no browser (under 2 minutes)
 	$(DEV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not soak"
 
-soak: $(SERVE)/installed $(DEV)/installed  ## run the long tests of reliability (docs/operations.md)
-	$(DEV)/bin/python -m pytest -m soak tests/reliability
+soak: $(SERVE)/installed $(DEV)/installed  ## run the long tests of reliability, and measure docs/operations.md (1.5 hours)
+	$(DEV)/bin/pip install --quiet --disable-pip-version-check -r tests/reliability/atheris.txt
+	@for program in haproxy nginx; do command -v $$program >/dev/null || \
+		echo "make soak: no $$program (apt-get install $$program): its tests are skipped" >&2; done
+	$(DEV)/bin/python -m pytest -m soak -s tests/reliability
+	$(DEV)/bin/python -m benchmarks.soak.inputs
+	$(DEV)/bin/python -m benchmarks.soak.overload
+	$(DEV)/bin/python -m benchmarks.soak
 
 mutation: $(DEV)/installed  ## make small faults in MODULES, such as bundle/predictors.py, and see whether tests notice
 	$(DEV)/bin/python tests/mutation.py $(MODULES)
