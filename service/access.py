@@ -1,23 +1,25 @@
-"""API keys. Only their SHA-256 hashes are kept; keys are random, so no slow hash is needed."""
+"""API keys, their names, and limits. Only hashes of keys are kept; keys are random, so SHA-256 is slow enough."""
 
 import hmac
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitrine.bundle.errors import VitrineError
-from vitrine.service.errors import UnauthorizedError, vitrine_error_response
+from vitrine.service.errors import RateLimitedError, UnauthorizedError, vitrine_error_response
 from vitrine.service.paths import METRICS, PROBES, PROTOCOL_PROBES, STATIC_FILES
-from vitrine.service.settings import KEY_HASH, hash_key
+from vitrine.service.rate_limit import RateLimit
+from vitrine.service.settings import KEY_HASH, MAX_KEY_NAME, hash_key, is_key_name
 
 _log = logging.getLogger("bentoml.vitrine")
 
 _POLL_SECONDS = 1.0  # polling interval of the key file
+_LABEL_DIGITS = 8  # of the hash of a key without a name
 
 # Probes and the OpenAPI page.
 _PUBLIC_PATHS = PROBES | PROTOCOL_PROBES | {"/", "/openapi.json", "/docs.json"}
@@ -29,26 +31,38 @@ class KeysError(VitrineError):
     code = "invalid_keys"
 
 
-def read_keys(file: Path) -> tuple[str, ...]:
-    """Read the hashes of a key file: one per line, optionally after a name; `#` starts a comment.
+def read_keys(file: Path) -> dict[str, str]:
+    """Read a key file and return the name of each hash. One key per line: `[NAME] sha256:HASH`; `#` starts a comment.
 
     Raises:
-        KeysError: the file cannot be read, or a line has no hash.
+        KeysError: the file cannot be read, or a line has no hash or an invalid name.
     """
     try:
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise KeysError(f"{file}: expected a readable file of keys, found {error}") from error
-    hashes = []
+    names = {}
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) > 2 or not KEY_HASH.fullmatch(words[-1].lower()):  # never show the line: it may hold a key
+        place, hashed = f"{file}: line {number}", words[-1].lower()
+        if len(words) > 2 or not KEY_HASH.fullmatch(hashed):  # never show the line: it may hold a key
             hint = "`vitrine key` makes a key and its line, `printf %s KEY | sha256sum` hashes a key that you have"
-            raise KeysError(f"{file}: line {number}: expected [NAME] sha256:HASH, found something else; {hint}")
-        hashes.append(words[-1].lower())
-    return tuple(hashes)
+            raise KeysError(f"{place}: expected [NAME] sha256:HASH, found something else; {hint}")
+        name = words[0] if len(words) == 2 else label(hashed)
+        if not is_key_name(name) or hash_key(name) == hashed:  # names are logged, keys must not be
+            raise KeysError(
+                f"{place}: expected a name of at most {MAX_KEY_NAME} printable characters, found a longer one, "
+                "others, a hash or the key itself"
+            )
+        names[hashed] = name
+    return names
+
+
+def label(hashed: str) -> str:
+    """Return what stands for a key without a name: the first digits of its hash."""
+    return hashed.removeprefix("sha256:")[:_LABEL_DIGITS]
 
 
 class Keys:
@@ -60,35 +74,39 @@ class Keys:
         Raises:
             KeysError: the file is invalid.
         """
-        self._fixed, self._file = tuple(hashes), file
+        self._fixed, self._file = {hashed: label(hashed) for hashed in hashes}, file
         self._reload_lock = threading.Lock()
         self._file_state = None if file is None else _file_state(file)
         self._last_poll = 0.0
-        self._hashes = self._fixed if file is None else self._fixed + read_keys(file)
+        self._names: Mapping[str, str] = self._fixed if file is None else self._fixed | read_keys(file)
 
     @property
     def needed(self) -> bool:
         """Whether requests need a key: keys or a key file, even an empty one, are set."""
         return bool(self._fixed) or self._file is not None
 
-    def check(self, authorization: str | None, x_api_key: str | None) -> None:
-        """Check the key of a request, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`.
+    def check(self, authorization: str | None, x_api_key: str | None) -> str:
+        """Check the key of a request, sent as `Authorization: Bearer KEY` or `X-API-Key: KEY`, and return its name.
+
+        The name is empty if no key is needed.
 
         Raises:
             UnauthorizedError: there is no key, or only unknown ones.
         """
         if not self.needed:
-            return
+            return ""
         self._refresh()
         scheme, _, bearer = (authorization or "").partition(" ")
         sent = [bearer.strip() if scheme.lower() == "bearer" else "", (x_api_key or "").strip()]
-        hashes = [hash_key(key) for key in sent if key]  # one of the two may be meant for a proxy in front
+        hashes = [hash_key(key).encode() for key in sent if key]  # one of the two may be meant for a proxy in front
         if not hashes:
             raise UnauthorizedError(found="none")
         # Compare with every key, each in constant time, so that the timing reveals nothing.
-        matches = [hmac.compare_digest(one.encode(), known.encode()) for one in hashes for known in self._hashes]
-        if not any(matches):
+        known = self._names.items()
+        matches = [name for one in hashes for other, name in known if hmac.compare_digest(one, other.encode())]
+        if not matches:
             raise UnauthorizedError(found="an unknown one")
+        return matches[0]
 
     def _refresh(self) -> None:
         if self._file is None or time.monotonic() - self._last_poll < _POLL_SECONDS:
@@ -100,8 +118,9 @@ class Keys:
                 return
             self._file_state = state
             try:
-                self._hashes = self._fixed + read_keys(self._file)
-                _log.info("API keys: %d in %s", len(self._hashes) - len(self._fixed), self._file)
+                in_file = read_keys(self._file)
+                self._names = self._fixed | in_file
+                _log.info("API keys: %d in %s", len(in_file), self._file)
             except KeysError as error:
                 _log.error("API keys not reloaded: %s", error)
 
@@ -116,20 +135,29 @@ def _file_state(file: Path) -> tuple[int, int, int] | None:
 
 
 class AccessMiddleware:
-    """Reject HTTP requests without a valid key, before their body is read; public paths need none."""
+    """Reject HTTP requests without a valid key, or beyond the limit, before their body is read; not on public paths."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics_need_key: bool) -> None:
-        self.app, self.keys, self.metrics_need_key = app, keys, metrics_need_key
+    def __init__(self, app: ASGIApp, keys: Keys, limit: RateLimit, metrics_need_key: bool) -> None:
+        self.app, self.keys, self.limit, self.metrics_need_key = app, keys, limit, metrics_need_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket") and self.keys.needed and not self._is_public(scope["path"]):
-            headers = Headers(scope=scope)
+        if scope["type"] in ("http", "websocket") and not self._is_public(scope["path"]):
             try:
-                self.keys.check(headers.get("authorization"), headers.get("x-api-key"))
-            except UnauthorizedError as error:
+                self._check(scope)
+            except (UnauthorizedError, RateLimitedError) as error:
                 await vitrine_error_response(scope, error)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        name = ""
+        if self.keys.needed:
+            headers = Headers(scope=scope)
+            name = self.keys.check(headers.get("authorization"), headers.get("x-api-key"))
+        record = scope.get("vitrine.record")  # WebSockets have none, and are refused anyway
+        if record is not None:
+            record.key = name
+            self.limit.check(record.sender)
 
     def _is_public(self, path: str) -> bool:
         if path == METRICS:

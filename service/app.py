@@ -23,12 +23,13 @@ from vitrine.service.errors import ERROR_HANDLERS
 from vitrine.service.http.bentoml_client import schema
 from vitrine.service.http.images import classify, detect
 from vitrine.service.http.models import describe_model, list_models
-from vitrine.service.http.openapi import DOCS_PAGE, openapi_document
+from vitrine.service.http.openapi import DOCS_PAGE, DOCS_POLICY, openapi_document
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import flush_requests
 from vitrine.service.observability.tracing import shutdown_tracing
 from vitrine.service.open_inference.grpc import grpc_server
 from vitrine.service.open_inference.http import protocol_routes
+from vitrine.service.rate_limit import RateLimit
 from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving, get_serving
@@ -50,7 +51,7 @@ async def openapi(request: Request) -> Response:
 
 async def docs(request: Request) -> Response:
     """`GET /`: the OpenAPI page."""
-    return HTMLResponse(DOCS_PAGE)
+    return HTMLResponse(DOCS_PAGE, headers={"Content-Security-Policy": DOCS_POLICY})
 
 
 async def prometheus(request: Request) -> Response:
@@ -110,7 +111,8 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
         repository = await asyncio.wrap_future(app.state.loading)
         scheduler = Scheduler(sizing.threads, settings.max_queue, settings.max_wait_seconds)
         control = await asyncio.to_thread(ModelControl, repository, shared, poll_seconds=settings.poll_seconds)
-        app.state.serving = Serving(settings, repository, scheduler, control, keys)
+        limit = RateLimit(settings.key_rate, shared)
+        app.state.serving = Serving(settings, repository, scheduler, control, keys, limit)
         duties = control.watch(), _update_queue_gauges(scheduler), _release_memory_when_idle(scheduler)
         tasks = [asyncio.create_task(duty) for duty in duties]
         try:

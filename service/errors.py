@@ -93,6 +93,19 @@ class OverloadedError(VitrineError):
         super().__init__(f"{waiting} images are waiting, about {seconds:.1f} s of work; try again later")
 
 
+class RateLimitedError(VitrineError):
+    """The client sends more requests than `VITRINE_KEY_RATE` allows."""
+
+    code = "rate_limited"
+
+    def __init__(self, rate: float, seconds: float) -> None:
+        """Args: the requests per second that are allowed, and the time until the next one is."""
+        self.retry_after = max(1, math.ceil(seconds))
+        super().__init__(
+            f"expected at most {rate:g} requests per second of a client, found more; try again in {seconds:.2f} s"
+        )
+
+
 class ClientDisconnectedError(Exception):
     """The client closed the connection before the response was ready."""
 
@@ -183,6 +196,7 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     ImageTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     UnsupportedImageError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     UndecodableImageError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    RateLimitedError: HTTPStatus.TOO_MANY_REQUESTS,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
     BundleError: HTTPStatus.SERVICE_UNAVAILABLE,
     UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -228,7 +242,7 @@ def vitrine_error_response(scope: Scope, error: VitrineError) -> Response:
     response = error_response(scope, STATUS[type(error)], error.code, str(error))
     if isinstance(error, UnauthorizedError):
         response.headers["WWW-Authenticate"] = "Bearer"
-    elif isinstance(error, (OverloadedError, TooManyConnectionsError)):
+    elif isinstance(error, OverloadedError | RateLimitedError | TooManyConnectionsError):
         response.headers["Retry-After"] = str(error.retry_after)
     return response
 

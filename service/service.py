@@ -17,6 +17,7 @@ from vitrine.service.launch import WORKING_DIRECTORY, shared_folder
 from vitrine.service.observability.logs import configure
 from vitrine.service.observability.middleware import RequestRecordMiddleware
 from vitrine.service.open_inference.http import HEADER_LENGTH
+from vitrine.service.rate_limit import RateLimit
 from vitrine.service.runtime.serving import Serving
 from vitrine.service.runtime.sizing import size
 from vitrine.service.settings import read_settings
@@ -56,7 +57,8 @@ class Vitrine:
 def _front(bentoml_app: ASGIApp) -> ASGIApp:
     """Return both applications behind the middleware of all requests; the last line is the outermost."""
     app: ASGIApp = Dispatcher(_app, bentoml_app, HOT_ROUTES)
-    app = AccessMiddleware(app, keys=_keys, metrics_need_key=_settings.metrics_need_key)
+    limit = RateLimit(_settings.key_rate, shared_folder())
+    app = AccessMiddleware(app, keys=_keys, limit=limit, metrics_need_key=_settings.metrics_need_key)
     if _settings.cors_origins:  # outside of `AccessMiddleware`: preflight requests have no key
         app = CORSMiddleware(
             app,

@@ -31,6 +31,7 @@ LogFormat = Literal["auto", "json", "text"]
 MIN_KEY_LENGTH = 16  # characters
 KEY_HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _KEY = re.compile(r"[!-~]+")  # printable ASCII without spaces, valid in any header
+MAX_KEY_NAME = 64  # characters
 
 _Texts = Annotated[tuple[str, ...], NoDecode]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
@@ -45,6 +46,12 @@ _SERVICE_LINK_URL = re.compile(r"(tcp|udp|sctp)://\S+")  # value of VITRINE_PORT
 def hash_key(key: str) -> str:
     """Return the hash under which an API key is kept."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def is_key_name(text: str) -> bool:
+    """Whether `text` can name a key in the key file and in logs: one printable word, and not a hash."""
+    printable = text.isprintable() and len(text.split()) == 1
+    return printable and len(text) <= MAX_KEY_NAME and "#" not in text and not text.lower().startswith("sha256:")
 
 
 def as_hash(text: str) -> str:
@@ -114,6 +121,12 @@ class Settings(BaseSettings):
         (), repr=False, description="keys, or their hashes `sha256:...`, separated by commas; none: no authentication"
     )
     api_keys_file: Path | None = Field(None, description="file of hashes, reloaded when it changes")
+    key_rate: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="requests per second of a key, or without keys of an address; the next ones get 429; 0: no limit",
+    )
     metrics_need_key: bool = Field(False, description="`/metrics` requires a key, too")
     cors_origins: _Texts = Field((), description="origins allowed by CORS, separated by commas; `*`: all")
 

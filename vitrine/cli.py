@@ -487,10 +487,11 @@ def key(name: Annotated[str, typer.Option(help="Name of the key's owner, stored 
     """Make an API key, and its line for VITRINE_API_KEYS_FILE."""
     import secrets
 
-    from vitrine.service.settings import hash_key
+    from vitrine.service.settings import MAX_KEY_NAME, hash_key, is_key_name
 
-    if len(name.split()) > 1 or "#" in name:
-        raise VitrineError(f"--name: expected one word, found {name!r}")
+    if name and not is_key_name(name):
+        expected = f"one word of at most {MAX_KEY_NAME} printable characters, without # and not a hash"
+        raise VitrineError(f"--name: expected {expected}, found {name!r}")
     made = secrets.token_urlsafe(32)
     typer.echo(f"key, shown only once:  {made}")
     typer.echo(f"line for the file:     {f'{name} {hash_key(made)}'.strip()}")

@@ -1,5 +1,7 @@
 """The OpenAPI 3.1 document of all routes, built from the schemas that the responses are made with."""
 
+import base64
+import hashlib
 import json
 from functools import cache
 from typing import Any
@@ -39,6 +41,7 @@ _ERRORS = {
     413: "The body has too many bytes, or an image too many pixels.",
     415: "The bytes are not of a supported image type.",
     422: "The image is corrupt.",
+    429: "More requests per second than the operator allows a client.",
     500: "Internal server error.",
     503: "The queue is full, or the model's files are damaged.",
     504: "Timeout.",
@@ -92,7 +95,9 @@ def openapi_document() -> str:
 def _operation(operation_id: str, tag: str, summary: str, ok: Json, errors: tuple[int, ...], **fields: Any) -> Json:
     """Return an operation object: `ok` is its response with status 200."""
     error = _json_content(_reference("ProtocolErrorAnswer" if tag == "protocol" else "ErrorAnswer"))
-    headers = {401: ("WWW-Authenticate",), 503: ("Retry-After",)}
+    headers = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
+    if 401 in errors:  # where keys are checked, their limits are
+        errors = tuple(sorted((*errors, 429)))
     responses = {str(status): _response(_ERRORS[status], error, *headers.get(status, ())) for status in errors}
     return {
         "operationId": operation_id,
@@ -357,7 +362,8 @@ def _probe(operation_id: str, tag: str, summary: str) -> Json:
 
 
 # BentoML serves the files of Swagger UI under /static_content; its own page would also load a tag manager.
-DOCS_PAGE = """<!DOCTYPE html>
+_PAGE_SCRIPT = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui"})'
+DOCS_PAGE = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -367,7 +373,18 @@ DOCS_PAGE = """<!DOCTYPE html>
 <body>
 <div id="swagger-ui"></div>
 <script src="static_content/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui"})</script>
+<script>{_PAGE_SCRIPT}</script>
 </body>
 </html>
 """
+# Swagger UI sets styles on its elements and has icons as data URLs.
+DOCS_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        f"script-src 'self' 'sha256-{base64.b64encode(hashlib.sha256(_PAGE_SCRIPT.encode()).digest()).decode()}'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        *("base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"),
+    )
+)

@@ -23,6 +23,30 @@ _FLUSH_SECONDS, _MAX_BUFFERED = 0.1, 32  # flushing more lines at once would del
 _buffer: list[tuple[RequestRecord, str, float, float]] = []  # finished requests that are not logged yet
 
 
+class TextFormatter(logging.Formatter):
+    """Format a log record as one line of text; only tracebacks, which are indented, add others."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return _printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return _indented(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        return _indented(super().formatStack(stack_info))
+
+
+def _printable(text: str) -> str:
+    """Escape what could end or forge a line or write elsewhere on a terminal: controls, separators, bidirectional."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {_printable(line)}" for line in text.split("\n"))
+
+
 class JsonFormatter(logging.Formatter):
     """Format a log record as a JSON object on one line."""
 
@@ -48,14 +72,14 @@ class JsonFormatter(logging.Formatter):
         try:
             return _to_ascii(orjson.dumps(line, default=str).decode())
         except TypeError:  # a lone surrogate
-            return json.dumps(line, default=str)
+            return _to_ascii(json.dumps(line, default=str))
 
 
 def _to_ascii(text: str) -> str:
-    """Escape the non-ASCII characters of JSON, so that none can end or forge a line."""
-    if text.isascii():
+    """Escape the non-ASCII characters of JSON, and DEL, so that none can end or forge a line."""
+    if text.isascii() and text.isprintable():
         return text
-    return "".join(char if char.isascii() else json.dumps(char)[1:-1] for char in text)
+    return "".join(char if char.isascii() else json.dumps(char)[1:-1] for char in text).replace("\x7f", "\\u007f")
 
 
 def wants_json(log_format: LogFormat) -> bool:
@@ -79,12 +103,13 @@ def configure(log_format: LogFormat, *, probes: bool = False) -> None:
     logging.getLogger("uvicorn.access").propagate = False  # uvicorn would log query strings at level DEBUG
     if probes:  # BentoML's own debug mode would send tracebacks to clients
         _access.setLevel(logging.DEBUG)
-    if not wants_json(log_format):
-        return
     for name in (None, "bentoml", "uvicorn.error", "circus"):
         for handler in logging.getLogger(name).handlers:
-            handler.setFormatter(JsonFormatter())
-            handler.filters.clear()  # BentoML's filter looks up the fields of its own format
+            if wants_json(log_format):
+                handler.setFormatter(JsonFormatter())
+                handler.filters.clear()  # BentoML's filter looks up the fields of its own format
+            elif handler.formatter is not None:
+                handler.setFormatter(TextFormatter(handler.formatter._fmt, handler.formatter.datefmt))
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
     threading.excepthook = lambda uncaught: _log_uncaught(
@@ -133,13 +158,14 @@ def _level(record: RequestRecord) -> int:
 
 def _log_record(record: RequestRecord, status: str, seconds: float, ended: float) -> logging.LogRecord:
     """Make a request's log record, without image data, API keys and the query string."""
-    method = record.method[:_MAX_METHOD]
+    method = _printable(record.method[:_MAX_METHOD])
     path = record.path[:_MAX_PATH].encode("unicode_escape").decode()  # escapes control characters, too
     stages = {name: round(1000 * record.seconds(name), 3) for name in STAGES} if record.stages else {}
     request = {
         "request_id": record.request_id,
         "trace_id": record.trace_id,
         "client": record.client,
+        "key": record.key,
         "method": method,
         "route": record.route,
         "path": path,
@@ -156,7 +182,8 @@ def _log_record(record: RequestRecord, status: str, seconds: float, ended: float
     durations = ", ".join(f"{name} {stage:.1f}" for name, stage in stages.items())
     text = f"{method} {path} {status} {1000 * seconds:.1f} ms{f' ({durations})' if durations else ''}"
     model = f"{record.model}@{record.version}" if record.model else ""
-    details = " ".join(part for part in (model, record.error, record.request_id) if part)
+    key = f"key={record.key}" if record.key else ""
+    details = " ".join(part for part in (model, record.error, key, record.request_id) if part)
     level = _level(record)
     return logging.makeLogRecord(
         {

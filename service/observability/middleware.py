@@ -15,8 +15,10 @@ from vitrine.service.observability.logs import log_request
 from vitrine.service.observability.request_record import STAGES, RequestRecord, current_record
 from vitrine.service.observability.tracing import http_span, record_spans, trace_id
 from vitrine.service.paths import PROBES
+from vitrine.service.response_headers import add_security_headers
 from vitrine.service.settings import Settings
 
+_ADDRESS = re.compile(r"[A-Za-z0-9.:%_-]{1,64}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -45,7 +47,7 @@ def track_request(record: RequestRecord) -> Iterator[None]:
 
 
 class RequestRecordMiddleware:
-    """Record each HTTP request; add `X-Request-ID` (the client's, or a new one) and `Server-Timing` to its response."""
+    """Record each HTTP request; add security headers, `X-Request-ID` and `Server-Timing` to its response."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self._settings = app, settings
@@ -55,6 +57,8 @@ class RequestRecordMiddleware:
             await self.app(scope, receive, send)
             return
         host, port = scope.get("client") or ("", 0)
+        if not _ADDRESS.fullmatch(host):  # any text in X-Forwarded-For of a trusted proxy, or none
+            host = ""
         path, request_headers = scope["path"], Headers(scope=scope)
         record = RequestRecord(
             method=scope["method"],
@@ -73,7 +77,8 @@ class RequestRecordMiddleware:
         async def send_recorded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = str(message["status"])
-                headers = [*message["headers"], (b"x-request-id", record.request_id.encode())]
+                headers = add_security_headers(message["headers"])
+                headers.append((b"x-request-id", record.request_id.encode()))
                 if record.stages:
                     timing = ", ".join(f"{name};dur={1000 * record.seconds(name):.2f}" for name in STAGES)
                     headers.append((b"server-timing", timing.encode()))

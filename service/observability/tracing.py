@@ -81,7 +81,7 @@ def record_spans(settings: Settings, record: RequestRecord) -> None:
     if not _is_sampled(parent):
         return
     model = _attributes(model=record.model, version=record.version, variant=record.variant)
-    parent.set_attributes({**model, **_attributes(request_id=record.request_id, error=record.error)})
+    parent.set_attributes({**model, **_attributes(request_id=record.request_id, key=record.key, error=record.error)})
     if record.images:
         parent.set_attribute("vitrine.images", record.images)
         parent.set_attribute("vitrine.batch_sizes", tuple(record.batches))

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from functools import wraps
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 import numpy as np
@@ -55,6 +56,7 @@ CODES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: grpc.StatusCode.INVALID_ARGUMENT,
     HTTPStatus.UNPROCESSABLE_ENTITY: grpc.StatusCode.INVALID_ARGUMENT,
+    HTTPStatus.TOO_MANY_REQUESTS: grpc.StatusCode.RESOURCE_EXHAUSTED,
     HTTPStatus.SERVICE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -76,13 +78,14 @@ def _recorded(
             method="gRPC",
             path=route,
             route=route,
-            client=context.peer(),
+            client=_client(context.peer()),
             request_id=request_id(metadata.get("x-request-id")),
         )
         code, message = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
         with grpc_span(serving.settings, route, metadata), track_request(record):
             try:
-                serving.keys.check(metadata.get("authorization"), metadata.get("x-api-key"))
+                record.key = serving.keys.check(metadata.get("authorization"), metadata.get("x-api-key"))
+                serving.limit.check(record.sender)
                 response = await method(servicer, request, record)
             except VitrineError as error:
                 record.error = error.code
@@ -103,6 +106,11 @@ def _recorded(
         raise AssertionError("abort raises")
 
     return call
+
+
+def _client(peer: str) -> str:
+    """Return a peer's address and port as over HTTP; gRPC writes ipv4:127.0.0.1:80 and ipv6:%5B::1%5D:80."""
+    return unquote(peer).partition(":")[2].replace("[", "").replace("]", "")
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):

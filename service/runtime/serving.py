@@ -12,6 +12,7 @@ from vitrine.bundle.repository import Repository
 from vitrine.service.access import Keys
 from vitrine.service.errors import ClientDisconnectedError, ForbiddenError, OverloadedError
 from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.rate_limit import RateLimit
 from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.settings import Settings
@@ -21,13 +22,14 @@ _POLL_SECONDS = 0.05  # timer interval until the request is watched for a discon
 
 @dataclass(frozen=True)
 class Serving:
-    """Settings, models, scheduler and API keys of a worker."""
+    """Settings, models, scheduler, API keys and rate limit of a worker."""
 
     settings: Settings
     repository: Repository
     scheduler: Scheduler
     control: ModelControl
     keys: Keys
+    limit: RateLimit
 
     def live(self) -> bool:
         """Whether no computing thread is stuck, that is, busy with one batch for `stuck_seconds` or longer."""

@@ -2,6 +2,7 @@
 
 import base64
 import http.client
+import json
 import re
 import socket
 import subprocess
@@ -296,6 +297,11 @@ def test_a_public_server_without_keys_logs_a_warning(serve: Serving, tiny_bundle
         ("plain\n", "`printf %s KEY | sha256sum` hashes a key that you have"),
         (f"# a\n\nci {'sha256:'}{'0' * 63}\n", "line 3: expected [NAME]"),
         (f"two words sha256:{'0' * 64}\n", "line 1: expected [NAME]"),
+        (f"{'n' * 65} sha256:{'0' * 64}\n", "line 1: expected a name of at most 64 printable characters"),
+        (f"a\u202eb sha256:{'0' * 64}\n", "line 1: expected a name"),
+        (f"a\x1b[2J sha256:{'0' * 64}\n", "line 1: expected a name"),
+        (f"sha256:{'1' * 64} sha256:{'0' * 64}\n", "line 1: expected a name"),
+        (f"plain-key-as-its-name {hash_key('plain-key-as-its-name')}\n", "line 1: expected a name"),
     ],
 )
 def test_a_key_file_line_without_a_hash_is_refused_and_not_shown(content: str, message: str, tmp_path: Path) -> None:
@@ -307,6 +313,67 @@ def test_a_key_file_line_without_a_hash_is_refused_and_not_shown(content: str, m
     assert "plain" not in str(caught.value)
     with pytest.raises(KeysError, match="expected a readable file of keys"):
         Keys((), tmp_path / "nowhere")
+
+
+def test_a_key_is_known_by_its_name_or_the_start_of_its_hash(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(
+        f"ci {hash_key(KEY)}\nci {hash_key(KEY + '-next')}\nmüller {hash_key(OTHER)}\n{hash_key('x' * 16)}\n"
+    )
+    keys = Keys([hash_key("y" * 16)], file)
+    assert [keys.check(None, key) for key in (KEY, KEY + "-next", OTHER)] == ["ci", "ci", "müller"]
+    for key in ("x" * 16, "y" * 16):
+        assert keys.check(f"Bearer {key}", None) == hash_key(key).removeprefix("sha256:")[:8]
+    assert keys.check("Bearer unknown", KEY) == "ci"
+
+
+def test_a_key_is_limited_over_both_transports_and_others_are_not(
+    serve: Serving, tiny_bundles: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"ci {hash_key(KEY)}\nother {hash_key(OTHER)}\n")
+    environment = {"VITRINE_API_KEYS_FILE": str(file), "VITRINE_KEY_RATE": "0.01", "VITRINE_WORKERS": "2"}
+    with serve(tiny_bundles, VITRINE_LOG_FORMAT="json", **environment) as running:
+        first = httpx.get(f"{running.url}/models", headers={"X-API-Key": KEY, "X-Request-ID": "first"})
+        assert first.status_code == 200
+        for _ in range(8):  # new connections, to either worker
+            refused = httpx.post(f"{running.url}/classify", content=b"x", headers={"X-API-Key": KEY})
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "rate_limited"
+            assert 90 < int(refused.headers["retry-after"]) <= 100
+        assert httpx.get(f"{running.url}/v2", headers={"X-API-Key": KEY}).json().keys() == {"error"}
+        with tritonclient.grpc.InferenceServerClient(running.grpc) as client:
+            with pytest.raises(InferenceServerException, match=r"RESOURCE_EXHAUSTED.*0\.01 requests per second"):
+                client.get_model_metadata("colours", headers={"x-api-key": KEY})
+            assert client.get_model_metadata("colours", headers={"x-api-key": OTHER}).name == "colours"
+        for path in OPEN:
+            assert httpx.get(running.url + path).status_code == 200, path
+        assert httpx.get(f"{running.url}/models", headers={"X-API-Key": "unknown"}).status_code == 401
+        running.process.terminate()
+        running.process.wait(timeout=30)
+    lines = [json.loads(line) for line in running.lines]
+    requests = [line for line in lines if line.get("route") not in (None, "")]
+    assert {line["key"] for line in requests if line["status"] in ("200", "OK", "RESOURCE_EXHAUSTED")} <= {
+        "ci",
+        "other",
+        "",
+    }
+    (line,) = [line for line in requests if line["request_id"] == "first"]
+    assert (line["key"], line["status"]) == ("ci", "200")
+    assert " key=ci first" in line["message"]
+    assert {line["key"] for line in lines if line.get("error") == "rate_limited"} == {"ci"}
+    assert not any(KEY in line or OTHER in line for line in running.lines)
+
+
+def test_without_keys_each_address_is_limited(serve: Serving, tiny_bundles: Path) -> None:
+    with serve(tiny_bundles, VITRINE_KEY_RATE="0.01") as running:
+        statuses = [httpx.get(f"{running.url}/models").status_code for _ in range(3)]
+        assert statuses == [200, 429, 429]
+        with (
+            tritonclient.grpc.InferenceServerClient(running.grpc) as client,  # from the same address
+            pytest.raises(InferenceServerException, match="RESOURCE_EXHAUSTED"),
+        ):
+            client.get_model_metadata("colours", headers={"x-api-key": "chosen-by-the-client"})
 
 
 def test_an_empty_key_file_rejects_everyone(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Log lines of real servers."""
 
 import json
+import logging
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +17,13 @@ import httpx
 import psutil
 import pytest
 import tritonclient.grpc
+import tritonclient.utils
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from vitrine.service.observability.logs import JsonFormatter, TextFormatter, _log_record
+from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.settings import hash_key
 
 Serving = Callable[..., AbstractContextManager[Any]]
 
@@ -24,9 +34,12 @@ def stopped(running: Any) -> str:
     return "".join(running.lines)
 
 
-def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, root: Path, photograph: bytes) -> None:
-    key = "a-key-of-the-tests-1"
-    with serve(tiny_bundles, VITRINE_LOG_FORMAT="json", VITRINE_API_KEYS=key) as running:
+def test_each_request_is_one_json_object(
+    serve: Serving, tiny_bundles: Path, root: Path, photograph: bytes, tmp_path: Path
+) -> None:
+    key, file = "a-key-of-the-tests-1", tmp_path / "keys"
+    file.write_text(f"ci {hash_key(key)}")
+    with serve(tiny_bundles, VITRINE_LOG_FORMAT="json", VITRINE_API_KEYS_FILE=str(file)) as running:
         headers = {"X-API-Key": key, "X-Request-ID": "mine-1"}
         httpx.post(f"{running.url}/classify?top_k=2", content=photograph, headers=headers)
         httpx.post(f"{running.url}/detect", content=b"no image", headers={"X-API-Key": key})
@@ -55,6 +68,8 @@ def test_each_request_is_one_json_object(serve: Serving, tiny_bundles: Path, roo
         "images": 1,
         "error": "",
     }
+    assert [line["key"] for line in requests] == ["ci", "ci", "", "ci"]
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", metadata["client"])  # as over HTTP
     assert classify["bytes_in"] == len(photograph)
     assert classify["bytes_out"] > 50
     milliseconds = classify["milliseconds"]
@@ -156,3 +171,104 @@ def test_lines_about_a_killed_worker_are_json_too(serve: Serving, tiny_bundles: 
             time.sleep(0.05)
         printed = stopped(running)
     assert all(json.loads(line)["message"] for line in printed.splitlines())
+
+
+anything = st.text(st.characters(exclude_categories=()), max_size=400)  # controls, separators, lone surrogates
+HOSTILE = "\n\r\t\0\x1b[2J\x7f\x85\u2028\u2029\u202e\u2066\ufeff\ud800\U000e0001\x9b31m"
+TEXT = TextFormatter("%(asctime)s %(levelname)s %(message)s")
+LINE = ("method", "path", "client", "key", "route", "model", "version", "variant", "error", "request_id", "trace_id")
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(LINE, anything)))
+@example(dict.fromkeys(LINE, HOSTILE))
+@example(dict.fromkeys(LINE, HOSTILE * 500))
+@settings(deadline=None)
+def test_a_request_is_one_line_whatever_its_fields_hold(fields: dict[str, str]) -> None:
+    record = _log_record(RequestRecord(**fields), "200", 0.1, 0.0)
+    line = JsonFormatter().format(record)
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line)["request_id"] == fields["request_id"]
+    assert TEXT.format(record).isprintable()
+
+
+@given(anything, anything)
+@example(HOSTILE, HOSTILE)
+@example("x\n2026-01-01 INFO forged", "x\n2026-01-01 INFO forged")
+def test_no_message_or_traceback_can_forge_a_line(message: str, reason: str) -> None:
+    """Messages name bundles, files and settings; tracebacks hold whatever a library puts into its errors."""
+    try:
+        raise ValueError(reason)
+    except ValueError as error:
+        caught = (ValueError, error, error.__traceback__)
+    record = logging.LogRecord("bentoml.vitrine", logging.ERROR, "x.py", 1, "found %s", (message,), caught)
+    line = JsonFormatter().format(record)
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line)["message"].startswith("found ")
+    first, *others = TEXT.format(record).split("\n")
+    assert first.isprintable()
+    assert all(other.startswith("    ") and other.isprintable() for other in others)
+
+
+SENT = [
+    b"GET /a%0d%0aforged%1b%5b2J%e2%80%a8%e2%80%ae%c2%85%00%7f HTTP/1.1\r\n",
+    b"GET /" + b"long" * 5000 + b" HTTP/1.1\r\n",
+    b"GET /models/%0aforged%ff%fe HTTP/1.1\r\n",
+    b"POST /v2/models/%0aforged%1b/infer HTTP/1.1\r\nContent-Length: 0\r\n",
+    b"POST /classify?model=%0aforged%1b%5b2J HTTP/1.1\r\nContent-Length: 0\r\n",
+    b"POST /classify HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 88\r\n",
+    b"GET /models HTTP/1.1\r\nX-Forwarded-For: \x9b2Jforged\xc2\x85" + b"y" * 9000 + b"\r\n",
+    b"GET /models HTTP/1.1\r\nX-Forwarded-For: 192.0.2.7\r\n",
+    b"GET /models HTTP/1.1\r\nUser-Agent: \x9b2J\xe2\x80\xa8\r\ntraceparent: \x85\r\nbaggage: a=%0a\r\n",
+    b"GET /models HTTP/1.1\r\nX-Request-ID: \x9b2Jforged\r\n",
+    b"GET /models HTTP/1.1\r\nX-API-Key: \x9b2Jforged\r\nAuthorization: Bearer \x85\r\n",
+]
+FORM = b'--x\r\nContent-Disposition: form-data; name="\x1b[2J\xe2\x80\xa8"; filename="%0a"\r\n\r\n1\r\n--x--\r\n'
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_hostile_requests_leave_one_line_each(form: str, serve: Serving, tiny_bundles: Path) -> None:
+    with serve(tiny_bundles, VITRINE_LOG_FORMAT=form) as running:
+        ready = len(running.lines)
+        for number, request in enumerate(SENT):
+            with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=20) as client:
+                mark = b"" if b"X-Request-ID" in request else b"X-Request-ID: mark-%d\r\n" % number
+                client.sendall(request + mark + b"Host: x\r\nConnection: close\r\n\r\n" + FORM[:88].ljust(88))
+                answer = b"".join(iter(lambda: client.recv(65536), b""))
+            status = int(answer.split(b" ", 2)[1])
+            assert 200 <= status < 500, answer
+            assert b"\x1b" not in answer.partition(b"\r\n\r\n")[0]
+        with tritonclient.grpc.InferenceServerClient(running.grpc) as client:
+            for name in ("\nforged\x1b[2J", "x" * 100_000, "\u2028\u202e"):
+                with pytest.raises(tritonclient.utils.InferenceServerException):
+                    client.get_model_metadata(name, headers={"x-request-id": "a b~", "x-api-key": "~"})
+        printed = stopped(running)
+    lines = [line for line in printed.split("\n")[ready:] if line]
+    if form == "json":
+        logged = [json.loads(line) for line in lines]
+        requests = [line for line in logged if "path" in line]
+        clients = [line["client"].rpartition(":")[0] for line in requests if line["method"] != "gRPC"]
+        assert clients == ["127.0.0.1"] * 6 + ["", "192.0.2.7"] + ["127.0.0.1"] * 3
+    else:
+        requests = [line for line in lines if re.search(r" (GET|POST|gRPC) ", line)]
+    assert len(requests) == len(SENT) + 3
+    assert all(line.isprintable() and len(line) < 2000 for line in lines)
+    assert not any(line.startswith("forged") for line in lines)
+
+
+def test_names_on_disk_cannot_forge_lines(serve: Serving, tiny_bundles: Path, tmp_path: Path) -> None:
+    root = tmp_path / "bundles"
+    shutil.copytree(tiny_bundles / "colours", root / "colours")
+    with serve(root, VITRINE_POLL_SECONDS="0.1") as running:
+        ready = len(running.lines)
+        folder = root / "evil\nforged\x1b[2J\u202e" / "1"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        deadline = time.monotonic() + 30
+        while not any("evil" in line for line in running.lines):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        stopped(running)
+    assert all(line.removesuffix("\n").isprintable() for line in running.lines[ready:])
+    assert not any(line.startswith("forged") for line in running.lines)

@@ -35,6 +35,7 @@ from vitrine.service.open_inference.inference import (
     tensor_from_values,
     tensor_to_bytes,
 )
+from vitrine.service.rate_limit import RateLimit
 from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving
@@ -47,10 +48,11 @@ MODEL = "colours"
 def serving(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """The serving state, without a transport."""
     repository = Repository(tiny_bundles)
-    control = ModelControl(repository, tmp_path_factory.mktemp("shared"))
+    shared = tmp_path_factory.mktemp("shared")
+    control = ModelControl(repository, shared)
     scheduler = Scheduler(2, 64)
     limits = Settings(max_images=4, max_pixels=6000)
-    yield Serving(limits, repository, scheduler, control, Keys(()))
+    yield Serving(limits, repository, scheduler, control, Keys(()), RateLimit(0, shared))
     scheduler.close()
     control.close()
 
