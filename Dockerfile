@@ -1,8 +1,8 @@
 # Serves the bundles in bundles/. The serving lock alone is installed: no torch, no build tools in the final image.
 FROM python:3.11-slim AS environment
-COPY requirements/serve.txt /tmp/serve.txt
+COPY requirements/serve.hashes.txt /tmp/serve.hashes.txt
 RUN python -m venv /opt/venv \
-    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check -r /tmp/serve.txt
+    && /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes -r /tmp/serve.hashes.txt
 COPY . /tmp/vitrine
 RUN /opt/venv/bin/pip install --no-cache-dir --disable-pip-version-check --no-deps /tmp/vitrine \
     && /opt/venv/bin/pip uninstall --yes --quiet pip

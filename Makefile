@@ -5,7 +5,8 @@ NODE := tests/export/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
-.PHONY: help serve test test-fast soak mutation check format picture bench-serving image wheels lock proto clean browser
+.PHONY: help serve test test-fast soak mutation check format picture bench-serving image wheels lock audit proto clean
+.PHONY: browser
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -66,6 +67,9 @@ wheels: $(DEV)/installed  ## build dist/*.whl: vitrine-serving, and vitrine-bund
 lock: $(DEV)/installed  ## pin requirements/*.txt from pyproject.toml (UPGRADE=--upgrade: the newest of everything)
 	$(DEV)/bin/python requirements/lock.py $(UPGRADE)
 
+audit: $(DEV)/installed  ## look up known vulnerabilities of what serving installs (asks pypi.org)
+	$(DEV)/bin/uv tool run pip-audit@2.10.1 --disable-pip --require-hashes --requirement requirements/serve.hashes.txt
+
 proto: $(DEV)/installed  ## regenerate Python from service/open_inference/open_inference.proto
 	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
 		vitrine/service/open_inference/open_inference.proto
@@ -73,10 +77,10 @@ proto: $(DEV)/installed  ## regenerate Python from service/open_inference/open_i
 clean:  ## remove all that was installed
 	rm -rf $(SERVE) $(DEV) $(NODE)/node_modules
 
-$(SERVE)/installed: requirements/serve.txt pyproject.toml
+$(SERVE)/installed: requirements/serve.hashes.txt pyproject.toml
 	@echo "Installing what serving needs into $(SERVE) ..."
 	@$(PYTHON) -m venv $(SERVE)
-	@$(SERVE)/bin/pip install --quiet --disable-pip-version-check -r requirements/serve.txt
+	@$(SERVE)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/serve.hashes.txt
 	@$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

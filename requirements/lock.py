@@ -9,6 +9,8 @@ serve.txt   what serving needs
 train.txt   serve.txt and the extra `train`
 dev.txt     train.txt and the extra `dev`
 parity.txt  dev.txt and the extra `parity`
+
+serve.hashes.txt  serve.txt with the SHA-256 hashes of every file of each release, for `pip install --require-hashes`
 """
 
 import subprocess
@@ -21,6 +23,7 @@ from packaging.markers import Marker
 HERE = Path(__file__).parent
 LAYERS = ("serve", "train", "dev", "parity")
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+UNIVERSAL = ("--universal", "--python-version", PYTHONS[0])
 PLATFORM = "x86_64-manylinux_2_28"
 ENVIRONMENTS = [
     {
@@ -39,7 +42,7 @@ ENVIRONMENTS = [
 
 
 def main() -> None:
-    """Write the four files, then check the wheels."""
+    """Write the files, then check the wheels."""
     upgrade = ["--upgrade"] if "--upgrade" in sys.argv else []
     with tempfile.TemporaryDirectory() as folder:
         everything = Path(folder) / "everything.txt"
@@ -57,6 +60,10 @@ def main() -> None:
                 header + above + "".join(f"{line}\n" for line in lines if line not in below)
             )
             below |= set(lines)
+        hashed = Path(folder) / "serve.hashes.txt"
+        _uv(str(HERE / "serve.txt"), *UNIVERSAL, "--no-deps", "--generate-hashes", "--output-file", str(hashed))
+        header = "# Made by `make lock`: serve.txt with the hash of every file, for `pip install --require-hashes`.\n"
+        (HERE / hashed.name).write_text(header + hashed.read_text())
         for python in PYTHONS:
             wheels = ["--no-deps", "--only-binary", ":all:", "--python-version", python, "--python-platform", PLATFORM]
             _uv(str(everything), *wheels, "--output-file", str(Path(folder) / "wheels.txt"))
@@ -67,7 +74,7 @@ def _compile(output: Path, extras: tuple[str, ...], *options: str) -> None:
     chosen = [option for extra in extras for option in ("--extra", extra)]
     _uv(
         str(HERE.parent / "pyproject.toml"),
-        *("--universal", "--python-version", PYTHONS[0], "--output-file", str(output)),
+        *(*UNIVERSAL, "--output-file", str(output)),
         *chosen,
         *options,
     )

@@ -1,6 +1,7 @@
 """The shape of the project: what lies where, and that serving lives without torch (import rules: `make check`)."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,10 +60,16 @@ def test_tests_mirror_the_packages(root: Path) -> None:
         assert (root / package).is_dir() or package == Path("reliability")  # the whole server, under attack
 
 
-def test_one_lock_feeds_makefile_dockerfile_and_bentofile(root: Path) -> None:
-    for reader in ("Makefile", "Dockerfile", "bentofile.yaml"):
-        assert "requirements/serve.txt" in (root / reader).read_text()
+def test_one_lock_feeds_makefile_dockerfile_workflow_and_bentofile(root: Path) -> None:
+    for installer in ("Makefile", "Dockerfile", ".github/workflows/ci.yml"):
+        text = (root / installer).read_text()
+        assert re.search(r"pip install .*--require-hashes (-r|--requirement) \S*serve\.hashes\.txt", text)
+        assert not re.search(r"pip install .*serve\.txt", text)
+    assert "requirements/serve.txt" in (root / "bentofile.yaml").read_text()
     lock = (root / "requirements" / "serve.txt").read_text()
+    hashed = (root / "requirements" / "serve.hashes.txt").read_text()
+    releases = re.findall(r"^(\S+==.*?) ((?:\\\n    --hash=sha256:[0-9a-f]{64} ?)+)$", hashed, flags=re.MULTILINE)
+    assert [pin for pin, _ in releases] == [line for line in lock.splitlines() if "==" in line]
     assert "torch" not in lock
     assert "torch==2.13.0" in (root / "requirements" / "train.txt").read_text().splitlines()
 
