@@ -210,10 +210,13 @@ def test_preflight_requests_need_no_key(locked: Any, photograph: bytes) -> None:
     response = httpx.post(f"{locked.url}/classify", content=photograph, headers={"Origin": ORIGIN, "X-API-Key": KEY})
     assert response.status_code == 200
     assert "X-Request-ID" in response.headers["access-control-expose-headers"]
-    other = httpx.options(f"{locked.url}/classify", headers={"Origin": "http://other.example", **preflight})
-    assert other.status_code == 400
-    assert "access-control-allow-origin" not in other.headers
-    assert other.json()["error"]["code"] == "bad_request"  # all errors have the same shape
+    assert "Origin" in response.headers["vary"]
+    assert "access-control-allow-credentials" not in response.headers
+    for origin in ("http://other.example", "null", f"{ORIGIN}.other.example", ORIGIN.upper(), ""):
+        other = httpx.options(f"{locked.url}/classify", headers={"Origin": origin, **preflight})
+        assert other.status_code == 400
+        assert "access-control-allow-origin" not in other.headers
+        assert other.json()["error"]["code"] == "bad_request"  # all errors have the same shape
 
 
 PAGE = """<!doctype html><pre id="seen">nothing</pre><script type="module">
