@@ -20,6 +20,13 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
+def printable(text: str) -> str:
+    """Escape what could end or forge a line or write elsewhere on a terminal: controls, separators, bidirectional."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class VitrineError(Exception):
     """Base class of all errors that a user can act on; any other exception is a bug."""
 

@@ -33,6 +33,7 @@ from vitrine.service.errors import (
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import log_request
 from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.response_headers import add_security_headers
 from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")
@@ -330,7 +331,7 @@ class Connection(HttpToolsProtocol):
         metrics.request_started(record)
         metrics.request_finished(record, record.status, 0.0)
         log_request(record, record.status, 0.0)
-        headers = [*self.server_state.default_headers, *response.raw_headers]
+        headers = [*self.server_state.default_headers, *add_security_headers(response.raw_headers)]
         headers += [(b"x-request-id", record.request_id.encode()), (b"connection", b"close")]
         lines = [STATUS_LINE[response.status_code], *(b"%s: %s\r\n" % header for header in headers), b"\r\n"]
         return b"".join([*lines, b"" if method == "HEAD" else bytes(response.body)])

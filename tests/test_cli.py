@@ -43,6 +43,7 @@ def test_bundles_lists_what_is_in_a_folder(tiny_bundles: Path, run_vitrine: Run)
         ),
         (["evaluate", "nowhere", "--data", "nowhere"], "nowhere: expected a run with checkpoint.pt, found none"),
         (["verify", "nowhere/1"], "nowhere/1/manifest.json: file: expected a readable manifest, found No such file"),
+        (["verify", "a\nforged\x1b[2J"], "vitrine: a\\nforged\\x1b[2J/manifest.json: "),
         (["bundles", "nowhere"], "nowhere: bundles: expected a folder of <name>/<version>, found no such folder"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vitrine import __version__
-from vitrine.bundle.errors import VitrineError, unknown
+from vitrine.bundle.errors import VitrineError, printable, unknown
 from vitrine.bundle.images import decode
 from vitrine.bundle.loading import (
     Bundle,
@@ -530,7 +530,7 @@ def main() -> None:
     try:
         app()
     except VitrineError as error:
-        typer.echo(f"vitrine: {error}", err=True)
+        typer.echo(f"vitrine: {printable(str(error))}", err=True)
         raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         needs = f"this command needs {error.name}, which is not installed"

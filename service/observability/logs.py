@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from vitrine.bundle.errors import printable
 from vitrine.service.observability.request_record import STAGES, RequestRecord, current_record
 from vitrine.service.settings import LogFormat
 
@@ -27,7 +28,7 @@ class TextFormatter(logging.Formatter):
     """Format a log record as one line of text; only tracebacks, which are indented, add others."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return _printable(super().formatMessage(record))
+        return printable(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
         return _indented(super().formatException(ei))
@@ -36,15 +37,8 @@ class TextFormatter(logging.Formatter):
         return _indented(super().formatStack(stack_info))
 
 
-def _printable(text: str) -> str:
-    """Escape what could end or forge a line or write elsewhere on a terminal: controls, separators, bidirectional."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _indented(text: str) -> str:
-    return "\n".join(f"    {_printable(line)}" for line in text.split("\n"))
+    return "\n".join(f"    {printable(line)}" for line in text.split("\n"))
 
 
 class JsonFormatter(logging.Formatter):
@@ -158,7 +152,7 @@ def _level(record: RequestRecord) -> int:
 
 def _log_record(record: RequestRecord, status: str, seconds: float, ended: float) -> logging.LogRecord:
     """Make a request's log record, without image data, API keys and the query string."""
-    method = _printable(record.method[:_MAX_METHOD])
+    method = printable(record.method[:_MAX_METHOD])
     path = record.path[:_MAX_PATH].encode("unicode_escape").decode()  # escapes control characters, too
     stages = {name: round(1000 * record.seconds(name), 3) for name in STAGES} if record.stages else {}
     request = {

@@ -18,7 +18,7 @@ from vitrine.service.paths import PROBES
 from vitrine.service.response_headers import add_security_headers
 from vitrine.service.settings import Settings
 
-_ADDRESS = re.compile(r"[A-Za-z0-9.:%_-]{1,64}")
+_ADDRESS = re.compile(r"[0-9A-Fa-f.:]{2,45}(%[A-Za-z0-9._-]{1,16})?")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 

@@ -1,6 +1,7 @@
 """Security headers, on the responses of a real server."""
 
 import re
+import socket
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,6 +50,15 @@ def test_answers_about_images_have_them(server: str, photograph: bytes) -> None:
     refused = httpx.post(f"{server}/classify", content=b"no image")
     assert refused.status_code == 415
     assert EXPECTED.items() <= dict(refused.headers).items()
+
+
+@pytest.mark.parametrize("request_line", [b"not HTTP", b"GET / HTTP/1.1\r\nHost: a\r\nHost: b", b"GET / HTTP/9.9"])
+def test_refusals_of_what_is_no_request_have_them(request_line: bytes, server: str) -> None:
+    with socket.create_connection(("127.0.0.1", int(server.rpartition(":")[2])), timeout=20) as client:
+        client.sendall(request_line + b"\r\n\r\n")
+        head = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")[0].decode()
+    assert head.startswith("HTTP/1.1 ")
+    assert all(f"\r\n{name}: {value}" in head for name, value in EXPECTED.items())
 
 
 def test_the_page_may_run_its_own_script_only(server: str) -> None:

@@ -220,6 +220,7 @@ SENT = [
     b"POST /classify HTTP/1.1\r\nContent-Type: multipart/form-data; boundary=x\r\nContent-Length: 88\r\n",
     b"GET /models HTTP/1.1\r\nX-Forwarded-For: \x9b2Jforged\xc2\x85" + b"y" * 9000 + b"\r\n",
     b"GET /models HTTP/1.1\r\nX-Forwarded-For: 192.0.2.7\r\n",
+    b"GET /models HTTP/1.1\r\nX-Forwarded-For: 127.0.0.1, forged\r\n",
     b"GET /models HTTP/1.1\r\nUser-Agent: \x9b2J\xe2\x80\xa8\r\ntraceparent: \x85\r\nbaggage: a=%0a\r\n",
     b"GET /models HTTP/1.1\r\nX-Request-ID: \x9b2Jforged\r\n",
     b"GET /models HTTP/1.1\r\nX-API-Key: \x9b2Jforged\r\nAuthorization: Bearer \x85\r\n",
@@ -227,9 +228,9 @@ SENT = [
 FORM = b'--x\r\nContent-Disposition: form-data; name="\x1b[2J\xe2\x80\xa8"; filename="%0a"\r\n\r\n1\r\n--x--\r\n'
 
 
-@pytest.mark.parametrize("form", ["json", "text"])
-def test_hostile_requests_leave_one_line_each(form: str, serve: Serving, tiny_bundles: Path) -> None:
-    with serve(tiny_bundles, VITRINE_LOG_FORMAT=form) as running:
+def test_hostile_requests_leave_one_line_each(serve: Serving, tiny_bundles: Path) -> None:
+    """See also tests/reliability/test_log_injection.py."""
+    with serve(tiny_bundles, VITRINE_LOG_FORMAT="json") as running:
         ready = len(running.lines)
         for number, request in enumerate(SENT):
             with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=20) as client:
@@ -245,13 +246,9 @@ def test_hostile_requests_leave_one_line_each(form: str, serve: Serving, tiny_bu
                     client.get_model_metadata(name, headers={"x-request-id": "a b~", "x-api-key": "~"})
         printed = stopped(running)
     lines = [line for line in printed.split("\n")[ready:] if line]
-    if form == "json":
-        logged = [json.loads(line) for line in lines]
-        requests = [line for line in logged if "path" in line]
-        clients = [line["client"].rpartition(":")[0] for line in requests if line["method"] != "gRPC"]
-        assert clients == ["127.0.0.1"] * 6 + ["", "192.0.2.7"] + ["127.0.0.1"] * 3
-    else:
-        requests = [line for line in lines if re.search(r" (GET|POST|gRPC) ", line)]
+    requests = [line for line in map(json.loads, lines) if "path" in line]
+    clients = [line["client"].rpartition(":")[0] for line in requests if line["method"] != "gRPC"]
+    assert clients == ["127.0.0.1"] * 6 + ["", "192.0.2.7", ""] + ["127.0.0.1"] * 3
     assert len(requests) == len(SENT) + 3
     assert all(line.isprintable() and len(line) < 2000 for line in lines)
     assert not any(line.startswith("forged") for line in lines)
