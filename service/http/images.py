@@ -136,7 +136,9 @@ def _draw(image: Image.Image, detections: list[Any], media_type: str) -> Respons
     drawing, buffer = draw_detections(image, detections), io.BytesIO()
     if media_type == JPEG and max(drawing.size) > MAX_JPEG_EDGE:
         raise NotAcceptableError(offered=f"{JSON}, {CSV}, {PNG} for so large an image", found=media_type)
-    drawing.save(buffer, "PNG") if media_type == PNG else drawing.save(buffer, "JPEG", quality=90)
+    # Level 1 takes half of the time of Pillow's default, 6, for a file that is half as large again.
+    options = {"compress_level": 1} if media_type == PNG else {"quality": 90}
+    drawing.save(buffer, "PNG" if media_type == PNG else "JPEG", **options)
     return Response(buffer.getvalue(), media_type=media_type)
 
 
