@@ -4,11 +4,15 @@ Evaluation during training, export and the service share this module. It decodes
 crops and pads; all arithmetic on pixels (mean/std, layout, masks) happens in the ONNX graph.
 """
 
+import contextlib
+import ctypes
 import errno
 import io
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +26,17 @@ MAX_PIXELS = 50_000_000  # 50 megapixels
 
 # Pillow may be built without AVIF. (Its JPEG plugin also reads MPO, which many phones write.)
 SUPPORTED_FORMATS = tuple(form for form in headers.FORMATS if form != "AVIF" or features.check("avif"))
+# Warnings about broken metadata would be logged, and Python would remember each distinct text for ever.
+warnings.filterwarnings("ignore", module=r"PIL\b")
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a thread decodes an image on one core
 
 # Seconds of CPU that decoding may take, a multiple of what any image of that size needs. It ends what Pillow does in
 # Python (docs/decisions/0021-bounds-before-decoding.md); `headers` bounds what runs in C.
 _BASE_SECONDS = 2.0
 _SECONDS_PER_PIXEL = 80e-9
+
+# Seconds per pixel to decode an image for a network, on average; a JPEG is decoded at a reduced size.
+_JPEG_SECONDS, _OTHER_SECONDS = 5e-9, 25e-9
 
 _BAND_PIXELS = 2**20  # converted at a time
 _RESOURCE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # of this machine, not of the image
@@ -87,7 +96,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             needs; all but the time is checked before pixels are decoded (see `headers`).
         MemoryError, OSError: this machine has no memory or file descriptor left.
     """
-    return _decode(data, None, max_pixels).image
+    return EncodedImage(data, max_pixels=max_pixels).decode().image
 
 
 def decode_for(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS) -> ReducedImage:
@@ -96,25 +105,59 @@ def decode_for(data: bytes, preprocessing: Preprocessing, *, max_pixels: int = M
     Raises:
         ImageError: see `decode`; `max_pixels` limits the original size.
     """
-    return _decode(data, preprocessing, max_pixels)
+    return EncodedImage(data, max_pixels=max_pixels).decode(preprocessing)
 
 
-def _decode(data: bytes, preprocessing: Preprocessing | None, max_pixels: int) -> ReducedImage:
-    if not data:
-        raise UndecodableImageError("it is empty")
-    form = headers.identify(data)
-    if form not in SUPPORTED_FORMATS:
-        raise UnsupportedImageError(supported=SUPPORTED_FORMATS, found=f"bytes that begin with {data[:8]!r}")
+class EncodedImage:
+    """An encoded image whose headers have been read and checked."""
+
+    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+        """Read the headers; nothing is decoded yet.
+
+        Raises:
+            ImageError, MemoryError, OSError: see `decode`.
+        """
+        if not data:
+            raise UndecodableImageError("it is empty")
+        form = headers.identify(data)
+        if form not in SUPPORTED_FORMATS:
+            raise UnsupportedImageError(supported=SUPPORTED_FORMATS, found=f"bytes that begin with {data[:8]!r}")
+        self._max_pixels = max_pixels
+        with _image_errors(max_pixels):
+            self._source = _Source(headers.check(data, form, max_pixels=max_pixels))
+            self._image = Image.open(self._source, formats=(form,))
+            headers.check_size(*self._image.size, max_pixels)
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self._image.width * self._image.height
+
+    @property
+    def decode_seconds(self) -> float:
+        """Expected seconds on one core to decode the image for a network; a guess from its format and size."""
+        return self.pixels * (_JPEG_SECONDS if self._image.format in _JPEG_FORMATS else _OTHER_SECONDS)
+
+    def decode(self, preprocessing: Preprocessing | None = None) -> ReducedImage:
+        """Decode the image, a JPEG only at the resolution that the preprocessing needs; can be called once.
+
+        Raises:
+            ImageError, MemoryError, OSError: see `decode`.
+        """
+        image, size = self._image, self._image.size
+        with _image_errors(self._max_pixels):
+            self._source.allow(_BASE_SECONDS + _SECONDS_PER_PIXEL * self.pixels)
+            drafted = None if preprocessing is None else _draft(image, preprocessing)
+            image.load()
+            vars(image).pop("_decoder", None)  # WebP's and AVIF's hold whole pictures
+            return _to_upright(image, *((image.size, image.size) if drafted is None else (size, drafted)))
+
+
+@contextlib.contextmanager
+def _image_errors(max_pixels: int) -> Iterator[None]:
+    """Turn what Pillow raises into our errors, except for what is not the image's fault."""
     try:
-        source = _Source(headers.check(data, form, max_pixels=max_pixels))
-        image = Image.open(source, formats=(form,))
-        size = image.size
-        headers.check_size(*size, max_pixels)
-        source.allow(_BASE_SECONDS + _SECONDS_PER_PIXEL * size[0] * size[1])
-        drafted = None if preprocessing is None else _draft(image, preprocessing)
-        image.load()
-        vars(image).pop("_decoder", None)  # WebP's and AVIF's hold whole pictures
-        return _to_upright(image, *((image.size, image.size) if drafted is None else (size, drafted)))
+        yield
     except (ImageTooLargeError, UndecodableImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -137,8 +180,8 @@ class _Source(io.BytesIO):
         self._seconds = _BASE_SECONDS
 
     def allow(self, seconds: float) -> None:
-        """Set the seconds of CPU time, counted from the start."""
-        self._seconds = seconds
+        """Allow the current thread so many seconds of CPU time from now."""
+        self._start, self._seconds = time.thread_time(), seconds
 
     def read(self, size: int | None = -1) -> bytes:
         if time.thread_time() - self._start > self._seconds:
@@ -327,3 +370,16 @@ def pad_and_stack(images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8
     for target, image in zip(pixels, images, strict=True):
         target[: image.shape[0], : image.shape[1]] = image
     return pixels, sizes
+
+
+def _silence_libtiff() -> None:
+    """Stop libtiff from printing a line for each broken row to the standard error, which is the server's log (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        mapped = (line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines())
+        for file in {path for path in mapped if "/libtiff" in path}:
+            libtiff = ctypes.CDLL(file)
+            libtiff.TIFFSetErrorHandler(None)
+            libtiff.TIFFSetWarningHandler(None)
+
+
+_silence_libtiff()

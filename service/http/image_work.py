@@ -8,12 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vitrine.bundle.images import decode, decode_for
+from vitrine.bundle.images import EncodedImage, decode
 from vitrine.bundle.predictors import Predictor, PreparedImage, Row
 from vitrine.service.http import schemas
 from vitrine.service.http.requests import image_bytes
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.serving import Serving
+
+_SECONDS_PER_DRAWN_PIXEL = 80e-9  # to decode a picture in full and to encode it again
 
 
 @dataclass(eq=False)
@@ -26,6 +28,7 @@ class ImageWork:
     predictor: Predictor
     to_result: "Callable[[ImageWork, Row], Any]"
     draws: bool = False  # `to_result` needs the image
+    encoded: EncodedImage | None = field(init=False, default=None)  # after `cost`
     decoded: Image.Image = field(init=False)  # only with `draws`
     shape: schemas.Image = field(init=False)  # width and height
     prepared: NDArray[np.uint8] | PreparedImage = field(init=False)
@@ -35,12 +38,15 @@ class ImageWork:
         return len(self.image) if isinstance(self.image, (bytes, str, memoryview)) else 0
 
     def cost(self) -> float:
-        return 0.0
+        self.image = image_bytes(self.image)
+        self.encoded = EncodedImage(self.image, max_pixels=self.serving.settings.max_pixels)
+        return self.encoded.decode_seconds + self.draws * self.encoded.pixels * _SECONDS_PER_DRAWN_PIXEL
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
         with self.record.stage("decode"):
             data, max_pixels = image_bytes(self.image), self.serving.settings.max_pixels
-            image = decode_for(data, self.predictor.preprocessing, max_pixels=max_pixels)
+            encoded = self.encoded or EncodedImage(data, max_pixels=max_pixels)
+            image = encoded.decode(self.predictor.preprocessing)
             self.record.add_image(image.width * image.height)
             self.shape = schemas.Image(image.width, image.height)
             if self.draws:

@@ -12,6 +12,7 @@ from PIL import Image
 from vitrine.bundle.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from vitrine.bundle.images import (
     SUPPORTED_FORMATS,
+    EncodedImage,
     decode,
     decode_for,
     detection_size,
@@ -476,3 +477,20 @@ def test_pad_and_stack(shapes: list[tuple[int, int]]) -> None:
     for stacked, image, (height, width) in zip(pixels, images, shapes, strict=True):
         np.testing.assert_array_equal(stacked[:height, :width], image)
         assert np.count_nonzero(stacked) == image.size
+
+
+def test_broken_rows_of_a_tiff_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    data, height = b"\x55" * 10_000, 500
+    tags = [(256, 48), (257, height), (258, 1), (259, 4), (262, 0), (273, 8), (277, 1), (278, height), (279, len(data))]
+    directory = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags)
+    file = b"II*\0" + struct.pack("<L", 8 + len(data)) + data + struct.pack("<H", len(tags)) + directory + bytes(4)
+    decode(file)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_encoded_image_tells_its_size_before_it_is_decoded() -> None:
+    image = Image.new("RGB", (64, 48), "red")
+    png, jpeg = (EncodedImage(encode(image, form)) for form in ("PNG", "JPEG"))
+    assert png.pixels == 64 * 48
+    assert 0 < jpeg.decode_seconds < png.decode_seconds < 0.001
+    assert png.decode().image.tobytes() == image.tobytes()
