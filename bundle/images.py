@@ -373,7 +373,7 @@ def pad_and_stack(images: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8
 
 
 def _silence_libtiff() -> None:
-    """Stop libtiff from printing a line for each broken row to the standard error, which is the server's log (Linux)."""
+    """Stop libtiff from printing broken rows to the standard error, which is the server's log (on Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         mapped = (line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines())
         for file in {path for path in mapped if "/libtiff" in path}:
