@@ -68,7 +68,7 @@ lock: $(DEV)/installed  ## pin requirements/*.txt from pyproject.toml (UPGRADE=-
 	$(DEV)/bin/python requirements/lock.py $(UPGRADE)
 
 audit: $(DEV)/installed  ## look up known vulnerabilities of what serving installs (asks pypi.org)
-	$(DEV)/bin/uv tool run pip-audit@2.10.1 --disable-pip --require-hashes --requirement requirements/serve.hashes.txt
+	$(DEV)/bin/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes --requirement requirements/serve.hashes.txt
 
 proto: $(DEV)/installed  ## regenerate Python from service/open_inference/open_inference.proto
 	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
