@@ -84,7 +84,7 @@ def line_chart(
     """Draw a line through the points of each curve; by default, axes cover all points and y = 0."""
     points = [point for curve in curves.values() for point in curve]
     x_low, x_high = x_range or (min(x for x, _ in points), max(x for x, _ in points))
-    y_low, y_high = y_range or (min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    y_low, y_high = y_range or (min(0.0, *(y for _, y in points)), max(0.0, *(y for _, y in points)))
     y_ticks = ticks(y_low, y_high)
     y_high = max(y_high, y_ticks[-1])
     x, y = _scale(x_low, x_high, LEFT, RIGHT), _scale(y_low, y_high, BOTTOM, TOP)

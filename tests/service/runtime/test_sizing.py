@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vitrine.bundle.machine import Machine, available_cores
-from vitrine.service.runtime.sizing import LOADED_FACTOR, SERVER_BYTES, THREAD_BYTES, WORKER_BYTES, choose, model_bytes
+from vitrine.bundle.machine import Machine, available_cores, this_machine
+from vitrine.service.runtime.sizing import (
+    LOADED_FACTOR,
+    SERVER_BYTES,
+    THREAD_BYTES,
+    WORKER_BYTES,
+    choose,
+    model_bytes,
+    size,
+)
+from vitrine.service.settings import Settings
 
 MIB, GIB = 2**20, 2**30
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -39,6 +49,16 @@ def test_the_default_sizing_fits_cores_and_memory(
         assert need <= memory or workers == 1
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_exactly_as_much_memory_as_is_needed_suffices(workers: int) -> None:
+    machine = Machine(12, 12)
+    threads = choose(workers, None, machine=machine, models=GIB).threads
+    need = SERVER_BYTES + workers * (WORKER_BYTES + LOADED_FACTOR * GIB + threads * THREAD_BYTES)
+    exact, less = (choose(None, None, machine=replace(machine, memory=size), models=GIB) for size in (need, need - 1))
+    assert (exact.workers, exact.threads, exact.warning) == (workers, threads, "")
+    assert (less.workers, bool(less.warning)) == (max(1, workers - 1), workers == 1)
+
+
 def test_settings_override_the_default_sizing() -> None:
     eight = Machine(8, 8)
     assert choose(3, None, machine=eight, models=0).threads == 2
@@ -56,6 +76,9 @@ def test_settings_override_the_default_sizing() -> None:
             "2 threads in 1 worker: 2 cores (CPU quota 2.5 of 64), 292 MiB of 3.0 GiB",
         ),
         (Machine(1, 8, 0.5), "1 thread in 1 worker: 1 core (CPU quota 0.5 of 8, less than a core)"),
+        (Machine(1, 8, 1.0), "1 thread in 1 worker: 1 core (CPU quota 1 of 8)"),
+        (Machine(2, 8, 1.5, GIB), "2 threads in 1 worker: 2 cores (CPU quota 1.5 of 8), 292 MiB of 1.0 GiB memory"),
+        (Machine(2, 2, None, 3 * GIB // 2), "2 threads in 1 worker: 2 cores, 292 MiB of 1.5 GiB memory"),
         (Machine(3, 8), "3 threads in 1 worker: 3 cores of 8"),
         (Machine(6, 6, None, 8 * GIB), "3 threads in 2 workers: 6 cores, 516 MiB of 8.0 GiB memory"),
     ],
@@ -71,6 +94,12 @@ def test_too_little_memory_is_a_warning_also_for_set_values() -> None:
         "memory may not be enough: expected about 476 MiB for 1 worker with 1 thread each, found 128 MiB"
     )
     assert "4 workers with 1 thread each" in choose(4, 1, machine=Machine(1, 1, memory=512 * MIB), models=0).warning
+
+
+def test_the_sizing_is_that_of_the_settings_and_this_machine(tiny_bundles: Path) -> None:
+    settings = Settings(bundles=str(tiny_bundles), workers=2, threads=3)
+    models = model_bytes([tiny_bundles])
+    assert size(settings) == choose(2, 3, machine=this_machine(), models=models)
 
 
 def test_model_bytes_are_the_sizes_of_the_graphs(tiny_bundles: Path) -> None:

@@ -1,6 +1,7 @@
 """Metrics of predictors whose networks are functions of arrays."""
 
 import io
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ from vitrine.models.training.evaluation.metrics import (
     merge,
     most_confused,
     predict,
+    summarize_precision,
 )
 
 CHANNELS = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -132,6 +134,18 @@ def test_a_classifier_computes_64_images_at_once_and_a_detector_one() -> None:
     assert sizes == [64, 36, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(("options", "shown"), [({}, True), ({"progress": True}, True), ({"progress": False}, False)])
+def test_progress_is_shown_in_a_terminal(
+    terminal: bool, options: dict[str, bool], shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    predict(classifier(one_hot), PICTURES, **options)
+    printed = sys.stderr.getvalue()
+    assert ("evaluate" in printed, "0/100" in printed) == (shown and terminal,) * 2
+
+
 class Counted(list[bytes]):
     """Encoded images that count how many were read."""
 
@@ -146,7 +160,7 @@ def test_images_are_read_a_little_ahead_only() -> None:
     """Two batches, or two images per thread, of at most eight threads."""
     images = Counted(png(4, 4, i % 8) for i in range(100))
     data = replace(PICTURES, encoded=images)
-    batches = iter(range(1, 100))
+    batches = iter(range(100))
 
     def answer(ids: Array) -> Array:
         assert images.read <= 2 * 16 + 16 * next(batches)
@@ -411,6 +425,33 @@ def test_average_precision_by_area(size: str) -> None:
     metrics = evaluate(Detector(network, DETECTION, data.labels), data)
     found = {name: metrics[f"AP_{name}"] for name in edges}
     assert found == pytest.approx({name: float(name == size) for name in edges})
+
+
+def test_precision_is_averaged_over_thresholds_recalls_labels_and_areas() -> None:
+    precision = np.full((10, 101, 2, 4), -1.0)
+    precision[..., 0, 0] = np.linspace(1, 0.1, 10)[:, None]  # 1 at an IoU of 0.5, 0.5 at 0.75
+    precision[..., 1, 0] = precision[..., 0, 0] / 2
+    precision[..., 0, 2] = 0.4
+    found = summarize_precision(precision)
+    areas = {"AP_small": -1, "AP_medium": 0.4, "AP_large": -1}
+    assert found.summary == pytest.approx({"AP": 0.75 * 0.55, "AP50": 0.75, "AP75": 0.375, **areas})
+    assert found.by_class.tolist() == pytest.approx([0.55, 0.275])
+    assert found.by_class_50.tolist() == pytest.approx([1, 0.5])
+    assert found.precision_50.tolist() == precision[0, ..., 0].tolist()
+
+
+def test_a_hundred_detections_count_in_each_image() -> None:
+    boxes = np.float32([[8 * i, 0, 8 * i + 8, 50] for i in range(12)])
+    data = replace(OBJECTS, encoded=[png(96, 50, 0)], names=["0"], class_ids=[np.zeros(12, int)], boxes=[boxes])
+
+    def network(**inputs: Array) -> Sequence[Array]:
+        found = np.concatenate([boxes / np.float32([96, 50, 96, 50]), np.zeros((138, 4), np.float32)])
+        return [np.linspace(1, 0, 150, dtype=np.float32)[None], np.zeros((1, 150), int), found[None]]
+
+    predictions = predict(Detector(network, DETECTION, data.labels), data)
+    assert isinstance(predictions, DetectionPredictions)
+    assert len(predictions.scores) == 100
+    assert measure(predictions, data)["AP"] == pytest.approx(1)
 
 
 def test_a_label_named_like_an_area_keeps_its_own_value() -> None:

@@ -1,8 +1,10 @@
 """Correct and wrong predictions, counted on hand-written examples."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitrine.models.training.data.dataset import ClassificationData, DetectionData
@@ -101,14 +103,8 @@ def test_nothing_found_is_all_missed() -> None:
     assert [[box.kind for box in image.boxes] for image in mistakes.worst] == [["missed"]]
 
 
-def test_overlap() -> None:
-    boxes = np.array([LEFT, (5, 0, 15, 10), (3, 3, 3, 3)], np.float32)
-    np.testing.assert_allclose(iou(boxes, boxes), [[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 0]])
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_matches_are_those_of_cocos_precision(seed: int) -> None:
-    """With distinct scores, precision over recall from our matches is that of pycocotools at IoU 0.5."""
+def random_predictions(seed: int) -> tuple[DetectionPredictions, DetectionData]:
+    """Detections with distinct scores, some of them near the objects."""
     random = np.random.default_rng(seed)
 
     def boxes(count: int) -> list[Box]:
@@ -125,7 +121,81 @@ def test_matches_are_those_of_cocos_precision(seed: int) -> None:
             detections.append(
                 (image, float(next(scores)), int(random.integers(2)), (x[0][0], x[1][0], x[0][1], x[1][1]))
             )
-    predictions = found(4, *detections)
+    return found(4, *detections), data
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=25)
+def test_the_threshold_has_the_best_f1(seed: int) -> None:
+    predictions, data = random_predictions(seed)
+    objects = sum(map(len, data.class_ids))
+
+    def f1(threshold: float) -> float:
+        right = detection_mistakes(predictions, data, 0, threshold).right
+        return 2 * right / (np.count_nonzero(predictions.scores >= threshold) + objects)
+
+    chosen = detection_mistakes(predictions, data, 0).threshold
+    assert f1(chosen) == max(f1(float(score)) for score in predictions.scores)
+    assert detection_mistakes(found(4), data, 0).threshold == 0.5
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(0, 4))
+@settings(deadline=None, max_examples=25)
+def test_the_images_with_the_most_severe_mistakes_come_first(seed: int, threshold: float, count: int) -> None:
+    """A missed object weighs 1, a false positive its score."""
+    predictions, data = random_predictions(seed)
+    every = detection_mistakes(predictions, data, 9, threshold)
+    severities = [
+        sum({"false": box.score, "missed": 1}.get(box.kind, 0) for box in image.boxes) for image in every.worst
+    ]
+    assert severities == sorted(severities, reverse=True)
+    assert all(severity > 0 for severity in severities)
+    boxes = [box for image in every.worst for box in image.boxes]
+    kinds = Counter(box.kind for box in boxes)
+    assert (kinds["false"], kinds["missed"]) == (sum(every.false.values()), every.missed)
+    assert kinds["right"] <= every.right
+    assert all(box.score >= threshold for box in boxes if box.score is not None)
+    assert detection_mistakes(predictions, data, count, threshold).worst == every.worst[:count]
+
+
+def test_nothing_wrong() -> None:
+    mistakes = detection_mistakes(found(2, (0, 0.9, 0, LEFT)), objects([(0, LEFT)], []), 5)
+    assert (mistakes.precision, mistakes.recall, mistakes.right, mistakes.missed) == (1, 1, 1, 0)
+    assert (mistakes.threshold, mistakes.false, mistakes.worst) == (pytest.approx(0.9), {}, [])
+    empty = detection_mistakes(found(1), objects([]), 5)
+    assert (empty.precision, empty.recall, empty.missed) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("label", "height", "expected"),
+    [
+        (0, 20, {}),  # an IoU of exactly 0.5 is right
+        (0, 21, {"badly placed": 1}),
+        (0, 100, {"badly placed": 1}),  # exactly 0.1
+        (0, 101, {"nothing there": 1}),
+        (1, 20, {"other label": 1}),
+        (1, 21, {"nothing there": 1}),
+    ],
+)
+def test_the_overlap_decides_what_a_detection_is(label: int, height: float, expected: dict[str, int]) -> None:
+    data = objects([(0, LEFT)])
+    assert detection_mistakes(found(1, (0, 0.9, label, (0, 0, 10, height))), data, 1, 0.5).false == expected
+    duplicate = {"duplicate": 1} if (label, height) == (0, 20) else expected
+    both = found(1, (0, 0.99, 0, LEFT), (0, 0.9, label, (0, 0, 10, height)))
+    assert detection_mistakes(both, data, 1, 0.5).false == duplicate
+
+
+def test_overlap() -> None:
+    boxes = np.array([LEFT, (5, 0, 15, 10), (3, 3, 3, 3)], np.float32)
+    np.testing.assert_allclose(iou(boxes, boxes), [[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 0]])
+    np.testing.assert_allclose(iou(boxes / 100, boxes / 100), [[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(iou(boxes, boxes + 20), np.zeros((3, 3)))  # apart in both directions
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_matches_are_those_of_cocos_precision(seed: int) -> None:
+    """With distinct scores, precision over recall from our matches is that of pycocotools at IoU 0.5."""
+    predictions, data = random_predictions(seed)
     matched = match_objects(predictions, data) >= 0
     measured = average_precision(predictions, data)
     for class_id in range(2):
