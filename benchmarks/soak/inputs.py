@@ -10,10 +10,9 @@ import base64
 import contextlib
 import io
 import json
-import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from benchmarks.serving.models import ROOT
 from benchmarks.soak.client import Client, encode_form, encode_request, read_metrics, wait_until_idle
 from benchmarks.soak.overload import percentile
 from benchmarks.soak.pictures import make_png
-from benchmarks.soak.processes import peak_memory, reset_peak, usage
+from benchmarks.soak.processes import peak_memory, reset_peak, resident_memory
 from benchmarks.soak.server import Server, started
+from tests.reliability.bombs import BOMBS
 
 _CLIENTS = 4
 _PAUSE = 0.05  # seconds between two requests of the neighbour
@@ -52,8 +52,8 @@ class Result:
     probe_p99: float
 
 
-def inputs() -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    """Yield name, number of requests and a function that makes the request, of each class."""
+def inputs() -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
+    """Yield the name of each class, and a function that makes its requests."""
     frog = (ROOT / "examples" / "frog.jpg").read_bytes()
     photograph = (ROOT / "examples" / "blood.jpg").read_bytes()
 
@@ -68,60 +68,58 @@ def inputs() -> Iterator[tuple[str, int, Callable[[], bytes]]]:
         return encode_request("POST", "/classify", body, Content_Type=content_type)
 
     def as_json(document: object) -> bytes:
-        return encode_request("POST", "/classify", orjson.dumps(document), Content_Type="application/json")
+        return _json_body(orjson.dumps(document))
 
-    yield "JPEG, 32 x 32", 400, lambda: classify(frog)
-    yield "JPEG, 640 x 480, to detect", 100, lambda: detect(photograph)
-    yield "JPEG, 640 x 480, drawn as PNG", 100, lambda: detect(photograph, Accept="image/png")
-    yield "JPEG, 24 megapixels", 20, lambda: classify(_encoded(_large((6000, 4000)), "JPEG"))
-    yield (
-        "JPEG, 24 megapixels, drawn as JPEG",
-        8,
-        lambda: detect(_encoded(_large((6000, 4000)), "JPEG"), Accept="image/jpeg"),
-    )
-    yield "PNG, 49 megapixels", 8, lambda: classify(_encoded(Image.new("RGB", (7000, 7000), "red"), "PNG"))
-    yield "PNG, 49 megapixels, palette with alpha", 8, lambda: classify(_palette_with_alpha())
-    yield "PNG, 49 megapixels, 16 bits", 8, lambda: classify(_encoded(Image.new("I;16", (7000, 7000), 9), "PNG"))
-    yield "PNG, 50,000,000 x 1", 8, lambda: classify(make_png(50_000_000, 1))
-    yield "PNG, 1 x 50,000,000", 8, lambda: classify(make_png(1, 50_000_000))
-    yield "PNG, 49 megapixels, broken at its end", 10, lambda: classify(make_png(7000, 7000)[:-60])
-    yield "PNG, 100,000 x 100,000 promised", 100, lambda: classify(make_png(100_000, 100_000, empty=True))
-    yield "PNG, a million chunks", 4, lambda: classify(make_png(16, 16, chunks=1_000_000))
-    yield "TIFF, 49 megapixels, Group 4 noise", 4, lambda: classify(_group4(1, 49_000_000, b"\x55" * 2_000_000))
-    for file in sorted((ROOT / "tests" / "reliability").glob("bombs/*")):  # pictures that are hard to make
-        yield f"bomb: {file.name}", 4, lambda file=file: classify(file.read_bytes())
-    yield "no picture", 400, lambda: classify(b"no picture")
-    yield "broken JPEG", 400, lambda: detect(photograph[:5000])
-    yield "32 pictures in a form", 20, lambda: _many(frog, 32)
-    yield "33 pictures in a form", 20, lambda: _many(frog, 33)
-    yield "body of 21 MB", 20, lambda: classify(bytes(21 * _MIB))
-    yield "form of a 19 MB field", 8, lambda: form(image=frog, model="m" * (19 * _MIB))
-    yield (
-        "form that names a codec",
-        8,
-        lambda: form(image=frog, model="é" * 500_000).replace(b"\r\n\r\n", b"; charset=punycode\r\n\r\n", 1),
-    )
-    yield "form of a million fields", 8, lambda: _many_fields(1_000_000)
-    yield "JSON of 19 MB of base64", 8, lambda: as_json({"image": base64.b64encode(bytes(14 * _MIB)).decode()})
-    yield "JSON of three million labels", 4, lambda: as_json({"image": "", "labels": ["a"] * 3_000_000})
-    yield (
-        "JSON, nested 2,000,000 deep",
-        4,
-        lambda: encode_request("POST", "/classify", b"[" * 2_000_000, Content_Type="application/json"),
-    )
-    yield "v2, 19 MB of numbers", 4, lambda: _numbers(19 * _MIB)
-    yield "v2, binary, 6,000 pictures of pixels", 8, lambda: _tensor(6000)
-    yield "v2, unknown model", 200, lambda: encode_request("POST", "/v2/models/cats/infer", b"{}")
+    yield "JPEG, 32 x 32", lambda: [classify(frog)] * 400
+    yield "JPEG, 640 x 480, to detect", lambda: [detect(photograph)] * 100
+    yield "JPEG, 640 x 480, drawn as PNG", lambda: [detect(photograph, Accept="image/png")] * 100
+    yield "JPEG, 24 megapixels", lambda: [classify(_large_photograph())] * 20
+    yield "JPEG, 24 megapixels, drawn as JPEG", lambda: [detect(_large_photograph(), Accept="image/jpeg")] * 8
+    yield "PNG, 49 megapixels", lambda: [classify(_png(Image.new("RGB", (7000, 7000), "red")))] * 8
+    yield "PNG, 49 megapixels, 16 bits", lambda: [classify(_png(Image.new("I;16", (7000, 7000), 9)))] * 8
+    yield "PNG, 49 megapixels, palette with alpha", lambda: [classify(_palette_with_alpha())] * 8
+    yield "PNG, 49 megapixels, broken at its end", lambda: [classify(make_png(7000, 7000)[:-60])] * 10
+    yield "PNG, 50,000,000 x 1", lambda: [classify(make_png(50_000_000, 1))] * 8
+    for kind in sorted({name.partition("/")[0] for name in BOMBS}):
+        bombs = [bomb for name, bomb in BOMBS.items() if name.startswith(f"{kind}/")]
+        name = f"{len(bombs)} bombs of {kind.upper()} (`tests/reliability/bombs.py`)"
+        yield name, lambda bombs=bombs: [classify(bomb.make()) for bomb in bombs]
+    yield "no picture", lambda: [classify(b"no picture")] * 400
+    yield "broken JPEG", lambda: [detect(photograph[:5000])] * 400
+    yield "32 pictures in a form", lambda: [_many(frog, 32)] * 20
+    yield "33 pictures in a form", lambda: [_many(frog, 33)] * 20
+    yield "body of 21 MiB", lambda: [classify(bytes(21 * _MIB))] * 20
+    yield "body of 19 MiB that is no picture", lambda: [classify(bytes(19 * _MIB))] * 40
+    yield "form with a field of 19 MiB", lambda: [form(image=frog, model="m" * (19 * _MIB))] * 8
+    yield "form that names a codec", lambda: [_with_codec(form(image=frog, model="é" * 500_000))] * 8
+    yield "form of 400,000 fields", lambda: [_many_fields()] * 8
+    yield "JSON with 19 MiB of base64", lambda: [as_json({"image": base64.b64encode(bytes(14 * _MIB)).decode()})] * 8
+    yield "JSON of three million labels", lambda: [as_json({"image": "", "labels": ["a"] * 3_000_000})] * 4
+    yield "JSON, 2,000,000 brackets", lambda: [_json_body(b"[" * 2_000_000)] * 4
+    yield "v2, JSON of 19 MiB of numbers", lambda: [_numbers(19 * _MIB)] * 4
+    yield "v2, binary, 6,000 pictures as pixels", lambda: [_tensor(6000)] * 8
+    yield "v2, unknown model", lambda: [encode_request("POST", "/v2/models/cats/infer", b"{}")] * 200
 
 
-def _encoded(image: Image.Image, form: str) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, form)
+    image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
-def _large(size: tuple[int, int]) -> Image.Image:
-    return Image.open(ROOT / "examples" / "blood.jpg").resize(size)
+def _large_photograph() -> bytes:
+    buffer = io.BytesIO()
+    Image.open(ROOT / "examples" / "blood.jpg").resize((6000, 4000)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _json_body(body: bytes) -> bytes:
+    return encode_request("POST", "/classify", body, Content_Type="application/json")
+
+
+def _with_codec(form: bytes) -> bytes:
+    """Let the text fields of a form name a codec that takes quadratic time."""
+    return form.replace(b"multipart/form-data;", b"multipart/form-data; charset=punycode;", 1)
 
 
 def _palette_with_alpha() -> bytes:
@@ -131,27 +129,17 @@ def _palette_with_alpha() -> bytes:
     return buffer.getvalue()
 
 
-def _group4(width: int, height: int, data: bytes) -> bytes:
-    """A TIFF of one strip that says it is compressed as by a fax."""
-    short, long = 3, 4
-    start = 8 + 2 + 9 * 12 + 4
-    entries = ((256, long, width), (257, long, height), (258, short, 1), (259, short, 4), (262, short, 0))
-    entries += ((273, long, start), (277, short, 1), (278, long, height), (279, long, len(data)))
-    fields = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
-    return b"II*\0\x08\0\0\0" + len(entries).to_bytes(2, "little") + fields + bytes(4) + data
-
-
 def _many(picture: bytes, count: int) -> bytes:
     body, content_type = encode_form(image=picture)
     field, end = body[: body.rindex(b"--a-boundary")], body[body.rindex(b"--a-boundary") :]
     return encode_request("POST", "/classify", field * count + end, Content_Type=content_type)
 
 
-def _many_fields(count: int) -> bytes:
+def _many_fields() -> bytes:
     """A form whose fields are as short as they can be, as many as a body holds."""
     boundary = b"--b\r\n"
     field = boundary + b'Content-Disposition: form-data; name="a"\r\n\r\n\r\n'
-    body = field * min(count, 20_000_000 // len(field)) + b"--b--\r\n"
+    body = field * (20_000_000 // len(field)) + b"--b--\r\n"
     return encode_request("POST", "/classify", body, Content_Type="multipart/form-data; boundary=b")
 
 
@@ -169,17 +157,17 @@ def _tensor(images: int) -> bytes:
     return encode_request("POST", "/v2/models/vit-cifar10/infer", body, Inference_Header_Content_Length=length)
 
 
-async def measure(server: Server, name: str, count: int, request: bytes) -> Result:
-    """Send a request `count` times, four at once, beside a neighbour and a probe."""
+async def measure(server: Server, name: str, requests: Sequence[bytes]) -> Result:
+    """Send the requests, four at once, beside a neighbour and a probe."""
     outcomes, slowest, done = Counter[str](), 0.0, asyncio.Event()
     small = encode_request("POST", "/classify?model=vit-cifar10", (ROOT / "examples" / "frog.jpg").read_bytes())
-    client, numbers = Client(server.port), iter(range(count))
-    before = usage(server.pid).memory
+    client, waiting = Client(server.port), iter(requests)
+    before = resident_memory(server.pid)
     reset_peak(server.pid)
 
     async def send() -> None:
         nonlocal slowest
-        for _ in numbers:
+        for request in waiting:
             start = time.perf_counter()
             try:
                 outcomes[str((await client.ask(request, timeout=_ANSWER_SECONDS)).status)] += 1
@@ -210,13 +198,13 @@ async def measure(server: Server, name: str, count: int, request: bytes) -> Resu
     stalls = [value for key, value in read_metrics(server.url).items() if key.startswith(_STALL)]
     return Result(
         name=name,
-        count=count,
-        bytes=len(request),
+        count=len(requests),
+        bytes=max(map(len, requests)),
         outcomes=dict(sorted(outcomes.items())),
         slowest=slowest,
         memory_before=before,
         memory_peak=peak,
-        memory_after=usage(server.pid).memory,
+        memory_after=resident_memory(server.pid),
         stall=max(stalls, default=None),
         neighbour_p99=percentile(neighbour, 0.99),
         probe_p99=percentile(probe, 0.99),
@@ -248,9 +236,9 @@ def main() -> None:
     options = parser.parse_args()
     results = []
     with started() as server:
-        for name, count, make in inputs():
+        for name, make in inputs():
             if options.only in name:
-                results.append(asyncio.run(measure(server, name, count, make())))
+                results.append(asyncio.run(measure(server, name, make())))
                 print(results[-1], flush=True)
     if options.out:
         options.out.write_text(json.dumps([asdict(result) for result in results], indent=1))

@@ -43,8 +43,14 @@ def reset_peak(pid: int) -> None:
 
 def peak_memory(pid: int) -> float:
     """Return the sum of the peaks of the resident memory of a server's processes, in MiB, since `reset_peak`."""
-    peak = 0
-    for process in family(pid):
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        peak += int(status.partition("VmHWM:")[2].split()[0])
-    return peak / 1024
+    return sum(_status(process.pid, "VmHWM") for process in family(pid))
+
+
+def resident_memory(pid: int) -> float:
+    """Return the sum of the resident memory of a server's processes, in MiB; shared pages count in each."""
+    return sum(_status(process.pid, "VmRSS") for process in family(pid))
+
+
+def _status(pid: int, field: str) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1024

@@ -58,7 +58,7 @@ class Traffic:
             ("v2 JSON", 3, self._v2_json, "200"),
             ("gRPC", 5, self._grpc, "OK"),
             ("mutations", 8, self._mutation, "200 413 415 422"),
-            ("errors", 4, self._error, "as expected"),
+            ("errors", 4, self._error, "expected"),
             ("cancelled", 2, self._cancelled, "gone CANCELLED OK"),
             ("models replaced", 0.05, self._replace, "200"),
             ("models controlled", 0.1, self._control, "200"),
@@ -138,7 +138,7 @@ class Traffic:
         )
         request, expected = cases[number % len(cases)]
         status = await self._ask(request)
-        return "as expected" if status == expected else f"{status} instead of {expected}"
+        return "expected" if status == expected else f"{status} instead of {expected}"
 
     async def _cancelled(self, number: int) -> str:
         if number % 4 == 3:
