@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+from contextlib import suppress
 
 from benchmarks.soak.client import HOST
 
@@ -14,19 +15,15 @@ _STREAMS_PER_CONNECTION = 500
 _AT_ONCE = 50
 
 
-def leave(port: int, sent: bytes, *, read: int = 0) -> None:
+async def leave(port: int, sent: bytes, *, read: int = 0) -> None:
     """Send bytes, read some of the answer, and reset the connection."""
-    with socket.create_connection((HOST, port), timeout=30) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() sends RST
-        try:
-            connection.sendall(sent)
-            while read > 0:
-                received = connection.recv(read)
-                if not received:
-                    break
-                read -= len(received)
-        except ConnectionError:  # the server was first
-            pass
+    reader, writer = await asyncio.open_connection(HOST, port)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST
+    with suppress(ConnectionError, asyncio.IncompleteReadError):  # the server was first
+        writer.write(sent)
+        await writer.drain()
+        await reader.readexactly(read)
+    writer.transport.abort()
 
 
 async def reset_rapidly(port: int, path: str, message: bytes, streams: int) -> int:

@@ -149,7 +149,7 @@ class Traffic:
             return code.name
         whole = encode_request("POST", "/detect", self._photograph, Accept="image/png")
         sent, read = ((whole[: len(whole) // 2], 0), (whole, 0), (whole, 1000))[number % 4]
-        await asyncio.to_thread(leave, self._server.port, sent, read=read)
+        await leave(self._server.port, sent, read=read)
         return "gone"
 
     async def _replace(self, number: int) -> str:

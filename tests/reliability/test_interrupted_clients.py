@@ -163,14 +163,14 @@ def vanish(server: Any, count: int, photograph: bytes) -> None:
     assert expected.status == 200
     for sent, read in ((whole[: len(whole) // 2], 0), (whole[:-1], 0), (whole, 0), (whole, 1000)):
         for _ in range(3):
-            leave(port, sent, read=read)
+            asyncio.run(leave(port, sent, read=read))
     wait_until_idle(server.url)
     before = usage(server.process.pid)
     for number in range(count):
         sent, read = ((whole[: number * 97 % len(whole)], 0), (whole, 0), (whole, 1 + number * 997 % 100_000))[
             number % 3
         ]
-        leave(port, sent, read=read)
+        asyncio.run(leave(port, sent, read=read))
     wait_until_idle(server.url)
     after = usage(server.process.pid)
     assert asyncio.run(Client(port).ask(whole)).body == expected.body
