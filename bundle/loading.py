@@ -4,10 +4,12 @@ The checks, in order: schema, file hashes, the graph's inputs and outputs agains
 also warms up the session). Any failure raises `BundleError`; there is no fallback.
 """
 
+import errno
 import hashlib
 import importlib.util
 import io
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -39,6 +41,8 @@ from vitrine.bundle.tolerances import CONFIDENT_SCORE, GOLDEN
 _MAX_MANIFEST_BYTES = 2**24
 _MAX_GOLDEN_BYTES = 2**28  # of the archive, and of each array
 _BAD_ARCHIVE = zipfile.BadZipFile, zlib.error
+_MODEL_FOLDER = re.compile("[a-z0-9][a-z0-9._-]{0,63}")  # as in the manifest
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,42 @@ def default_root() -> Path:
 def find_bundles(root: Path) -> list[Path]:
     """Return the folders `<root>/<name>/<version>` with a manifest, by name and ascending version.
 
+    What vanishes meanwhile is not there. A folder that cannot be listed is passed over if no model can have its name.
+
     Raises:
-        BundleError: `root` is not a folder.
+        BundleError: `root` is not a folder, or it or a model's folder in it cannot be listed.
     """
-    if not root.is_dir():
-        raise BundleError(root, "bundles", expected="a folder of <name>/<version>", found="no such folder")
-    folders = (manifest.parent for manifest in root.glob(f"*/*/{MANIFEST_FILE}"))
-    paths = [path for path in folders if not path.name.startswith(".")]  # an unfinished export is hidden
+    paths = []
+    for name in _list_folder(root, found_missing="no such folder"):
+        try:
+            versions = _list_folder(root / name)
+        except BundleError:
+            if _MODEL_FOLDER.fullmatch(name):
+                raise
+            continue  # such as lost+found
+        paths += [root / name / version for version in versions if not version.startswith(".")]  # hidden: unfinished
+    paths = [path for path in paths if _exists(path / MANIFEST_FILE)]
     return sorted(paths, key=lambda path: (path.parent.name, len(path.name), path.name))
+
+
+def _list_folder(folder: Path, *, found_missing: str | None = None) -> list[str]:
+    """Return the names in a folder; none if there is no folder, unless `found_missing` is the complaint about that."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        found = found_missing if error.errno in _MISSING else error.strerror
+        if found is None:
+            return []
+        raise BundleError(folder, "bundles", expected="a folder of <name>/<version>", found=found) from error
+
+
+def _exists(file: Path) -> bool:
+    """Whether there is a file; also true if that cannot be told, which reading it will report."""
+    try:
+        file.stat()
+    except OSError as error:
+        return error.errno not in _MISSING
+    return True
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -1,15 +1,21 @@
 """Model repository: the bundles that a process serves, by name and version, reloadable while serving.
 
-Lookups read a snapshot. A change first loads and verifies all new bundles, then replaces the snapshot in one step.
-A request keeps the bundle that it has looked up, so that no request fails because of a change.
+What is to be served is one value, a `RepositoryState`: one process changes it, others follow it. Lookups read an
+immutable snapshot. A change first loads and verifies all new bundles, then replaces the snapshot in one step. A request
+keeps the bundle that it has looked up, so that no request fails because of a change.
 """
 
+import hashlib
+import os
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
 from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_file
@@ -19,8 +25,8 @@ from vitrine.bundle.profile import measure_profile
 from vitrine.bundle.runtime import CPU, OnnxNetwork
 
 _VERSION = re.compile("[1-9][0-9]{0,8}")  # as in the manifest
-
-Fingerprint = tuple[tuple[str, int, int], ...]  # name, size and modification time (ns) of each file
+Value = TypeVar("Value")
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0  # seconds until a refused bundle is tried again; doubled each time
 
 
 @dataclass(frozen=True)
@@ -34,59 +40,111 @@ class ModelState:
 
 
 @dataclass(frozen=True)
+class Version:
+    """One version of a model, in a folder or file."""
+
+    name: str
+    version: str
+    fingerprint: str  # of the names, sizes, times and permissions of its files
+    reason: str = ""  # why it is refused
+
+
+@dataclass(frozen=True)
+class RepositoryState:
+    """What a repository is to serve, by path. A path that is served is also refused while its new content is."""
+
+    served: Mapping[Path, Version] = field(default_factory=dict)
+    refused: Mapping[Path, Version] = field(default_factory=dict)
+    unloaded: Mapping[Path, Version] = field(default_factory=dict)  # models of these names stay unloaded until `load`
+
+
+Publish = Callable[[RepositoryState], None]
+"""Receives a new state before it takes effect; if it raises, nothing changes."""
+
+
+@dataclass(frozen=True)
 class _LoadedBundle:
     bundle: Bundle
-    fingerprint: Fingerprint
+    fingerprint: str
     seconds: float  # load time
     variants: dict[Precision, Bundle] = field(default_factory=dict)  # loaded so far, without the default
     loading: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
-class _RefusedBundle:
-    name: str
-    version: str
-    fingerprint: Fingerprint
-    error: VitrineError
+class _Snapshot:
+    state: RepositoryState
+    loaded: Mapping[Path, _LoadedBundle] = field(default_factory=dict)
+    errors: Mapping[Path, str] = field(default_factory=dict)  # why this process does not serve what the state says
+
+    @cached_property
+    def models(self) -> Mapping[str, Mapping[int, _LoadedBundle]]:
+        """The loaded bundles by name, in order, and version."""
+        models: dict[str, dict[int, _LoadedBundle]] = {}
+        for entry in self.loaded.values():
+            manifest = entry.bundle.manifest
+            models.setdefault(manifest.name, {})[int(manifest.version)] = entry
+        return dict(sorted(models.items()))
 
 
 class Repository:
     """All versions of all bundles under one or several roots."""
 
     def __init__(
-        self, *roots: Path, cores: int | None = None, providers: Sequence[str] = CPU, cache: Path | None = None
+        self,
+        *roots: Path,
+        cores: int | None = None,
+        providers: Sequence[str] = CPU,
+        cache: Path | None = None,
+        state: RepositoryState | None = None,
     ) -> None:
-        """Load and verify everything.
+        """Load and verify everything; or follow `state`, that of another process.
 
         Args:
             roots: folders of `<name>/<version>`, or single ONNX files of a bundle.
             cores: cores that this process may use; if set, an `ExecutionProfile` is measured for each bundle.
             providers, cache: see `bundle.runtime.OnnxNetwork`.
+            state: what to serve; see `follow`.
 
         Raises:
-            BundleError: no bundle found, one differs from its manifest, or a version exists twice.
-            ProviderError: a provider is missing or did not start.
+            BundleError: no bundle found, one differs from its manifest, or a version exists twice. Not with `state`.
+            ProviderError: a provider is missing or did not start. Not with `state`.
         """
         self._roots, self._cores, self._providers, self._cache = roots, cores, tuple(providers), cache
         self._lock = threading.Lock()
-        self._refused: dict[Path, _RefusedBundle] = {}
-        self._unloaded: dict[str, list[ModelState]] = {}
-        self._names: dict[Path, str] = {}
-        self._served: dict[Path, _LoadedBundle] = {}
-        self._models: dict[str, dict[int, _LoadedBundle]] = {}
+        self._pauses: dict[Path, tuple[float, float]] = {}  # of refused bundles: when to try again, seconds until then
+        self._snapshot = _Snapshot(RepositoryState())
+        if state is not None:
+            self.follow(state)
+            return
         found = self._scan()
         if not found:
             expected = "at least one <name>/<version>/manifest.json"
             raise BundleError(", ".join(map(str, roots)), "bundles", expected=expected, found="none")
-        served: dict[Path, _LoadedBundle] = {}
-        for path, fingerprint in found.items():
-            served[path] = self._load(path, fingerprint, others=served)
-        self._publish(served)
+        self._snapshot, _ = self._update(found, strict=True)
+
+    @property
+    def state(self) -> RepositoryState:
+        """What is to be served."""
+        return self._snapshot.state
+
+    @property
+    def errors(self) -> Mapping[Path, str]:
+        """Why this process does not serve what the state says, by path of the bundle; empty if it does."""
+        return self._snapshot.errors
+
+    @property
+    def models(self) -> dict[str, list[Bundle]]:
+        """All served versions of each model, the highest last, by name."""
+        return {
+            name: [versions[version].bundle for version in sorted(versions)]
+            for name, versions in self._snapshot.models.items()
+        }
 
     @property
     def bundles(self) -> dict[str, Bundle]:
         """The highest version of each model, by name."""
-        return {name: versions[max(versions)].bundle for name, versions in self._models.items()}
+        return {name: versions[-1] for name, versions in self.models.items()}
 
     def versions(self, name: str) -> list[Bundle]:
         """Return all served versions of a model, the highest last.
@@ -94,14 +152,14 @@ class Repository:
         Raises:
             UnknownModelError: the model is not served.
         """
-        models = self._models
+        models = self.models
         if name not in models:
             raise UnknownModelError(name, available=models)
-        return [models[name][version].bundle for version in sorted(models[name])]
+        return models[name]
 
     def load_seconds(self) -> list[tuple[Bundle, float]]:
         """Return every served bundle with the seconds that loading and verifying it took."""
-        return [(served.bundle, served.seconds) for served in self._served.values()]
+        return [(loaded.bundle, loaded.seconds) for loaded in self._snapshot.loaded.values()]
 
     def get(self, reference: str | None = None, *, task: Task | None = None) -> Bundle:
         """Return the bundle `name` (its highest version) or `name@version`; by default the first by name.
@@ -111,7 +169,7 @@ class Repository:
         """
         candidates = {
             name: versions
-            for name, versions in self._models.items()
+            for name, versions in self._snapshot.models.items()
             if task is None or versions[max(versions)].bundle.manifest.task is task
         }
         if reference is None and candidates:
@@ -141,126 +199,202 @@ class Repository:
         variant = Precision(precision)
         if variant is bundle.variant:
             return bundle
-        served = self._served.get(bundle.path)
-        if served is None or served.bundle is not bundle:  # replaced since the lookup
+        loaded = self._snapshot.loaded.get(bundle.path)
+        if loaded is None or loaded.bundle is not bundle:  # replaced since the lookup
             return self._load_variant(bundle.path, variant)
-        with served.loading:
-            if variant not in served.variants:
-                served.variants[variant] = self._load_variant(bundle.path, variant)
-            return served.variants[variant]
+        with loaded.loading:
+            if variant not in loaded.variants:
+                loaded.variants[variant] = self._load_variant(bundle.path, variant)
+            return loaded.variants[variant]
 
     def index(self) -> list[ModelState]:
         """Return the state of every served, refused or unloaded version, by name and ascending version."""
-        refused = dict(self._refused)
-        states = {}
-        for path, served in self._served.items():
-            reason = f"its changed folder is refused: {refused.pop(path).error}" if path in refused else ""
-            manifest = served.bundle.manifest
-            states[manifest.name, int(manifest.version)] = ModelState(manifest.name, manifest.version, True, reason)
-        for entry in refused.values():
-            key = entry.name, int(entry.version) if _VERSION.fullmatch(entry.version) else 0
-            states.setdefault(key, ModelState(entry.name, entry.version, False, str(entry.error)))
-        for unloaded in self._unloaded.values():
-            for state in unloaded:
-                states.setdefault((state.name, int(state.version)), state)
+        snapshot = self._snapshot
+        state = snapshot.state
+        states: dict[tuple[str, int], ModelState] = {}
+
+        def add(version: Version, ready: bool, reason: str) -> None:
+            number = int(version.version) if _VERSION.fullmatch(version.version) else 0
+            states.setdefault((version.name, number), ModelState(version.name, version.version, ready, reason))
+
+        for path, version in state.served.items():
+            refused = state.refused.get(path)
+            reason = snapshot.errors.get(path) or (refused and f"its changed folder is refused: {refused.reason}") or ""
+            add(version, path in snapshot.loaded, reason)
+        for path, version in state.refused.items():
+            if path not in state.served:
+                add(version, False, version.reason)
+        for version in state.unloaded.values():
+            add(version, False, "unloaded")
         return [states[key] for key in sorted(states)]
 
-    def refresh(self) -> list[str]:
+    def refresh(self, publish: Publish = lambda _: None, *, paths: Container[Path] | None = None) -> list[str]:
         """Scan the roots again: load new and changed bundles, drop removed ones. Return the changes as log messages.
 
-        A bundle that fails to load is refused and the one served before stays. A refusal is reported once; the bundle
-        is tried again when its files change.
+        A bundle that fails to load is refused and the one served before stays. A refusal is reported once. The bundle
+        is tried again when its files change or another one goes away, and otherwise in ever longer intervals: the
+        reason may have been a lack of memory.
+
+        Args:
+            publish: see `Publish`.
+            paths: only consider these bundles.
 
         Raises:
-            BundleError: a root is missing; nothing changes then.
+            BundleError: a root is missing, or a folder cannot be listed; nothing changes then.
         """
         with self._lock:
-            return self._refresh(self._scan(), only=None)
+            snapshot, changes = self._update(self._scan(), paths=paths)
+            self._replace(snapshot, publish)
+            return changes
 
-    def load(self, name: str) -> None:
+    def load(self, name: str, publish: Publish = lambda _: None) -> list[str]:
         """Load or reload a model: all of its versions in the roots that are new or have changed.
+
+        Args:
+            publish: see `Publish`.
+
+        Returns:
+            The changes as log messages.
 
         Raises:
             UnknownModelError: no root has the model.
-            BundleError: a version fails to load. No version of the model changes then.
+            BundleError: a version fails to load, or see `refresh`. No version of the model changes then.
         """
         with self._lock:
             found = self._scan()
-            if not any(self._model_name(path) == name for path in found):
-                raise UnknownModelError(name, available=sorted({self._model_name(path) for path in found}))
-            unloaded, refused = self._unloaded.pop(name, None), self._refused
-            self._refused = {path: entry for path, entry in refused.items() if entry.name != name}  # retry this model
-            try:
-                self._refresh(found, only=name)
-            except VitrineError:
-                self._refused = refused
-                if unloaded is not None:
-                    self._unloaded[name] = unloaded
-                raise
+            names = {version.name for version in found.values()}
+            if name not in names:
+                raise UnknownModelError(name, available=sorted(names))
+            snapshot, changes = self._update(found, model=name, strict=True)
+            self._replace(snapshot, publish)
+            return changes
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, publish: Publish = lambda _: None) -> list[str]:
         """Stop serving a model until `load`, whatever its folder holds. Calls in progress finish.
+
+        Args:
+            publish: see `Publish`.
+
+        Returns:
+            The change as a log message.
 
         Raises:
             UnknownModelError: the model is not served.
         """
         with self._lock:
-            manifests = [served.bundle.manifest for served in self._models.get(name, {}).values()]
-            if not manifests:
-                raise UnknownModelError(name, available=self._models)
-            self._unloaded[name] = [ModelState(name, manifest.version, False, "unloaded") for manifest in manifests]
-            self._publish({path: served for path, served in self._served.items() if self._model_name(path) != name})
+            old, state = self._snapshot, self._snapshot.state
+            unloaded = {path: version for path, version in state.served.items() if version.name == name}
+            if not unloaded:
+                raise UnknownModelError(name, available=old.models)
+            new = RepositoryState(_without(unloaded, state.served), state.refused, {**state.unloaded, **unloaded})
+            self._replace(_Snapshot(new, _without(unloaded, old.loaded), _without(unloaded, old.errors)), publish)
+            return [f"unloaded: {name}"]
 
-    def _refresh(self, found: Mapping[Path, Fingerprint], *, only: str | None) -> list[str]:
-        """Implement `refresh`; with `only`, for one model, raising the first error without changing anything."""
-        served, refused = dict(self._served), {path: self._refused[path] for path in self._refused if path in found}
+    def follow(self, state: RepositoryState) -> list[str]:
+        """Serve what `state` says. Return the changes as log messages.
+
+        What cannot be loaded, or has other files by now, is in `errors`, and what its path served before stays.
+        """
+        with self._lock:
+            old, changes = self._snapshot, []
+            loaded: dict[Path, _LoadedBundle] = {}
+            errors: dict[Path, str] = {}
+            for path, version in state.served.items():
+                if path in old.loaded:
+                    loaded[path] = old.loaded[path]
+                if path not in loaded or loaded[path].fingerprint != version.fingerprint:
+                    try:
+                        loaded[path] = self._load(path, version)
+                        changes.append(_loaded_message(loaded[path]))
+                    except VitrineError as error:
+                        errors[path] = _printable(str(error))
+            changes += [_gone_message(path, old.state.served[path]) for path in old.loaded if path not in loaded]
+            self._snapshot = _Snapshot(state, loaded, errors)
+            return changes
+
+    def _update(
+        self,
+        found: Mapping[Path, Version],
+        *,
+        model: str | None = None,
+        paths: Container[Path] | None = None,
+        strict: bool = False,
+    ) -> tuple[_Snapshot, list[str]]:
+        """Return the snapshot after a scan, and the changes; with `strict`, raise the first error instead."""
+        state, loaded, errors = self._snapshot.state, dict(self._snapshot.loaded), dict(self._snapshot.errors)
+        served, refused = dict(state.served), dict(state.refused)
+        unloaded = {path: version for path, version in state.unloaded.items() if version.name != model}
+        unloaded_names = {version.name for version in unloaded.values()}
         changes = []
-        for path in [path for path in served if path not in found and only in (None, self._model_name(path))]:
-            manifest = served.pop(path).bundle.manifest
-            changes.append(f"gone: {manifest.name}@{manifest.version}, {path}")
-        for path, fingerprint in found.items():
-            name = self._model_name(path)
-            known = refused.get(path) or served.get(path)
-            if only not in (None, name) or name in self._unloaded or (known and known.fingerprint == fingerprint):
+
+        def is_meant(path: Path, version: Version) -> bool:
+            return model in (None, version.name) and (paths is None or path in paths)
+
+        def retries(path: Path) -> bool:
+            return strict or bool(gone) or time.monotonic() >= self._pauses.get(path, (0.0, 0.0))[0]
+
+        gone = [path for path, version in (served | refused).items() if path not in found and is_meant(path, version)]
+        for path in gone:
+            if path in served:
+                changes.append(_gone_message(path, served[path]))
+            for mapping in (served, refused, loaded, errors):
+                mapping.pop(path, None)
+        for path, version in found.items():
+            if version.name in unloaded_names or not is_meant(path, version):
+                continue
+            is_current = path in served and served[path].fingerprint == version.fingerprint
+            if is_current:
+                refused.pop(path, None)
+                if path in loaded and loaded[path].fingerprint == version.fingerprint:
+                    continue
+            elif path in refused and refused[path].fingerprint == version.fingerprint and not retries(path):
                 continue
             try:
-                served[path] = self._load(path, fingerprint, others=served)
+                bundle = self._load(path, version)
+                _check_unique(path, bundle.bundle, served)
             except VitrineError as error:
-                if only is not None:
+                if strict:
                     raise
-                refused[path] = _RefusedBundle(name, path.name, fingerprint, error)
-                changes.append(f"refused: {error}")
+                reason = _printable(str(error))
+                if is_current:  # others serve it
+                    errors[path] = reason
+                    continue
+                self._pause(path)
+                refusal = replace(version, reason=reason)
+                if refusal != refused.get(path):
+                    changes.append(f"refused: {reason}")
+                refused[path] = refusal
             else:
+                manifest = bundle.bundle.manifest
+                loaded[path] = bundle
+                served[path] = Version(manifest.name, manifest.version, version.fingerprint)
                 refused.pop(path, None)
-                manifest = served[path].bundle.manifest
-                changes.append(f"loaded: {manifest.name}@{manifest.version} in {served[path].seconds:.2f} s")
-        self._refused = refused
-        self._publish(served)
-        return changes
+                errors.pop(path, None)
+                changes.append(_loaded_message(bundle))
+        self._pauses = {path: self._pauses[path] for path in self._pauses if path in refused}
+        return _Snapshot(RepositoryState(served, refused, unloaded), loaded, errors), changes
 
-    def _publish(self, served: dict[Path, _LoadedBundle]) -> None:
-        models: dict[str, dict[int, _LoadedBundle]] = {}
-        for entry in served.values():
-            manifest = entry.bundle.manifest
-            models.setdefault(manifest.name, {})[int(manifest.version)] = entry
-        self._served, self._models = served, dict(sorted(models.items()))
+    def _replace(self, snapshot: _Snapshot, publish: Publish) -> None:
+        if snapshot.state != self._snapshot.state:
+            publish(snapshot.state)
+        self._snapshot = snapshot
 
-    def _load(self, path: Path, fingerprint: Fingerprint, *, others: Mapping[Path, _LoadedBundle]) -> _LoadedBundle:
+    def _pause(self, path: Path) -> None:
+        pause = min(2 * self._pauses.get(path, (0.0, _FIRST_PAUSE / 2))[1], _LONGEST_PAUSE)
+        self._pauses[path] = time.monotonic() + pause, pause
+
+    def _load(self, path: Path, version: Version) -> _LoadedBundle:
         start = time.monotonic()
         load = load_file if path.is_file() else load_bundle
-        try:
+        with _refusals(path):
+            _check_fingerprint(path, version)
             bundle = self._with_profile(load(path, providers=self._providers, cache=self._cache))
-        except OSError as error:
-            raise BundleError(path, "files", expected="readable files", found=error) from error
-        self._names[path] = bundle.manifest.name
-        for other, served in others.items():
-            taken = served.bundle.manifest
-            if other != path and (taken.name, taken.version) == (bundle.manifest.name, bundle.manifest.version):
-                raise BundleError(path, "name, version", expected="one of each", found=f"the same in {other}")
-        return _LoadedBundle(bundle, fingerprint, time.monotonic() - start)
+            _check_fingerprint(path, version)
+        return _LoadedBundle(bundle, version.fingerprint, time.monotonic() - start)
 
     def _load_variant(self, path: Path, variant: Precision) -> Bundle:
-        return self._with_profile(load_bundle(path, variant=variant, providers=self._providers, cache=self._cache))
+        with _refusals(path):
+            return self._with_profile(load_bundle(path, variant=variant, providers=self._providers, cache=self._cache))
 
     def _with_profile(self, bundle: Bundle) -> Bundle:
         if self._cores is None:
@@ -272,24 +406,92 @@ class Repository:
             all_cores = make_predictor(network, bundle.manifest.preprocessing, bundle.manifest.labels)
         return replace(bundle, profile=measure_profile(bundle.predictor, all_cores))
 
-    def _scan(self) -> dict[Path, Fingerprint]:
-        """Return all bundle folders and files under the roots, with their fingerprints."""
-        paths = []
+    def _scan(self) -> dict[Path, Version]:
+        """Return all bundle folders and files under the roots."""
+        state = self._snapshot.state
+        known = {**state.unloaded, **state.refused, **state.served}
+        found = {}
         for root in self._roots:
-            paths += [root] if root.is_file() else find_bundles(root)
-        return {path: _fingerprint(path) for path in paths}
+            for path in [root] if os.path.isfile(root) else find_bundles(root):
+                if (fingerprint := _fingerprint(path)) is None:
+                    continue
+                folder = Path(os.path.realpath(path))  # named like the model in its manifest; a file need not be
+                name, version = folder.parent.name, folder.name
+                if path in known and not path.is_dir():
+                    name, version = known[path].name, known[path].version
+                found[path] = Version(_printable(name), _printable(version), fingerprint)
+        return found
 
-    def _model_name(self, path: Path) -> str:
-        return self._names.get(path, path.parent.name)
+
+def _fingerprint(path: Path) -> str | None:
+    """Return what changes with the files of a bundle, or None if they are gone.
+
+    Raises:
+        BundleError: the folder cannot be listed. Not if that is forbidden: loading it will report that.
+    """
+    if not path.is_dir():
+        return _digest([_file_state(path)]) if path.exists() else None
+    try:
+        names = sorted(os.listdir(path))
+    except PermissionError:
+        return "forbidden"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BundleError(path, "files", expected="a folder that can be listed", found=error.strerror) from error
+    return _digest([_file_state(path / name) for name in names])
 
 
-def _fingerprint(path: Path) -> Fingerprint:
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    fingerprint = []
-    for file in files:
-        try:
-            stat = file.stat()
-        except OSError:  # removed since it was listed
-            continue
-        fingerprint.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return tuple(fingerprint)
+def _file_state(file: Path) -> tuple[object, ...]:
+    try:
+        stat = file.stat()
+    except OSError as error:  # such as a dangling link
+        return file.name, error.errno
+    return file.name, stat.st_mode, stat.st_size, stat.st_mtime_ns
+
+
+def _digest(states: Sequence[tuple[object, ...]]) -> str:
+    return hashlib.sha256(repr(states).encode()).hexdigest()
+
+
+def _check_fingerprint(path: Path, version: Version) -> None:
+    if path.is_dir():
+        os.listdir(path)
+    if _fingerprint(path) != version.fingerprint:
+        raise BundleError(path, "files", expected="those found before", found="others: they are being changed")
+
+
+def _check_unique(path: Path, bundle: Bundle, served: Mapping[Path, Version]) -> None:
+    for other, version in served.items():
+        if other != path and (version.name, version.version) == (bundle.manifest.name, bundle.manifest.version):
+            raise BundleError(path, "name, version", expected="one of each", found=f"the same in {other}")
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Turn any failure to load a bundle, such as a lack of memory or of file descriptors, into a `BundleError`."""
+    try:
+        yield
+    except VitrineError:
+        raise
+    except Exception as error:
+        found = " ".join(filter(None, (type(error).__name__, str(error))))
+        raise BundleError(path, "files", expected="readable files, and the memory to load them", found=found) from error
+
+
+def _without(paths: Container[Path], mapping: Mapping[Path, Value]) -> dict[Path, Value]:
+    return {path: value for path, value in mapping.items() if path not in paths}
+
+
+def _loaded_message(loaded: _LoadedBundle) -> str:
+    manifest = loaded.bundle.manifest
+    return f"loaded: {manifest.name}@{manifest.version} in {loaded.seconds:.2f} s"
+
+
+def _gone_message(path: Path, version: Version) -> str:
+    return f"gone: {version.name}@{version.version}, {path}"
+
+
+def _printable(text: str) -> str:
+    """Escape the bytes of file names that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()

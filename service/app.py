@@ -30,7 +30,7 @@ from vitrine.service.observability.tracing import shutdown_tracing
 from vitrine.service.open_inference.grpc import grpc_server
 from vitrine.service.open_inference.http import protocol_routes
 from vitrine.service.rate_limit import RateLimit
-from vitrine.service.runtime.model_control import ModelControl
+from vitrine.service.runtime.model_control import ModelControl, read_state
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving, get_serving
 from vitrine.service.runtime.sizing import Sizing
@@ -159,4 +159,5 @@ def start_loading(app: Starlette) -> None:
 
 def _load(settings: Settings, sizing: Sizing, shared: Path) -> Repository:
     providers = parse_providers(settings.providers)
-    return Repository(*settings.bundles, cores=sizing.threads, providers=providers, cache=shared)
+    state = read_state(shared)  # of the workers that serve already
+    return Repository(*settings.bundles, cores=sizing.threads, providers=providers, cache=shared, state=state)

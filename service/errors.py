@@ -117,12 +117,12 @@ class UnavailableError(VitrineError):
 
 
 class WorkerError(VitrineError):
-    """A worker has not repeated a change that another worker made."""
+    """A worker has not followed a change that another worker made."""
 
     code = "worker_behind"
 
     def __init__(self, pid: int, found: str) -> None:
-        super().__init__(f"worker {pid}: expected it to replay the change, found {found}; the other workers have")
+        super().__init__(f"worker {pid}: expected it to follow the change, found {found}; it tries again")
 
 
 class MalformedRequestError(VitrineError):

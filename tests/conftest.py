@@ -1,5 +1,6 @@
 """Shared fixtures: tiny data sets, runs and bundles, made once per session by the real commands, and a real server."""
 
+import ctypes
 import fcntl
 import io
 import json
@@ -7,12 +8,13 @@ import os
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +66,28 @@ def free_ports() -> tuple[str, str, str, str]:
     """Options of `vitrine serve` for two free ports."""
     http, grpc = find_free_ports()
     return "--port", str(http), "--grpc-port", str(grpc)
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Let file permissions apply to this thread, even if the tests are run by root."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = struct.pack("Ii", 0x20080522, 0)  # version 3 of the structure, this thread
+    before = ctypes.create_string_buffer(24)  # effective, permitted, inheritable: two words each, interleaved
+    assert libc.capget(header, before) == 0
+    words = list(struct.unpack("6I", before.raw))
+    words[0] = words[3] = 0
+    assert libc.capset(header, struct.pack("6I", *words)) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+@pytest.fixture(scope="session")
+def unprivileged() -> Callable[[], AbstractContextManager[None]]:
+    """The context manager `without_privileges`."""
+    return without_privileges
 
 
 def encode(image: Image.Image, form: str = "PNG") -> bytes:

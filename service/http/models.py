@@ -11,7 +11,7 @@ from vitrine.service.runtime.serving import get_serving
 async def list_models(request: Request) -> Response:
     """`GET /models`: all models, by name."""
     repository = get_serving(request).repository
-    models = [ModelDescription.of(repository.versions(name)) for name in repository.bundles]
+    models = [ModelDescription.of(versions) for versions in repository.models.values()]
     return Response(ModelList(models=models).model_dump_json(), media_type=JSON)
 
 

@@ -1,231 +1,328 @@
 """Loading and unloading models while serving, in step across all workers.
 
-The workers of a server share a folder. One worker applies a change first, under a lock; if it succeeds, the worker
-appends it to a journal, which all others read and replay. The request is answered when all have done so. A worker that
-joins later starts at the end of the journal: it unloads the models that the journal unloaded, and loads those that were
-loaded while it was starting.
+What the workers are to serve is one value, a numbered `RepositoryState` in a file in a folder that they share. The
+worker that changes it loads and verifies the bundles first, under a lock, then replaces the file, then serves them.
+Every worker follows the newest value: one that starts or was stopped for a while misses nothing, and one that cannot
+serve what the value says keeps what it serves, reports why, and tries again. A request is answered when all workers
+have followed.
 """
 
 import asyncio
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from vitrine.bundle.errors import VitrineError
-from vitrine.bundle.repository import Repository
-from vitrine.service.errors import WorkerError
+from vitrine.bundle.repository import Publish, Repository, RepositoryState, Version
+from vitrine.service.errors import UnavailableError, WorkerError
 
 _log = logging.getLogger("bentoml.vitrine")
 
-_POLL_SECONDS = 0.1  # polling interval of the journal
-_REPLAY_TIMEOUT_SECONDS = 30.0  # for the other workers to replay a change
-
-
-@dataclass(frozen=True)
-class _Change:
-    action: Literal["load", "unload", "refresh"]
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class _WorkerState:
-    change_count: int  # replayed changes of the journal
-    error: str = ""  # error of the last change
+_INTERVAL_SECONDS = 0.1  # between looks at the state
+_DEADLINE_SECONDS = 30.0  # for the lock, and for the other workers to follow
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until a worker that could not follow tries again; doubled each time
+_STATE_FILE, _POLL_FILE = "models", "polled"
+_MAPPINGS = ("served", "refused", "unloaded")  # of `RepositoryState`
 
 
 class ModelControl:
     """Loads and unloads models of this worker's repository in step with the other workers."""
 
     def __init__(self, repository: Repository, folder: Path, *, poll_seconds: float = 0.0) -> None:
-        """Join the workers that share `folder`.
+        """Join the workers that share `folder`: follow their state, or make the repository's the first.
 
         Args:
             poll_seconds: interval at which one of the workers polls the bundle folders; 0: never.
         """
         self._repository, self._folder, self._poll_seconds = repository, folder, poll_seconds
-        self._journal = folder / "journal"
-        self._state_file = folder / f"worker-{os.getpid()}"
-        self._apply_lock = threading.Lock()
-        self._change_count = 0  # replayed changes of the journal
-        self._offset = 0  # replayed bytes of the journal
+        self._state_file, self._poll_file = folder / _STATE_FILE, folder / _POLL_FILE
+        pid = os.getpid()
+        self._worker_file = folder / f"worker-{pid}-{_start_time(pid)}-{uuid.uuid4().hex[:8]}"
+        self._thread = ThreadPoolExecutor(1, "models")  # all changes, one after the other
+        self._closing = threading.Event()
+        self._is_locked = False
+        self._seen, self._number = b"", 0  # the newest state that this worker has tried to follow
+        self._is_behind = False  # it could not
+        self._report, self._problem = "", ""
+        self._pause, self._next_try = _FIRST_PAUSE, math.inf
+        self._next_poll = time.monotonic() + poll_seconds if poll_seconds else math.inf
         folder.mkdir(parents=True, exist_ok=True)
-        unloaded: set[str] = set()
-        with self._locked("journal.lock"):
-            for change in self._read_journal():
-                unloaded = unloaded | {change.name} if change.action == "unload" else unloaded - {change.name}
-            for name in unloaded:
-                with contextlib.suppress(VitrineError):  # no longer in the folders
-                    repository.unload(name)
-            if self._change_count:
-                self._refresh()
-            self._write_state()
+        self._write_report()  # from now on, changes wait for this worker
+        self.step()
 
     async def load(self, name: str) -> None:
         """Load a model, or reload it, in every worker. See `Repository.load`.
 
         Raises:
             UnknownModelError, BundleError: see `Repository.load`; no worker has changed.
-            WorkerError: another worker could not replay the change.
+            UnavailableError: the state cannot be written, or another worker does not release it; no worker has changed.
+            WorkerError: another worker could not follow.
         """
-        await self._change(_Change("load", name))
+        await self._change(partial(self._repository.load, name))
 
     async def unload(self, name: str) -> None:
         """Unload a model in every worker. See `Repository.unload`.
 
         Raises:
             UnknownModelError: the model is not served.
-            WorkerError: another worker could not replay the change.
+            UnavailableError, WorkerError: see `load`.
         """
-        await self._change(_Change("unload", name))
+        await self._change(partial(self._repository.unload, name))
 
     async def watch(self) -> None:
-        """Replay the other workers' changes and, in one of the workers, poll the bundle folders; never returns."""
-        next_poll = time.monotonic() + self._poll_seconds
-        with contextlib.ExitStack() as stack:
-            polls = False
-            while True:
-                await asyncio.sleep(_POLL_SECONDS)
-                try:
-                    if self._journal_size() > self._offset:
-                        await asyncio.to_thread(self._replay)
-                    if self._poll_seconds and time.monotonic() >= next_poll:
-                        next_poll = time.monotonic() + self._poll_seconds
-                        polls = polls or self._try_lock(stack, "poll.lock")  # released when this worker ends
-                        if polls:
-                            await asyncio.to_thread(self._poll)
-                except Exception:  # such as a full disk: keep serving what is loaded
-                    _log.exception("following the other workers or polling the bundles failed")
+        """Follow the other workers and, in one worker at a time, poll the bundle folders; never returns."""
+        while True:
+            await asyncio.sleep(_INTERVAL_SECONDS)
+            if time.monotonic() >= min(self._next_try, self._next_poll) or self._has_news():
+                await asyncio.get_running_loop().run_in_executor(self._thread, self.step)
+
+    def step(self) -> None:
+        """Follow the newest state, and poll the bundle folders if it is time to; after a failure, try again later."""
+        try:
+            self._follow()
+            if self._repository.errors:  # such as files that have changed since: their new content is the new state
+                with self._locked():
+                    self._refresh(only_errors=True)
+            if time.monotonic() >= self._next_poll:
+                self._next_poll = time.monotonic() + self._poll_seconds
+                self._poll()
+            problem = next(iter(self._repository.errors.values()), "")
+        except Exception as error:  # such as a full disk
+            problem = str(error) or type(error).__name__
+            if not isinstance(error, VitrineError | OSError):
+                _log.exception("following the other workers failed")
+        problem = self._write_report() or problem
+        if problem and problem != self._problem:
+            _log.warning("models: will be tried again: %s", problem)
+        self._problem = problem
+        self._next_try = time.monotonic() + self._pause if problem else math.inf
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE) if problem else _FIRST_PAUSE
 
     def close(self) -> None:
         """Leave the other workers."""
-        self._state_file.unlink(missing_ok=True)
+        self._closing.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        _remove(self._worker_file)
 
-    async def _change(self, change: _Change) -> None:
-        number = await asyncio.to_thread(self._apply_first, change)
-        deadline = time.monotonic() + _REPLAY_TIMEOUT_SECONDS
-        for file in self._folder.glob("worker-*"):
-            pid = int(file.name.removeprefix("worker-"))
-            while (state := _read_state(file)) is not None and state.change_count < number and _is_alive(pid):
-                if time.monotonic() > deadline:
-                    raise WorkerError(pid, f"nothing after {_REPLAY_TIMEOUT_SECONDS:.0f} s")
-                await asyncio.sleep(_POLL_SECONDS / 5)
-            if state is not None and state.change_count == number and state.error and _is_alive(pid):
-                raise WorkerError(pid, state.error)
+    async def _change(self, change: Callable[[Publish], list[str]]) -> None:
+        number = await asyncio.get_running_loop().run_in_executor(self._thread, self._lead, change)
+        try:
+            await self._wait_for_workers(number)
+        except OSError as error:  # such as too many open files
+            raise WorkerError(os.getpid(), str(error)) from error
 
-    def _apply_first(self, change: _Change) -> int:
-        """Apply a new change and append it to the journal; return its number there."""
-        with self._locked("journal.lock"):
-            self._replay()
-            with self._apply_lock:
-                self._apply(change)
-                return self._append(change)
+    async def _wait_for_workers(self, number: int) -> None:
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        for file in self._worker_files():
+            pid, start = int(file.name.split("-")[1]), file.name.split("-")[2]
+            while _start_time(pid) == start and file.exists():
+                followed, error = _read_report(file)
+                if followed < number and time.monotonic() > deadline:
+                    error = f"nothing after {_DEADLINE_SECONDS:.0f} s"
+                elif followed < number:
+                    await asyncio.sleep(_INTERVAL_SECONDS / 5)
+                    continue
+                if error:
+                    raise WorkerError(pid, error)
+                break
+            else:  # it has ended
+                _remove(file)
+
+    def _lead(self, change: Callable[[Publish], list[str]]) -> int:
+        """Make a change and publish it. Return the number of the state."""
+        try:
+            with self._locked():
+                self._follow()
+                _log_changes(change(self._publish))
+        except OSError as error:  # such as too many open files
+            raise UnavailableError(f"models: expected to change them, found: {error}") from error
+        self._write_report()
+        return self._number
+
+    def _has_news(self) -> bool:
+        try:
+            return _read(self._state_file) != self._seen
+        except OSError:  # such as too many open files
+            return False
+
+    def _follow(self) -> None:
+        data = _read(self._state_file)
+        if data and data == self._seen and not self._is_behind:
+            return
+        decoded = _decode(data)
+        if decoded is None:
+            self._restore(data)
+            return
+        self._seen, (self._number, state), self._is_behind = data, decoded, True
+        _log_changes(self._repository.follow(state))
+        self._is_behind = False
+
+    def _restore(self, unreadable: bytes) -> None:
+        """Write the state of this worker, as there is none, or one that is damaged."""
+        with self._locked():
+            if _read(self._state_file) != unreadable:
+                self._follow()
+                return
+            if self._number or unreadable:
+                _log.warning("%s: expected the state of the models, found it damaged or gone", self._state_file)
+            self._publish(self._repository.state)
 
     def _poll(self) -> None:
-        with self._locked("journal.lock"):
-            self._replay()
-            with self._apply_lock:
-                if self._refresh():
-                    self._append(_Change("refresh"))
+        """Poll the bundle folders, unless another worker has done so within the interval."""
+        with self._locked():
+            now = time.monotonic()  # the same for all processes
+            with contextlib.suppress(ValueError):
+                if 0 <= now - float(_read(self._poll_file)) < self._poll_seconds:
+                    return
+            self._refresh()
+            with contextlib.suppress(OSError):
+                self._write(self._poll_file, str(now).encode())
 
-    def _refresh(self) -> list[str]:
-        """Refresh the repository and log the changes; if a bundle folder is missing, change nothing."""
+    def _refresh(self, *, only_errors: bool = False) -> None:
+        self._follow()
+        paths = self._repository.errors if only_errors else None
+        _log_changes(self._repository.refresh(self._publish, paths=paths))
+
+    def _publish(self, state: RepositoryState) -> None:
         try:
-            changes = self._repository.refresh()
-        except VitrineError as error:
-            _log.warning("bundles not refreshed: %s", error)
-            return []
-        for change in changes:
-            _log.warning(change) if change.startswith("refused") else _log.info(change)
-        return changes
+            number = 1 + max(self._number, *(_read_report(file)[0] for file in self._worker_files()), 0)
+            data = _encode(number, state)
+            self._write(self._state_file, data)
+        except OSError as error:
+            reason = f"expected to write {self._state_file}, found: {error.strerror}; nothing has changed"
+            raise UnavailableError(f"models: {reason}") from error
+        self._seen, self._number = data, number
 
-    def _apply(self, change: _Change) -> None:
-        if change.action == "refresh":
-            self._repository.refresh()
-        elif change.action == "load":
-            self._repository.load(change.name)
-        else:
-            self._repository.unload(change.name)
-        _log.info("%s", f"{change.action}: {change.name}".rstrip(": "))
+    def _write_report(self) -> str:
+        """Tell the other workers which state this one has tried to follow, and what went wrong. Return an error."""
+        error = next(iter(self._repository.errors.values()), "an unexpected error" if self._is_behind else "")
+        report = json.dumps([self._number, error])
+        if report != self._report:
+            try:
+                self._write(self._worker_file, report.encode())
+            except OSError as caught:
+                return f"expected to write {self._worker_file}, found: {caught.strerror}"
+            self._report = report
+        return ""
 
-    def _append(self, change: _Change) -> int:
-        with self._journal.open("a") as journal:
-            journal.write(json.dumps(asdict(change)) + "\n")
-        self._offset = self._journal_size()
-        self._change_count += 1
-        self._write_state()
-        return self._change_count
+    def _worker_files(self) -> list[Path]:
+        return [self._folder / name for name in os.listdir(self._folder) if name.startswith("worker-")]
 
-    def _replay(self) -> None:
-        """Apply the new changes of other workers."""
-        with self._apply_lock:
-            for change in self._read_journal():
-                error = ""
-                try:
-                    self._apply(change)
-                except VitrineError as caught:
-                    error = str(caught)
-                    _log.warning("cannot replay another worker's change: %s", error)
-                self._write_state(error)
-
-    def _read_journal(self) -> Iterator[_Change]:
-        """Yield the changes that were appended since the last call."""
-        if not self._journal.exists():
-            return
-        with self._journal.open() as journal:
-            journal.seek(self._offset)
-            lines = journal.read()
-        for line in lines.splitlines(keepends=True):
-            if line.endswith("\n"):  # else it is still being written
-                self._offset += len(line.encode())
-                self._change_count += 1
-                yield _Change(**json.loads(line))
-
-    def _journal_size(self) -> int:
+    def _write(self, file: Path, data: bytes) -> None:
+        """Write a file as a whole or not at all."""
+        partial_file = _partial(self._worker_file)
         try:
-            return self._journal.stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def _write_state(self, error: str = "") -> None:
-        partial = self._state_file.with_name(f".{self._state_file.name}")
-        partial.write_text(json.dumps(asdict(_WorkerState(self._change_count, error))))
-        partial.rename(self._state_file)
+            partial_file.write_bytes(data)
+            partial_file.rename(file)
+        except OSError:
+            partial_file.unlink(missing_ok=True)
+            raise
 
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with (self._folder / name).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def _locked(self) -> Iterator[None]:
+        """Exclude the other workers; reentrant.
+
+        Raises:
+            UnavailableError: another worker holds the lock for too long.
+        """
+        if self._is_locked:
             yield
-
-    def _try_lock(self, stack: contextlib.ExitStack, name: str) -> bool:
-        lock = (self._folder / name).open("w")
+            return
+        lock = os.open(self._folder, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return False
-        stack.enter_context(lock)
-        return True
+            self._lock(lock)
+            self._is_locked = True
+            yield
+        finally:
+            self._is_locked = False
+            fcntl.flock(lock, fcntl.LOCK_UN)  # also if a child process has inherited it
+            os.close(lock)
+
+    def _lock(self, lock: int) -> None:
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        while not _try_lock(lock):
+            if time.monotonic() > deadline or self._closing.wait(_INTERVAL_SECONDS / 10):
+                found = f"another worker that does so for {_DEADLINE_SECONDS:.0f} s"
+                raise UnavailableError(f"models: expected to change them, found {found}")
 
 
-def _read_state(file: Path) -> _WorkerState | None:
-    try:
-        return _WorkerState(**json.loads(file.read_text()))
-    except FileNotFoundError:  # the worker has ended
+def read_state(folder: Path) -> RepositoryState | None:
+    """Return the state of the workers that share a folder; None if there is none yet, or it is damaged."""
+    decoded = _decode(_read(folder / _STATE_FILE))
+    return None if decoded is None else decoded[1]
+
+
+def _encode(number: int, state: RepositoryState) -> bytes:
+    """Return a state in JSON, after a line with its hash."""
+    document: dict[str, object] = {"number": number}
+    for name in _MAPPINGS:
+        document[name] = {str(path): astuple(version) for path, version in getattr(state, name).items()}
+    body = json.dumps(document).encode()
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def _decode(data: bytes) -> tuple[int, RepositoryState] | None:
+    digest, _, body = data.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != digest:
         return None
+    document = json.loads(body)
+    mappings = {name: {Path(path): Version(*fields) for path, fields in document[name].items()} for name in _MAPPINGS}
+    return document["number"], RepositoryState(**mappings)
 
 
-def _is_alive(pid: int) -> bool:
+def _read(file: Path) -> bytes:
+    """Return the content of a file, nothing if there is none."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return file.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def _read_report(file: Path) -> tuple[int, str]:
+    """Return the number of the state that a worker has tried to follow, and what went wrong; -1 if it has ended."""
+    try:
+        number, error = json.loads(_read(file))
+        return int(number), str(error)
+    except (ValueError, TypeError):
+        return -1, ""
+
+
+def _start_time(pid: int) -> str:
+    """Return when a process started, which tells it from an earlier one with its number; "" if it has ended."""
+    stat = _read(Path(f"/proc/{pid}/stat")).decode(errors="replace").rpartition(")")[2].split()
+    return "" if not stat or stat[0] in "ZX" else stat[19]
+
+
+def _try_lock(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     return True
+
+
+def _partial(worker_file: Path) -> Path:
+    return worker_file.with_name(f".{worker_file.name}")
+
+
+def _remove(worker_file: Path) -> None:
+    for file in (worker_file, _partial(worker_file)):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _log_changes(changes: list[str]) -> None:
+    for change in changes:
+        _log.warning(change) if change.startswith("refused") else _log.info(change)

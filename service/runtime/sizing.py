@@ -4,11 +4,14 @@ Decoding and ONNX Runtime release the GIL, so the threads of one process can kee
 runs on one core only, so on many cores several processes share the load.
 """
 
+import contextlib
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitrine.bundle.errors import BundleError
 from vitrine.bundle.loading import find_bundles
 from vitrine.bundle.machine import Machine, this_machine
 from vitrine.bundle.manifest import MODEL_FILE
@@ -105,9 +108,8 @@ def model_bytes(roots: Iterable[Path]) -> int:
     """Return the bytes of all graphs under the roots; unreadable ones count 0 (loading reports them)."""
     total = 0
     for root in roots:
-        if root.is_file():
-            total += root.stat().st_size
-        elif root.is_dir():
-            files = (path / MODEL_FILE for path in find_bundles(root))
-            total += sum(file.stat().st_size for file in files if file.is_file())
+        with contextlib.suppress(BundleError):
+            for file in [root] if os.path.isfile(root) else [path / MODEL_FILE for path in find_bundles(root)]:
+                with contextlib.suppress(OSError):
+                    total += file.stat().st_size
     return total

@@ -1,6 +1,15 @@
 import json
 import os
+import resource
 import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +17,9 @@ import pytest
 
 from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError
 from vitrine.bundle.manifest import Precision, Task
-from vitrine.bundle.repository import Repository
+from vitrine.bundle.repository import Repository, RepositoryState
+
+Unprivileged = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -222,3 +233,212 @@ def test_a_single_file_is_unloaded_and_loaded_by_its_model_name(root: Path) -> N
 def test_unfinished_exports_are_ignored(root: Path) -> None:
     shutil.copytree(root / "colours" / "1", root / "colours" / ".export-abc")
     assert len(names(Repository(root))) == 4
+
+
+def test_a_refused_duplicate_is_served_when_the_other_goes_away(
+    root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.copytree(root / "squares", elsewhere / "squares")
+    copied = elsewhere / "squares" / "1"
+    (copied / "manifest.json").rename(copied / "manifest")
+    repository = Repository(root, elsewhere)
+    (copied / "manifest").rename(copied / "manifest.json")
+    (refused,) = repository.refresh()
+    assert refused.endswith(f"name, version: expected one of each, found the same in {root / 'squares' / '1'}")
+    assert repository.get("squares").path == root / "squares" / "1"
+    shutil.rmtree(root / "squares")
+    gone, loaded = repository.refresh()
+    assert (gone.split()[0], loaded.split()[0]) == ("gone:", "loaded:")
+    assert repository.get("squares").path == copied
+
+
+def test_odd_files_among_the_bundles_are_passed_over(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(root / "fifo")
+    os.mkfifo(root / "colours" / "fifo")
+    (root / "colours" / "file").touch()
+    (root / "dangling").symlink_to("nowhere")
+    (root / "loop").symlink_to("loop")
+    (root / "colours" / "loop").symlink_to("loop")
+    (root / "other" / "dangling").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(root)  # the path may be too long for a socket
+        listener.bind("socket")
+        repository = Repository(root)
+    assert names(repository) == ["colours@1", "colours@2", "other@1", "squares@1"]
+    assert repository.refresh() == []
+    with pytest.raises(BundleError, match="bundles: expected a folder of <name>/<version>, found no such folder"):
+        Repository(root / "fifo")
+
+
+def test_a_model_folder_that_cannot_be_listed_changes_nothing(root: Path, unprivileged: Unprivileged) -> None:
+    repository = Repository(root)
+    (root / "lost+found").mkdir(mode=0)  # cannot be a model's
+    (root / "other").chmod(0)
+    copy_version(root / "colours" / "2", "3")
+    with unprivileged(), pytest.raises(BundleError, match=r"other: bundles: .*, found Permission denied"):
+        repository.refresh()
+    assert len(names(repository)) == 4
+    (root / "other").chmod(0o755)
+    with unprivileged():
+        assert len(repository.refresh()) == 1
+    root.chmod(0)
+    with unprivileged(), pytest.raises(BundleError, match="found Permission denied"):
+        repository.refresh()
+    root.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["", "manifest.json", "model.onnx"])
+def test_a_version_that_may_not_be_read_is_refused_until_it_may(
+    name: str, root: Path, unprivileged: Unprivileged
+) -> None:
+    repository = Repository(root)
+    file = copy_version(root / "colours" / "2", "3") / name
+    mode = file.stat().st_mode
+    file.chmod(0)
+    with unprivileged():
+        (refused,) = repository.refresh()
+        assert refused.startswith(f"refused: {root / 'colours' / '3'}")
+        assert "ermission denied" in refused
+        assert repository.refresh() == []
+        file.chmod(mode)
+        (loaded,) = repository.refresh()
+    assert loaded.startswith("loaded: colours@3")
+
+
+def test_a_refused_bundle_is_tried_again_in_intervals(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason need not be in its files: here, it is a file elsewhere that a link names."""
+    monkeypatch.setattr("vitrine.bundle.repository._FIRST_PAUSE", 0.0)
+    repository = Repository(root)
+    graph = copy_version(root / "colours" / "2", "3") / "model.onnx"
+    hidden = graph.rename(root / "hidden")
+    graph.symlink_to(hidden)
+    hidden.chmod(0o644)
+    content, times = hidden.read_bytes(), (hidden.stat().st_atime_ns, hidden.stat().st_mtime_ns)
+    hidden.write_bytes(bytes(len(content)))
+    os.utime(hidden, ns=times)
+    assert len(repository.refresh()) == 1
+    assert repository.refresh() == []  # the same reason
+    hidden.write_bytes(content)
+    os.utime(hidden, ns=times)
+    (loaded,) = repository.refresh()
+    assert loaded.startswith("loaded: colours@3")
+
+
+def test_too_many_open_files_change_nothing(root: Path) -> None:
+    repository = Repository(root)
+    copy_version(root / "colours" / "2", "3")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = os.open(root, os.O_RDONLY)
+    os.close(opened)  # the lowest that is free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened, hard))
+    try:
+        with pytest.raises(BundleError, match="found Too many open files"):
+            repository.refresh()
+        assert len(names(repository)) == 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(repository.refresh()) == 1
+
+
+def test_another_process_follows_the_state(root: Path) -> None:
+    leader, follower = Repository(root), Repository(root)
+    corrupt(copy_version(root / "other" / "1", "2"))
+    copy_version(root / "colours" / "2", "3")
+    shutil.rmtree(root / "colours" / "1")
+    leader.refresh()
+    leader.unload("squares")
+    changes = follower.follow(leader.state)
+    assert [change.split()[0] for change in changes] == ["loaded:", "gone:", "gone:"]
+    assert follower.index() == leader.index()
+    assert Repository(root, state=leader.state).index() == leader.index()
+    for repository in (follower, leader):
+        repository.load("squares")
+    assert follower.state == leader.state
+
+
+def test_a_follower_keeps_what_it_serves_if_the_files_have_changed(root: Path) -> None:
+    leader, follower = Repository(root), Repository(root)
+    os.utime(root / "colours" / "2" / "model.onnx")
+    leader.refresh()
+    before = follower.get("colours")
+    corrupt(root / "colours" / "2")
+    assert follower.follow(leader.state) == []
+    assert follower.get("colours") is before
+    (error,) = follower.errors.values()
+    assert (
+        error == f"{root / 'colours' / '2'}: files: expected those found before, found others: they are being changed"
+    )
+    (entry,) = [entry for entry in follower.index() if entry.reason]
+    assert (entry.ready, entry.reason) == (True, error)
+    late = Repository(root, state=leader.state)  # has nothing to keep
+    assert [entry.version for entry in late.index() if not entry.ready] == ["2"]
+
+
+def test_a_change_that_cannot_be_published_does_not_happen(root: Path) -> None:
+    repository = Repository(root)
+    copy_version(root / "colours" / "2", "3")
+    before = repository.index()
+
+    def publish(state: RepositoryState) -> None:
+        assert len(state.served) == 5
+        assert repository.index() == before
+        raise OSError("the disk is full")
+
+    for change in (repository.refresh, partial(repository.load, "colours")):
+        with pytest.raises(OSError, match="the disk is full"):
+            change(publish)
+        assert repository.index() == before
+
+
+def test_names_that_are_not_utf_8_are_refused_in_printable_text(root: Path) -> None:
+    repository = Repository(root)
+    shutil.copytree(root / "other", root / os.fsdecode(b"caf\xe9"))
+    (refused,) = repository.refresh()
+    assert r"caf\udce9" in refused
+    assert repository.index()[0].name == r"caf\udce9"
+
+
+CHURN = """
+import itertools, random, shutil, sys
+from pathlib import Path
+source, target = map(Path, sys.argv[1:])
+files = sorted(source.iterdir())
+for i in itertools.count():
+    version = target / random.choice("23456")
+    if version.exists():
+        shutil.rmtree(version)
+    else:
+        version.mkdir()
+        for file in files[: random.randint(0, len(files))]:
+            shutil.copy(file, version)
+"""
+
+
+@pytest.mark.parametrize("refreshes", [100, pytest.param(1747, marks=pytest.mark.soak)])
+def test_refreshing_beside_a_process_that_adds_and_removes_versions_never_fails(refreshes: int, root: Path) -> None:
+    repository = Repository(root)
+    command = [sys.executable, "-c", CHURN, str(root / "colours" / "2"), str(root / "other")]
+    stopped = threading.Event()
+
+    def read() -> int:
+        count = 0
+        while not stopped.is_set():
+            assert {entry.version for entry in repository.index() if entry.name == "colours"} == {"1", "2"}
+            assert repository.get("colours").manifest.version == "2"
+            count += len(repository.models)
+        return count
+
+    with ThreadPoolExecutor(1) as pool, subprocess.Popen(command) as churn:
+        reader = pool.submit(read)
+        try:
+            changes = [change for _ in range(refreshes) for change in repository.refresh()]
+            assert churn.poll() is None
+        finally:
+            stopped.set()
+            churn.kill()
+    assert any("refused" in change for change in changes)
+    assert reader.result()
+    shutil.rmtree(root / "other")
+    repository.refresh()
+    assert names(repository) == ["colours@1", "colours@2", "squares@1"]

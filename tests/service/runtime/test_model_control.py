@@ -17,7 +17,7 @@ import pytest
 
 from vitrine.bundle.errors import UnknownModelError
 from vitrine.bundle.repository import Repository
-from vitrine.service.runtime.model_control import ModelControl
+from vitrine.service.runtime.model_control import ModelControl, read_state
 
 Serving = Callable[..., AbstractContextManager[Any]]
 NewVersion = Callable[[Path, str], Path]
@@ -165,19 +165,19 @@ def test_livez_reports_a_stuck_thread(serve: Serving, slow_bundle: Path, bright:
         wait_until(lambda: httpx.get(f"{url}/livez").status_code == 200)
 
 
-def test_a_failed_change_is_not_written_to_the_journal(bundles: Path, tmp_path: Path) -> None:
-    control = ModelControl(Repository(bundles), tmp_path / "shared")
+def test_a_failed_change_is_not_published(bundles: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    control = ModelControl(Repository(bundles), shared)
+    before = (shared / "models").read_bytes()
     with pytest.raises(UnknownModelError):
         asyncio.run(control.load("cats"))
-    assert not (tmp_path / "shared" / "journal").exists()
+    assert (shared / "models").read_bytes() == before
     asyncio.run(control.unload("colours"))
-    assert len((tmp_path / "shared" / "journal").read_text().splitlines()) == 1
-    late = Repository(bundles)
-    ModelControl(late, tmp_path / "shared")
-    assert list(late.bundles) == ["squares"]
+    assert list(Repository(bundles, state=read_state(shared)).bundles) == ["squares"]
+    control.close()
 
 
-def test_a_starting_worker_replays_changes_made_meanwhile(
+def test_a_starting_worker_follows_changes_made_meanwhile(
     bundles: Path, tmp_path: Path, new_version: NewVersion
 ) -> None:
     first = ModelControl(Repository(bundles), tmp_path / "shared")
@@ -185,6 +185,8 @@ def test_a_starting_worker_replays_changes_made_meanwhile(
     new_version(bundles / "colours" / "1", "2")
     asyncio.run(first.load("colours"))
     asyncio.run(first.unload("squares"))
-    ModelControl(late, tmp_path / "shared")
+    second = ModelControl(late, tmp_path / "shared")
     assert [bundle.manifest.version for bundle in late.versions("colours")] == ["1", "2"]
     assert list(late.bundles) == ["colours"]
+    first.close()
+    second.close()
