@@ -8,6 +8,7 @@ from mmap import mmap
 from pathlib import Path
 
 from vitrine.service.errors import RateLimitedError
+from vitrine.service.settings import SettingsError
 
 _SETS, _WAYS = 4096, 8  # a client has its place in one set of eight
 _PLACES = _SETS * _WAYS
@@ -29,17 +30,20 @@ class RateLimit:
         """Allow `rate` requests per second, 0 any number; `folder` is shared by the workers.
 
         Raises:
-            OSError: the folder cannot be written to.
+            SettingsError: the folder has no room for the file.
         """
         self._rate = rate
         if rate == 0:
             return
         self._interval, self._burst = 1 / rate, max(1.0, 1 / rate)  # seconds
         file = folder / "rate_limit"
-        if not file.exists():
-            _create(file)
-        with file.open("r+b") as opened:
-            view = memoryview(mmap(opened.fileno(), _SIZE))
+        try:
+            if not file.exists():
+                _create(file)
+            with file.open("r+b") as opened:
+                view = memoryview(mmap(opened.fileno(), _SIZE))
+        except OSError as error:
+            raise SettingsError(f"TMPDIR: expected a folder with room for {_SIZE} bytes, found: {error}") from error
         self._salt = bytes(view[:_SALT_BYTES])  # unknown to clients: none can choose whose place it takes
         self._clients = view[_SALT_BYTES : _SALT_BYTES + 8 * _PLACES].cast("Q")
         self._full = view[_SALT_BYTES + 8 * _PLACES :].cast("d")

@@ -433,8 +433,9 @@ def serve(
 ) -> None:
     """Serve the bundles in VITRINE_BUNDLES (default: bundles/, or else those of vitrine-bundles) over HTTP and gRPC."""
     from vitrine.service.access import Keys
-    from vitrine.service.launch import check_address, check_bundles, isolate_imports, resolve_host, run
+    from vitrine.service.launch import check_address, check_bundles, isolate_imports, resolve_host, run, shared_folder
     from vitrine.service.observability.logs import wants_json
+    from vitrine.service.rate_limit import RateLimit
     from vitrine.service.settings import FILE_VARIABLE, SettingsError, as_yaml, read_settings
 
     given = {"--host": host, "--port": port, "--grpc-port": grpc_port}
@@ -463,6 +464,7 @@ def serve(
         check_address(address, settings.grpc_port, "--grpc-port")
     Keys(settings.api_keys, settings.api_keys_file)
     manifests = check_bundles(settings)
+    RateLimit(settings.key_rate, shared_folder())
     if not wants_json(settings.log_format):
         _greet(settings.bundles, settings.host, settings.port, manifests)
     sys.stdout.flush()
