@@ -23,16 +23,17 @@ def draw(rows: Sequence[dict[str, float]], file: Path) -> None:
     for name in ("files", "threads"):
         counts.plot(minutes, [row[name] for row in rows], label=name, linewidth=0.8)
     counts.set_ylabel("open files, threads")
-    counts.legend(loc="center right")
+    counts.legend()
     for axes, share in ((p50, "p50"), (p99, "p99")):
-        for name in [name for name in rows[0].keys() | rows[-1].keys() if name.endswith(share)]:
-            axes.plot(*_by_minute(rows, name), label=name.removesuffix(share), linewidth=0.8)
+        axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+        for name in sorted({name for row in rows for name in row if name.endswith(share)}):
+            axes.plot(*_by_minute(rows, name), label=name.removesuffix(share), linewidth=1)
         axes.set_yscale("log")
         axes.set_ylabel(f"{share}, ms, median of a minute")
         axes.grid(alpha=0.3)
-    p50.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(*p50.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     for axes in (memory, counts):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
         axes.grid(alpha=0.3)
     p99.set_xlabel("minutes")
     file.parent.mkdir(parents=True, exist_ok=True)
