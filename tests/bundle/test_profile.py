@@ -70,3 +70,29 @@ def test_batches_only_for_short_calls_by_the_fastest_one() -> None:
     profile.record_latency(0.009, [1])
     profile.record_latency(0.04, [1])
     assert profile.batch == 8
+
+
+def test_images_unlike_the_usual_ones_do_not_change_how_a_network_is_run(tiny_bundles: Path) -> None:
+    predictor = load_bundle(tiny_bundles / "squares" / "1").predictor
+    profile = ExecutionProfile(0.06, pixels=640 * 480, batch=8, all_cores=predictor)
+    for pixels in (640 * 8, 16 * 16, 4000 * 3000):
+        profile.record_latency(0.002, [pixels])
+        profile.record_latency(0.004, [640 * 480, pixels])
+        profile.record_lone_latency(0.002, pixels, all_cores=False)
+    assert profile.batch == 1
+    assert np.mean([profile.prefers_all_cores() for _ in range(100)]) > 0.9  # not measured yet; one core takes 60 ms
+    profile.record_latency(0.008, [600 * 400])
+    assert profile.batch == 8
+
+
+def test_a_network_that_became_slower_ends_its_batches_in_time() -> None:
+    profile = ExecutionProfile(0.002, batch=8)
+    profile.record_latency(1.0, [1])  # the machine was busy
+    assert profile.batch == 8
+    for _ in range(300):
+        profile.record_latency(8 * 0.04, [1] * 8)
+    assert profile.batch == 1
+    profile.record_latency(8 * 0.001, [1] * 8)  # a share of a batch is no latency
+    assert profile.batch == 1
+    profile.record_latency(0.002, [1])
+    assert profile.batch == 8

@@ -1,5 +1,6 @@
 """The record of a request."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -51,3 +52,22 @@ def test_adding_images_is_thread_safe() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(record.add_image, [3] * 1000))
     assert (record.images, record.pixels) == (1000, 3000)
+
+
+def test_durations_do_not_depend_on_the_clock_of_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    past = iter(range(10**18, 0, -(10**12)))
+    monkeypatch.setattr(time, "time_ns", lambda: next(past))
+    monkeypatch.setattr(time, "time", lambda: next(past) / 1e9)
+    record = RequestRecord()
+    for _ in range(3):
+        with record.stage("decode"):
+            pass
+    assert 0 <= record.seconds("decode") < 60
+
+
+@pytest.mark.parametrize(
+    ("key", "client", "sender"),
+    [("ci", "10.0.0.1:5", "ci"), ("", "10.0.0.1:5", "10.0.0.1"), ("", "::1:5", "::1"), ("", "", "")],
+)
+def test_the_sender_is_the_key_or_the_address(key: str, client: str, sender: str) -> None:
+    assert RequestRecord(key=key, client=client).sender == sender
