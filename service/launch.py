@@ -114,15 +114,14 @@ def check_bundles(settings: Settings) -> list[Identity]:
 def run(settings: Settings, address: str) -> None:
     """Serve until a signal arrives. `address` is the numeric address of the host.
 
-    BentoML puts its working directory first on Python's path. It gets an empty one, so that no module of the user's
-    project takes the place of one that the server imports; `service.service` returns to the user's, for relative paths.
+    BentoML puts its working directory first on Python's path, and starts its workers there. It gets one that always
+    exists and never holds modules, so that none of the user's project takes the place of one that the server imports;
+    `service.service` returns to the user's, for relative paths.
     """
     os.environ["VITRINE_HOST"] = address
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # NumPy's pool: nothing here uses it
         os.environ.setdefault(variable, "1")
     os.environ[WORKING_DIRECTORY] = os.getcwd()
-    folder = shared_folder() / "empty"
-    folder.mkdir()
-    sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--working-dir", str(folder)]
+    sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--working-dir", str(Path(os.devnull).parent)]
     sys.argv += ["--host", address, "--port", str(settings.port)]
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)
