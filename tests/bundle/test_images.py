@@ -124,6 +124,37 @@ STORED = {
 }
 
 
+@pytest.mark.parametrize(("value", "grey"), [(0, 0), (255, 0), (256, 1), (0x12FF, 0x12), (65535, 255)])
+def test_32_bit_pixels_in_the_range_of_16_are_scaled(value: int, grey: int) -> None:
+    image = Image.fromarray(np.array([[0, value], [value, 0]], np.int32))
+    assert np.asarray(decode(encode(image, "TIFF")))[..., 0].tolist() == [[0, grey], [grey, 0]]
+
+
+@pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1, -(2**31)])
+def test_32_bit_pixels_outside_the_range_of_16_are_refused(value: int) -> None:
+    with pytest.raises(UndecodableImageError, match="32-bit pixels are outside 0 to 65535"):
+        decode(encode(Image.fromarray(np.array([[0, value], [1, 2]], np.int32)), "TIFF"))
+
+
+@pytest.mark.parametrize("size", [(1300, 1201), (2000, 1100), (17, 65_535), (65_535, 17)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_images_are_converted_and_turned_like_small_ones(orientation: int, size: tuple[int, int]) -> None:
+    """In bands of a million pixels."""
+    width, height = size
+    rows, columns = np.arange(height, dtype=np.uint8)[:, None], np.arange(width, dtype=np.uint8)
+    upright = 3 * rows + 5 * columns
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright[..., None])[..., 0]))
+    assert np.array_equal(
+        np.asarray(decode(with_orientation(stored, orientation))), upright[..., None].repeat(3, axis=2)
+    )
+
+
+def with_orientation(stored: Image.Image, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encode(stored, "TIFF", exif=exif)
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int, form: str) -> None:
@@ -323,6 +354,16 @@ def test_reduced_jpeg_is_twice_as_large_as_needed(
     else:
         assert right - left >= 2 * needed[0]
         assert bottom - top >= 2 * needed[1]
+
+
+@pytest.mark.parametrize("preprocessing", SMALL, ids=["crop", "bicubic", "squash", "detection"])
+@pytest.mark.parametrize("size", [(200, 800), (800, 200), (90, 400), (400, 90)])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_the_reduction_is_that_of_the_upright_image(
+    preprocessing: Preprocessing, size: tuple[int, int], orientation: int
+) -> None:
+    expected = decode_for(oriented(smooth(*size), 1, "JPEG"), preprocessing)
+    assert decode_for(oriented(smooth(*size), orientation, "JPEG"), preprocessing).image.size == expected.image.size
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -448,3 +448,236 @@ def test_a_refusal_after_a_storm_of_refusals_waits_no_longer_than_its_turn() -> 
 
     with scheduling() as scheduler:
         assert asyncio.run(scenario(scheduler)) < 0.5  # not a second, as each of the storm
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("waiting", [1, 3])
+def test_the_expected_wait_is_that_of_the_whole_queue_on_all_threads(threads: int, waiting: int) -> None:
+    """Before anything was measured, an image is expected to take one and a half times as long as at load."""
+
+    async def scenario(scheduler: Scheduler) -> None:
+        slow = bundle_of(Doubling(), 40.0)
+        busy = [await occupied(scheduler, slow) for _ in range(threads)]
+        results = start_all(*(scheduler.run(Value(2), slow, RequestRecord()) for _ in range(waiting)))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as refused:
+            scheduler.check_capacity("", [slow])
+        assert refused.value.retry_after == 60 * waiting / threads
+        assert f"{waiting} images are waiting" in str(refused.value)
+        for work, _ in busy:
+            work.may_end.set()
+        await asyncio.gather(*results, *(result for _, result in busy))
+        scheduler.check_capacity("", [slow])
+
+    with scheduling(threads=threads, max_queue=waiting, max_wait=60 * waiting / threads) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_the_expected_wait_follows_what_images_take() -> None:
+    """By a twentieth of the difference with each batch."""
+
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Doubling(), 1000.0)
+        for _ in range(40):
+            await scheduler.run(Value(1), bundle, RequestRecord())
+        first, result = await occupied(scheduler, bundle)
+        (waiting,) = start_all(scheduler.run(Value(2), bundle, RequestRecord()))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError) as refused:
+            scheduler.check_capacity("", [bundle])
+        assert refused.value.retry_after == pytest.approx(1000 * 1.5 * 0.95**40, abs=5)
+        first.may_end.set()
+        await asyncio.gather(result, waiting)
+
+    with scheduling(max_wait=1.0) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_capacity_is_checked_for_similar_requests_of_the_same_sender() -> None:
+    """Similar: of the same model, and of at most twice or at least half the cost, as far as the size tells."""
+
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle, other = bundle_of(Doubling(), 1.0), bundle_of(Doubling(), 1.0)
+        unmeasured = replace(other, profile=None)
+        first, result = await occupied(scheduler, bundle)
+        waiting = start_all(*(scheduler.run(Value(1), bundle, RequestRecord(key="one")) for _ in range(4)))
+        await asyncio.sleep(0)
+        byte = 10e-9  # seconds
+        for sender, bundles, size, is_refused in (
+            ("one", [bundle], 0, True),
+            ("one", [bundle], int(0.9 / byte), True),  # 2 s
+            ("one", [bundle], int(3 / byte), False),  # 4 s
+            ("one", [other, bundle], 0, True),
+            ("one", [bundle, unmeasured], 0, False),  # it may be for a network of no cost
+            ("one", [other], 0, False),
+            ("one", [], 0, False),
+            ("other", [bundle], 0, False),
+        ):
+            with pytest.raises(OverloadedError) if is_refused else nullcontext():
+                scheduler.check_capacity(sender, bundles, size)
+        first.may_end.set()
+        await asyncio.gather(result, *waiting)
+
+    with scheduling(max_queue=4) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_at_most_200_requests_are_refused_per_second() -> None:
+    async def scenario(scheduler: Scheduler) -> tuple[float, float]:
+        start = time.monotonic()
+        await scheduler.throttle_refusal()  # a lone one does not wait
+        await asyncio.gather(*(scheduler.throttle_refusal() for _ in range(100)))
+        few = time.monotonic() - start
+        await asyncio.wait_for(asyncio.gather(*(scheduler.throttle_refusal() for _ in range(10_000))), 30)
+        return few, time.monotonic() - start
+
+    with scheduling() as scheduler:
+        few, many = asyncio.run(scenario(scheduler))
+    assert few >= 0.5
+    assert many < 20  # without a bound, 50
+
+
+def test_the_oldest_batch_has_run_for_longest() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        assert (scheduler.longest_running(), scheduler.started) == (0, 0)
+        before = time.monotonic()
+        bundle = bundle_of(Doubling())
+        busy = [await occupied(scheduler, bundle)]
+        started = time.monotonic()
+        busy.append(await occupied(scheduler, bundle))
+        earliest = time.monotonic() - started
+        assert earliest <= scheduler.longest_running() <= time.monotonic() - before
+        assert (scheduler.running, scheduler.started) == (2, 2)
+        for work, _ in busy:
+            work.may_end.set()
+        await asyncio.gather(*(result for _, result in busy))
+        assert (scheduler.longest_running(), scheduler.running, scheduler.started) == (0, 0, 2)
+
+    with scheduling(threads=2) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_closing_finishes_what_runs_and_cancels_what_waits() -> None:
+    async def scenario() -> None:
+        scheduler, network = Scheduler(1, 64), Doubling()
+        first, result = await occupied(scheduler, bundle_of(network))
+        waiting = start_all(*(scheduler.run(Value(2), bundle_of(network), RequestRecord()) for _ in range(3)))
+        await asyncio.sleep(0)
+        timer = threading.Timer(0.1, first.may_end.set)
+        timer.start()
+        scheduler.close()
+        assert (scheduler.waiting, scheduler.running) == (0, 0)
+        assert await result == 2
+        cancelled = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+        assert [type(error) for error in cancelled] == [asyncio.CancelledError] * 3
+        assert network.batches == [[1]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_single_thread_does_all_kinds_of_work(draws: bool) -> None:
+    with scheduling() as scheduler:
+        work = Value(2, draws=draws)
+        assert asyncio.run(asyncio.wait_for(scheduler.run(work, bundle_of(Doubling()), RequestRecord()), 30)) == 4
+
+
+def run_alone(bundle: Bundle, images: int) -> None:
+    """Run images one after the other."""
+
+    async def scenario(scheduler: Scheduler) -> None:
+        for _ in range(images):
+            await scheduler.run(Value(1), bundle, RequestRecord())
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+class Lasting(Doubling):
+    """A network whose calls take so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
+        end = time.monotonic() + self.seconds
+        while time.monotonic() < end:
+            pass
+        return super().__call__(**inputs)
+
+
+@pytest.mark.parametrize(("seconds", "batch"), [(0.0, 8), (0.03, 1)])
+def test_a_network_that_was_loaded_under_load_is_measured_while_it_serves(seconds: float, batch: int) -> None:
+    """Calls of less than 15 ms are batched; at load this one seemed to take a second."""
+    bundle = bundle_of(Lasting(seconds), 1.0, batch=8)
+    run_alone(bundle, 5)
+    assert bundle.profile is not None
+    assert bundle.profile.batch == batch
+
+
+@pytest.mark.parametrize(("one_core", "all_cores"), [(0.0, 0.1), (0.1, 0.0)])
+def test_lone_images_run_in_the_way_that_takes_less(one_core: float, all_cores: float) -> None:
+    narrow, wide = Lasting(one_core), Lasting(all_cores)
+    run_alone(bundle_of(narrow, 0.05, all_cores=Classifier(wide, SQUARE, ["a"])), 3)
+    assert (len(narrow.batches), len(wide.batches)) == ((2, 1) if one_core < all_cores else (0, 3))
+
+
+def test_images_that_were_not_alone_lately_run_on_one_core() -> None:
+    """For as long as an image takes, since clients in parallel may alternate."""
+
+    async def scenario(scheduler: Scheduler) -> None:
+        narrow, wide = Doubling(), Doubling()
+        bundle = bundle_of(narrow, 1000.0, all_cores=Classifier(wide, SQUARE, ["a"]))
+        assert await scheduler.run_all([Value(1), Value(2)], bundle, RequestRecord()) == [2, 4]
+        before = len(wide.batches)
+        await scheduler.run(Value(3), bundle, RequestRecord())
+        assert (narrow.batches[-1], len(wide.batches)) == ([3], before)
+
+    with scheduling(max_wait=1e6) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_errors_that_a_client_can_understand_carry_no_traceback() -> None:
+    for work in (FailsLate(1), Value(1, lambda: FailsLate(1).postprocess(()))):
+        with scheduling() as scheduler, pytest.raises(ParameterError) as caught:
+            asyncio.run(scheduler.run(work, bundle_of(Doubling()), RequestRecord()))
+        assert not hasattr(caught.value, "__notes__")
+        assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batches"),
+    [
+        ([(64, 64), (1, 1)], [2]),
+        ([(64, 64), (65, 64)], [1, 1]),
+        ([(64, 64), (64, 65)], [1, 1]),
+        ([(128, 65), (65, 128), (64, 128)], [1, 2]),
+    ],
+)
+def test_sizes_that_round_up_to_the_same_64_pixels_are_batched(
+    sizes: list[tuple[int, int]], batches: list[int]
+) -> None:
+    found: list[int] = []
+
+    def network(**inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
+        found.append(len(inputs["pixels"]))
+        return [np.zeros((len(inputs["pixels"]), 1))] * 3
+
+    class Picture(Value):
+        def prepare(self) -> PreparedImage:  # type: ignore[override]
+            height, width = sizes[self.value]
+            return PreparedImage(np.zeros((height, width, 3), np.uint8), width, height)
+
+    async def scenario(scheduler: Scheduler) -> None:
+        preprocessing = DetectionPreprocessing(shortest_edge=64, longest_edge=640, **CHANNELS)
+        bundle = bundle_of(Detector(network, preprocessing, ["a"]), batch=8)
+        first, result = await occupied(scheduler, bundle_of(Doubling()))
+        waiting = start_all(*(scheduler.run(Picture(i), bundle, RequestRecord()) for i in range(len(sizes))))
+        await asyncio.sleep(0)
+        first.may_end.set()
+        await asyncio.gather(result, *waiting)
+        assert found == batches
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
