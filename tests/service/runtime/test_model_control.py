@@ -1,12 +1,16 @@
 """Loading, replacing and unloading models while real servers of one and two workers serve."""
 
 import asyncio
+import fcntl
 import os
+import resource
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from vitrine.bundle.errors import UnknownModelError
 from vitrine.bundle.repository import Repository
+from vitrine.service.errors import UnavailableError, WorkerError
 from vitrine.service.runtime.model_control import ModelControl, read_state
 
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -190,3 +197,128 @@ def test_a_starting_worker_follows_changes_made_meanwhile(
     assert list(late.bundles) == ["colours"]
     first.close()
     second.close()
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"cut"])
+def test_a_damaged_state_stops_nobody_and_is_written_anew(damage: bytes, bundles: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    control = ModelControl(Repository(bundles), shared)
+    asyncio.run(control.unload("colours"))
+    file = shared / "models"
+    file.write_bytes(file.read_bytes()[:50] if damage == b"cut" else damage)
+    assert read_state(shared) is None
+    control.step()
+    assert list(Repository(bundles, state=read_state(shared)).bundles) == ["squares"]
+    file.unlink()
+    control.step()
+    late = ModelControl(Repository(bundles, state=read_state(shared)), shared)
+    late.close()
+    asyncio.run(control.load("colours"))
+    control.close()
+
+
+def test_a_change_that_cannot_be_written_is_refused(bundles: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    repository = Repository(bundles)
+    control = ModelControl(repository, shared)
+    before = (shared / "models").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(UnavailableError, match="found: File too large; nothing has changed"):
+            asyncio.run(control.unload("colours"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (shared / "models").read_bytes() == before
+    assert list(repository.bundles) == ["colours", "squares"]
+    asyncio.run(control.unload("colours"))
+    control.close()
+
+
+def test_a_worker_that_does_not_follow_is_named_and_a_dead_one_is_forgotten(
+    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrine.service.runtime.model_control._DEADLINE_SECONDS", 0.2)
+    shared = tmp_path / "shared"
+    first, second = Repository(bundles), Repository(bundles)
+    control, idle = ModelControl(first, shared), ModelControl(second, shared)
+    reused = shared / f"worker-{os.getpid()}-1-abc"  # an earlier process had this process id
+    reused.write_text('[0, ""]')
+    with pytest.raises(WorkerError, match=f"worker {os.getpid()}: expected it to follow the change, found nothing"):
+        asyncio.run(control.unload("colours"))
+    idle.step()  # as `watch` would
+    assert list(second.bundles) == list(first.bundles) == ["squares"]
+    idle.close()
+    asyncio.run(control.load("colours"))
+    assert not reused.exists()
+    lock = os.open(shared, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UnavailableError, match="expected to change them, found another worker"):
+        asyncio.run(control.unload("colours"))
+    os.close(lock)
+    control.close()
+
+
+OPERATIONS = st.tuples(
+    st.sampled_from(["load", "unload", "poll", "add", "remove", "corrupt", "restart", "damage"]),
+    st.integers(0, 2),
+    st.sampled_from("23"),
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=st.lists(OPERATIONS, max_size=10))
+def test_workers_converge_after_any_interleaving(
+    operations: list[tuple[str, int, str]], slow_bundle: Path, new_version: NewVersion
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        root = Path(shutil.copytree(slow_bundle, Path(folder) / "bundles"))
+        shared, source = Path(folder) / "shared", root / "slow" / "1"
+
+        def start() -> tuple[Repository, ModelControl]:
+            repository = Repository(root, state=read_state(shared))
+            return repository, ModelControl(repository, shared)
+
+        def change(index: int, action: str) -> bool:
+            """Whether the change succeeds; all workers follow it meanwhile."""
+            request = pool.submit(lambda: asyncio.run(getattr(workers[index][1], action)("slow")))
+            while not request.done():
+                for other, (_, control) in enumerate(workers):
+                    if other != index:
+                        control.step()
+            return request.exception() is None
+
+        workers = [start() for _ in range(3)]
+        for action, index, version in operations:
+            target = root / "slow" / version
+            if action in ("load", "unload"):
+                change(index, action)
+            elif action == "poll":
+                polling = ModelControl(workers[index][0], shared, poll_seconds=1e-9)
+                polling.step()
+                polling.close()
+            elif action == "restart":
+                for _, control in workers:
+                    control.step()  # as `watch` would while a process starts
+                workers[index][1].close()
+                workers[index] = start()
+            elif action == "damage":
+                (shared / "models").write_bytes(b"x")
+            elif action == "add" and not target.exists():
+                new_version(source, version)
+            elif action == "remove":
+                shutil.rmtree(target, ignore_errors=True)
+            elif action == "corrupt" and target.exists():
+                (target / "golden.npz").write_bytes(b"x")
+        for version in ("2", "3"):  # repair all
+            shutil.rmtree(root / "slow" / version, ignore_errors=True)
+            new_version(source, version)
+        for _, control in workers:
+            control.step()
+        assert change(0, "load")
+        for repository, control in workers:
+            control.step()
+            assert [bundle.manifest.version for bundle in repository.versions("slow")] == ["1", "2", "3"]
+            assert repository.state == workers[0][0].state
+            assert not repository.errors
+            control.close()
