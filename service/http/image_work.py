@@ -13,7 +13,6 @@ from vitrine.bundle.predictors import Predictor, PreparedImage, Row
 from vitrine.service.http import schemas
 from vitrine.service.http.requests import image_bytes
 from vitrine.service.observability.request_record import RequestRecord
-from vitrine.service.runtime.serving import Serving
 
 _SECONDS_PER_DRAWN_PIXEL = 80e-9  # to decode a picture in full and to encode it again
 
@@ -23,7 +22,7 @@ class ImageWork:
     """The work on an encoded image (`scheduler.Work`)."""
 
     image: object  # see `requests.image_bytes`
-    serving: Serving
+    max_pixels: int
     record: RequestRecord
     predictor: Predictor
     to_result: "Callable[[ImageWork, Row], Any]"
@@ -39,18 +38,18 @@ class ImageWork:
 
     def cost(self) -> float:
         self.image = image_bytes(self.image)
-        self.encoded = EncodedImage(self.image, max_pixels=self.serving.settings.max_pixels)
+        self.encoded = EncodedImage(self.image, max_pixels=self.max_pixels)
         return self.encoded.decode_seconds + self.draws * self.encoded.pixels * _SECONDS_PER_DRAWN_PIXEL
 
     def prepare(self) -> NDArray[np.uint8] | PreparedImage:
         with self.record.stage("decode"):
-            data, max_pixels = image_bytes(self.image), self.serving.settings.max_pixels
-            encoded = self.encoded or EncodedImage(data, max_pixels=max_pixels)
+            data = image_bytes(self.image)
+            encoded = self.encoded or EncodedImage(data, max_pixels=self.max_pixels)
             image = encoded.decode(self.predictor.preprocessing)
             self.record.add_image(image.width * image.height)
             self.shape = schemas.Image(image.width, image.height)
             if self.draws:
-                self.decoded = image.image if image.is_whole else decode(data, max_pixels=max_pixels)
+                self.decoded = image.image if image.is_whole else decode(data, max_pixels=self.max_pixels)
             self.prepared = self.predictor.prepare(image)
         return self.prepared
 

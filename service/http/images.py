@@ -40,7 +40,7 @@ from vitrine.service.http.parameters import (
 )
 from vitrine.service.http.requests import ImageRequest, read_image_request
 from vitrine.service.runtime.scheduler import gather
-from vitrine.service.runtime.serving import Deadline, get_record, get_serving
+from vitrine.service.runtime.serving import Deadline, Serving, get_record, get_serving
 
 
 class _ImageRoute(NamedTuple):
@@ -105,9 +105,9 @@ async def _predict(request: Request, route: _ImageRoute) -> Response:
                 return _draw(work.decoded, predictions, media_type)
             return route.image_result(work.shape, predictions)
 
-        images = image_request.images
-        works = [ImageWork(image, serving, record, bundle.predictor, to_result, drawn) for image in images]
-        results = await gather([_run(work, bundle, len(works), several=several) for work in works])
+        images, max_pixels = image_request.images, serving.settings.max_pixels
+        works = [ImageWork(image, max_pixels, record, bundle.predictor, to_result, drawn) for image in images]
+        results = await gather([_run(serving, work, bundle, len(works), several=several) for work in works])
         if drawn:
             return cast(Response, results[0])
         if media_type == CSV:
@@ -142,10 +142,10 @@ def _draw(image: Image.Image, detections: list[Any], media_type: str) -> Respons
     return Response(buffer.getvalue(), media_type=media_type)
 
 
-async def _run(work: ImageWork, bundle: Bundle, images: int, *, several: bool) -> Any:
+async def _run(serving: Serving, work: ImageWork, bundle: Bundle, images: int, *, several: bool) -> Any:
     """Run the work; with several images, return the error of an invalid one instead of raising it."""
     try:
-        return await work.serving.scheduler.run(work, bundle, work.record, images=images)
+        return await serving.scheduler.run(work, bundle, work.record, images=images)
     except (ImageError, ParameterError) as error:
         if not several:
             raise

@@ -227,7 +227,9 @@ def _encoded_image_works(serving: Serving, record: RequestRecord, bundle: Bundle
         raise ParameterError(f"input {IMAGE}: shape", expected="[number of images]", found=found)
     _check_count(serving, tensor.shape[0])
     images = _decode_elements(tensor.data, tensor.shape[0])
-    return [ImageWork(image, serving, record, bundle.predictor, lambda _, row: row) for image in images]
+    return [
+        ImageWork(image, serving.settings.max_pixels, record, bundle.predictor, lambda _, row: row) for image in images
+    ]
 
 
 def _pixel_works(
