@@ -23,6 +23,7 @@ from vitrine.bundle.manifest import MAX_FILE_BYTES, TensorSpec
 CPU = ("CPUExecutionProvider",)
 _MAPPED_GRAPH, _MAPPED_WEIGHTS, _MAPPED_SOURCE = "graph.onnx", "weights.bin", "of"
 _MAPPED_SPACE = 4  # times the file's size: a mapped graph holds its weights twice, plain and packed
+_ALLOCATION_FAILED = "Failed to allocate memory", "bad_alloc", "bad allocation"  # by ONNX Runtime, or in C++
 _DATATYPES = {"tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(float)": "FP32"}
 
 
@@ -81,7 +82,12 @@ class OnnxNetwork:
                 raise ProviderError(provider, expected=started, found="one that did not start")
 
     def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
-        outputs: Sequence[NDArray[np.generic]] = self._session.run(None, inputs)
+        try:
+            outputs: Sequence[NDArray[np.generic]] = self._session.run(None, inputs)
+        except Exception as error:  # see above
+            if any(text in str(error) for text in _ALLOCATION_FAILED):
+                raise MemoryError(str(error).splitlines()[0]) from None
+            raise
         return outputs
 
     @property

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import os
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -28,17 +29,22 @@ from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import flush_requests
 from vitrine.service.observability.tracing import shutdown_tracing
 from vitrine.service.open_inference.grpc import grpc_server
-from vitrine.service.open_inference.http import protocol_routes
+from vitrine.service.open_inference.http import protocol_routes, server_health
+from vitrine.service.paths import PROBES, PROTOCOL_PROBES
 from vitrine.service.rate_limit import RateLimit
 from vitrine.service.runtime.model_control import ModelControl, read_state
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving, get_serving
 from vitrine.service.runtime.sizing import Sizing
+from vitrine.service.runtime.workers import SILENT_SECONDS, Workers, end_within
 from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 
-HOT_ROUTES = {"/classify": classify, "/detect": detect}
+HOT_ROUTES = {("POST", "/classify"): classify, ("POST", "/detect"): detect} | {
+    ("GET", path): server_health for path in PROBES | PROTOCOL_PROBES
+}
+_SHUTDOWN_SECONDS = 40.0  # longer than gRPC's grace period: after it, a thread that is still busy does not matter
 _QUEUE_GAUGE_SECONDS = 0.25
 _IDLE_SECONDS = 1.0
 _GC_THRESHOLDS = 50_000, 50, 100
@@ -97,11 +103,12 @@ class _Route(Route):
         await super().handle(scope, receive, send)
 
 
-def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> Starlette:
+def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path, *, parent: int | None = None) -> Starlette:
     """Create the ASGI application, which loads its bundles at startup and must run inside `RequestRecordMiddleware`.
 
     Args:
         shared: folder shared by all workers of this server.
+        parent: id of the process that started the workers; None: the parent of this one.
     """
 
     @asynccontextmanager
@@ -112,9 +119,10 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
         scheduler = Scheduler(sizing.threads, settings.max_queue, settings.max_wait_seconds)
         control = await asyncio.to_thread(ModelControl, repository, shared, poll_seconds=settings.poll_seconds)
         limit = RateLimit(settings.key_rate, shared)
-        app.state.serving = Serving(settings, repository, scheduler, control, keys, limit)
-        duties = control.watch(), _update_queue_gauges(scheduler), _release_memory_when_idle(scheduler)
-        tasks = [asyncio.create_task(duty) for duty in duties]
+        workers = Workers(shared, parent or os.getppid(), min(SILENT_SECONDS, settings.stuck_seconds))
+        app.state.serving = Serving(settings, repository, scheduler, control, keys, limit, workers)
+        gauges, idle = _update_queue_gauges(scheduler), _release_memory_when_idle(scheduler)
+        tasks = [asyncio.create_task(duty) for duty in (control.watch(), workers.beat(), gauges, idle)]
         try:
             async with grpc_server(app.state.serving):
                 metrics.worker_ready()
@@ -123,8 +131,10 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
                 _log.info("ready: %s", ", ".join(repository.bundles))
                 yield
         finally:
+            end_within(_SHUTDOWN_SECONDS)
             for task in tasks:
                 task.cancel()
+            workers.close()
             control.close()
             scheduler.close()
             await asyncio.to_thread(shutdown_tracing, settings)
@@ -132,7 +142,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
 
     app = Starlette(
         routes=[
-            *(_Route(path, endpoint, methods=["POST"]) for path, endpoint in HOT_ROUTES.items()),
+            *(_Route(path, endpoint, methods=[method]) for (method, path), endpoint in HOT_ROUTES.items()),
             _Route("/models", list_models, methods=["GET"]),
             _Route("/models/{name}", describe_model, methods=["GET"]),
             _Route("/openapi.json", openapi, methods=["GET"]),
@@ -145,6 +155,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path) -> 
         exception_handlers=ERROR_HANDLERS,
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False
     app.state.load = partial(_load, settings, sizing, shared)
     return app
 

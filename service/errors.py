@@ -1,7 +1,10 @@
 """Errors of the service and their HTTP responses: one JSON shape, and under /v2 that of the Open Inference Protocol."""
 
+import errno
+import logging
 import math
 import reprlib
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -24,6 +27,8 @@ from vitrine.bundle.errors import (
     UnsupportedImageError,
     VitrineError,
 )
+
+_log = logging.getLogger("bentoml.vitrine")
 
 
 class StrictSchema:
@@ -284,6 +289,41 @@ async def on_internal_error(request: Request, error: Exception) -> Response:
     return error_response(request.scope, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
 
 
+_EXHAUSTED = {
+    errno.ENOMEM: "memory",
+    errno.EMFILE: "file descriptors",
+    errno.ENFILE: "file descriptors",
+    errno.ENOSPC: "disk space",
+    errno.EDQUOT: "disk space",
+}
+_LOG_SECONDS = 10.0
+_last_logged: dict[str, float] = {}
+
+
+def find_exhaustion(error: Exception) -> UnavailableError | None:
+    """Return the error to show if the server has run out of something, which is logged now and then, else None."""
+    what = _EXHAUSTED.get(error.errno or 0) if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError):
+        what = "memory"
+    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        what = "threads"
+    if what is None:
+        return None
+    now = time.monotonic()
+    if now - _last_logged.get(what, -math.inf) > _LOG_SECONDS:
+        _last_logged[what] = now
+        _log.error("out of %s: %s: %s", what, type(error).__name__, error)
+    return UnavailableError(f"the server is out of {what}; try again later")
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """Handle any other error: the server has run out of something, or it is a bug."""
+    unavailable = find_exhaustion(error)
+    if unavailable is not None:
+        return vitrine_error_response(request.scope, unavailable)
+    raise error
+
+
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
 ERROR_HANDLERS: dict[type[Exception], Handler] = {
@@ -292,13 +332,17 @@ ERROR_HANDLERS: dict[type[Exception], Handler] = {
     TimeoutError: on_timeout,
     ClientDisconnect: on_incomplete_body,
     ClientDisconnectedError: on_client_disconnected,
+    MemoryError: on_error,
+    OSError: on_error,
+    RuntimeError: on_error,
     Exception: on_internal_error,
 }
 
 
 def find_error_handler(error: Exception) -> Handler:
     """Return the handler of an error, as Starlette would look it up."""
-    return next(ERROR_HANDLERS[kind] for kind in type(error).__mro__ if kind in ERROR_HANDLERS)
+    handler = next(ERROR_HANDLERS[kind] for kind in type(error).__mro__ if kind in ERROR_HANDLERS)
+    return on_internal_error if handler is on_error and find_exhaustion(error) is None else handler
 
 
 class ErrorShapeMiddleware:

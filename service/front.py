@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitrine.service.errors import find_error_handler, on_internal_error
-from vitrine.service.paths import PROBES, STATIC_FILES
+from vitrine.service.paths import STATIC_FILES
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -21,15 +21,15 @@ class Dispatcher:
     Starlette would reach the same endpoints through two middlewares and its list of routes.
     """
 
-    def __init__(self, app: Starlette, bentoml_app: ASGIApp, hot_routes: Mapping[str, Endpoint]) -> None:
-        """Args: our application, BentoML's, and the POST endpoints by path."""
+    def __init__(self, app: Starlette, bentoml_app: ASGIApp, hot_routes: Mapping[tuple[str, str], Endpoint]) -> None:
+        """Args: our application, BentoML's, and endpoints by method and path."""
         self.app, self.bentoml_app, self.hot_routes = app, bentoml_app, hot_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_bentoml_path(scope["path"]):
+        if scope["type"] != "http" or scope["path"].startswith(STATIC_FILES):
             await self.bentoml_app(scope, receive, send)
-        elif scope["method"] == "POST" and scope["path"] in self.hot_routes:
-            await self._call_endpoint(self.hot_routes[scope["path"]], scope, receive, send)
+        elif (endpoint := self.hot_routes.get((scope["method"], scope["path"]))) is not None:
+            await self._call_endpoint(endpoint, scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -48,5 +48,13 @@ class Dispatcher:
             await response(scope, receive, send)
 
 
-def _is_bentoml_path(path: str) -> bool:
-    return path in PROBES or path.startswith(STATIC_FILES)
+class TrailingSlashMiddleware:
+    """Treat `/classify/` like `/classify`: many clients lose the body of a request that is redirected."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            scope["path"] = scope["path"][:-1]
+        await self.app(scope, receive, send)

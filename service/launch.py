@@ -2,6 +2,7 @@
 
 import atexit
 import importlib
+import math
 import os
 import runpy
 import shutil
@@ -24,6 +25,7 @@ from vitrine.service.settings import Settings, SettingsError
 # Inherited by the workers; not settings.
 WORKING_DIRECTORY = "_VITRINE_WORKING_DIRECTORY"
 _SHARED = "_VITRINE_SHARED"
+_GRACE_SECONDS = 5  # for requests in work at shutdown, beyond their own deadline; then they are cancelled
 
 _GET_BUNDLES = "`pip install vitrine-bundles` installs some, `vitrine export` writes one"
 
@@ -124,4 +126,5 @@ def run(settings: Settings, address: str) -> None:
     os.environ[WORKING_DIRECTORY] = os.getcwd()
     sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--working-dir", str(Path(os.devnull).parent)]
     sys.argv += ["--host", address, "--port", str(settings.port)]
+    sys.argv += ["--timeout-graceful-shutdown", str(math.ceil(settings.timeout_seconds) + _GRACE_SECONDS)]
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)

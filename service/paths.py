@@ -1,6 +1,6 @@
 """Paths that the middleware treats specially."""
 
-PROBES = frozenset({"/livez", "/readyz", "/healthz"})  # answered by BentoML
+PROBES = frozenset({"/livez", "/readyz", "/healthz"})
 PROTOCOL_PROBES = frozenset({"/v2/health/live", "/v2/health/ready"})
 METRICS = "/metrics"
 STATIC_FILES = "/static_content/"  # prefix of the OpenAPI page's files, served by BentoML

@@ -1,4 +1,4 @@
-"""The BentoML service. BentoML runs the processes and the health checks; `service.app` has the routes."""
+"""The BentoML service. BentoML runs the processes; `service.app` has the routes."""
 
 import logging
 import os
@@ -12,19 +12,18 @@ from vitrine.service.access import AccessMiddleware, Keys
 from vitrine.service.app import HOT_ROUTES, create_app, start_loading
 from vitrine.service.connections import use_connections
 from vitrine.service.errors import ErrorShapeMiddleware
-from vitrine.service.front import Dispatcher
+from vitrine.service.front import Dispatcher, TrailingSlashMiddleware
 from vitrine.service.launch import WORKING_DIRECTORY, shared_folder
 from vitrine.service.observability.logs import configure
 from vitrine.service.observability.middleware import RequestRecordMiddleware
 from vitrine.service.open_inference.http import HEADER_LENGTH
 from vitrine.service.rate_limit import RateLimit
-from vitrine.service.runtime.serving import Serving
 from vitrine.service.runtime.sizing import size
 from vitrine.service.settings import read_settings
 
-_STARTED = "_VITRINE_STARTED"  # set by the first process, inherited by the workers; not a setting
+_STARTED = "_VITRINE_STARTED"  # id of the first process, inherited by the workers; not a setting
 _is_first = _STARTED not in os.environ
-os.environ[_STARTED] = "1"
+os.environ.setdefault(_STARTED, str(os.getpid()))
 
 if WORKING_DIRECTORY in os.environ:  # set by `vitrine serve`, not by `bentoml serve`
     os.chdir(os.environ[WORKING_DIRECTORY])
@@ -39,19 +38,11 @@ if _is_first:  # once, not in every worker
         _log.warning("%s", _sizing.warning)
     if not (_settings.loopback_only or _keys.needed):
         _log.warning("VITRINE_API_KEYS is not set: anyone who can reach %s can send requests", _settings.host)
-_app = create_app(_settings, _sizing, _keys, shared_folder())
+_app = create_app(_settings, _sizing, _keys, shared_folder(), parent=int(os.environ[_STARTED]))
 
 
 class Vitrine:
     """Image classification and object detection with vision transformers."""
-
-    async def __is_alive__(self) -> bool:
-        """`GET /livez`. A worker accepts no requests before all models are loaded, verified and warmed up."""
-        serving = _app.state.serving
-        assert isinstance(serving, Serving)
-        return serving.live()
-
-    __is_ready__ = __is_alive__
 
 
 def _front(bentoml_app: ASGIApp) -> ASGIApp:
@@ -67,7 +58,7 @@ def _front(bentoml_app: ASGIApp) -> ASGIApp:
             allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID", HEADER_LENGTH],
             expose_headers=["X-Request-ID", "Server-Timing", "Retry-After", HEADER_LENGTH],
         )
-    return RequestRecordMiddleware(ErrorShapeMiddleware(app), _settings)
+    return TrailingSlashMiddleware(RequestRecordMiddleware(ErrorShapeMiddleware(app), _settings))
 
 
 class _Service(bentoml.Service[Any]):  # type: ignore[misc]  # BentoML is not typed

@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vitrine.bundle.errors import ParameterError, UnknownModelError, VitrineError
-from vitrine.service.errors import STATUS, TIMEOUT
+from vitrine.service.errors import STATUS, TIMEOUT, find_exhaustion
 from vitrine.service.observability.middleware import request_id, track_request
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.observability.tracing import grpc_span, record_spans
@@ -93,9 +93,14 @@ def _recorded(
             except TimeoutError:
                 record.error = TIMEOUT
                 code, message = grpc.StatusCode.DEADLINE_EXCEEDED, "the request was not answered in time"
-            except Exception:
-                record.error = "internal_error"
-                _log.exception("%s failed", method.__name__)
+            except Exception as error:
+                unavailable = find_exhaustion(error)
+                if unavailable is None:
+                    record.error = "internal_error"
+                    _log.exception("%s failed", method.__name__)
+                else:
+                    record.error = unavailable.code
+                    code, message = grpc.StatusCode.UNAVAILABLE, str(unavailable)
             else:
                 record.status, record.bytes_out = grpc.StatusCode.OK.name, response.ByteSize()
                 record_spans(serving.settings, record)
@@ -120,12 +125,12 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self.serving = serving
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
-        """Whether no computing thread is stuck."""
-        return pb.ServerLiveResponse(live=self.serving.live())
+        """Whether no computing thread is stuck, and no worker silent."""
+        return pb.ServerLiveResponse(live=not self.serving.find_trouble())
 
     async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
         """Whether the server can handle requests. (It starts only when all models are loaded.)"""
-        return pb.ServerReadyResponse(ready=self.serving.live())
+        return pb.ServerReadyResponse(ready=not self.serving.find_trouble())
 
     @_recorded
     async def ModelReady(self, request: pb.ModelReadyRequest, record: RequestRecord) -> pb.ModelReadyResponse:

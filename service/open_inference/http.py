@@ -46,9 +46,10 @@ async def server_metadata(request: Request) -> Response:
 
 
 async def server_health(request: Request) -> Response:
-    """`GET /v2/health/live` and `/v2/health/ready`; a worker accepts no requests before all models are loaded."""
-    if not get_serving(request).live():
-        raise UnavailableError("a computing thread is stuck")
+    """`GET /livez` and the other probes; a worker accepts no requests before all models are loaded."""
+    trouble = get_serving(request).find_trouble()
+    if trouble:
+        raise UnavailableError(trouble)
     return Response()
 
 
@@ -101,8 +102,6 @@ async def unload(request: Request) -> Response:
 
 PROTOCOL_ROUTES = (
     ("/v2", server_metadata, "GET"),
-    ("/v2/health/live", server_health, "GET"),
-    ("/v2/health/ready", server_health, "GET"),
     ("/v2/models/{name}", metadata, "GET"),
     ("/v2/models/{name}/versions/{version}", metadata, "GET"),
     ("/v2/models/{name}/ready", model_ready, "GET"),

@@ -1,6 +1,7 @@
 """The state that the routes of both transports share while a process serves."""
 
 import asyncio
+import os
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.rate_limit import RateLimit
 from vitrine.service.runtime.model_control import ModelControl
 from vitrine.service.runtime.scheduler import Scheduler
+from vitrine.service.runtime.workers import Workers
 from vitrine.service.settings import Settings
 
 _POLL_SECONDS = 0.05  # timer interval until the request is watched for a disconnect
@@ -30,10 +32,18 @@ class Serving:
     control: ModelControl
     keys: Keys
     limit: RateLimit
+    workers: Workers | None = None  # None: there is only this one
 
-    def live(self) -> bool:
-        """Whether no computing thread is stuck, that is, busy with one batch for `stuck_seconds` or longer."""
-        return self.scheduler.longest_running() < self.settings.stuck_seconds
+    def find_trouble(self) -> str:
+        """Return what only a restart can mend; empty if nothing is.
+
+        That is a computing thread that is busy with one batch for `stuck_seconds` or longer, or a silent worker.
+        """
+        if self.scheduler.longest_running() >= self.settings.stuck_seconds:
+            return f"worker {os.getpid()}: a computing thread is stuck"
+        if self.workers is not None and self.workers.silent:
+            return f"worker {', '.join(map(str, self.workers.silent))}: stopped, or its event loop hangs"
+        return ""
 
     async def admit(self, request: Request, *, task: Task | None = None, name: str | None = None) -> None:
         """Check that there is capacity for a request for a model, or any model for a task, before its body is read.
