@@ -36,7 +36,7 @@ from vitrine.service.runtime.model_control import ModelControl, read_state
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving, get_serving
 from vitrine.service.runtime.sizing import Sizing
-from vitrine.service.runtime.workers import SILENT_SECONDS, Workers, end_within
+from vitrine.service.runtime.workers import BEAT_SECONDS, SILENT_SECONDS, Workers, end_within
 from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
@@ -119,8 +119,8 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path, *, 
         scheduler = Scheduler(sizing.threads, settings.max_queue, settings.max_wait_seconds)
         control = await asyncio.to_thread(ModelControl, repository, shared, poll_seconds=settings.poll_seconds)
         limit = RateLimit(settings.key_rate, shared)
-        workers = Workers(shared, parent or os.getppid(), min(SILENT_SECONDS, settings.stuck_seconds))
-        app.state.serving = Serving(settings, repository, scheduler, control, keys, limit, workers)
+        silent_seconds = min(SILENT_SECONDS, max(settings.stuck_seconds, 3 * BEAT_SECONDS))
+        workers = Workers(shared, parent or os.getppid(), silent_seconds)
         gauges, idle = _update_queue_gauges(scheduler), _release_memory_when_idle(scheduler)
         tasks = [asyncio.create_task(duty) for duty in (control.watch(), workers.beat(), gauges, idle)]
         try:

@@ -17,7 +17,7 @@ _log = logging.getLogger("bentoml.vitrine")
 
 SILENT_SECONDS = 10.0  # after which a worker is reported as stopped or hung
 ORPHAN_SECONDS = 10.0  # for requests in work after the parent has ended
-_BEAT_SECONDS = 1.0
+BEAT_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
 _SUFFIX = ".heartbeat"
 _TIME = struct.Struct("=d")  # time.monotonic(), whose clock all processes of a machine share
@@ -47,7 +47,7 @@ class Workers:
         """Show the others that this event loop runs, until cancelled."""
         while True:
             self._beat()
-            await asyncio.sleep(_BEAT_SECONDS)
+            await asyncio.sleep(BEAT_SECONDS)
 
     def close(self) -> None:
         """Stop to watch the others: this worker ends, and a stopped one must not keep the server from ending."""
