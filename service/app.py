@@ -121,6 +121,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path, *, 
         limit = RateLimit(settings.key_rate, shared)
         silent_seconds = min(SILENT_SECONDS, max(settings.stuck_seconds, 3 * BEAT_SECONDS))
         workers = Workers(shared, parent or os.getppid(), silent_seconds)
+        app.state.serving = Serving(settings, repository, scheduler, control, keys, limit, workers)
         gauges, idle = _update_queue_gauges(scheduler), _release_memory_when_idle(scheduler)
         tasks = [asyncio.create_task(duty) for duty in (control.watch(), workers.beat(), gauges, idle)]
         try:
