@@ -23,6 +23,7 @@ MAX_TAGS = 1_024  # of a TIFF directory, as libtiff's time is quadratic in unkno
 MAX_TAG_VALUES = 2**20  # numbers in a TIFF directory, 50 ns each
 MAX_TAG_FRACTIONS = 2**15  # rational numbers, 3 µs each
 MAX_TILE_PIXELS = 2**22  # 2048 x 2048; of a tile that is larger than four times its image
+MAX_CODED = 3  # pixels of an AVIF's frames, per pixel of `max_pixels`: colours, alpha, and the margins of tiles
 MAX_BYTES_PER_PIXEL = 12  # of memory, per pixel of `max_pixels`, besides `BASE_BYTES`
 BASE_BYTES = 64 * 2**20  # of memory, for an image of any size
 
@@ -31,7 +32,7 @@ _IMAGE_BYTES = 4  # Pillow's image
 _CONVERTED_BYTES = 8  # an image beside its conversion to RGB, or beside its rotation
 _COEFFICIENT_BYTES = 2  # per sample of a JPEG with several scans
 _WEBP_BYTES = 16.75  # two canvases, a copy and the image
-_AVIF_PICTURE_BYTES, _AVIF_CODED_BYTES = 9, 2  # RGB(A), its copy and the image; planes
+_AVIF_BYTES = 8.5  # RGB or RGBA, its copy and the image; besides the planes of all frames
 
 _SIGNATURES: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
@@ -65,7 +66,7 @@ def check(data: bytes, form: str, *, max_pixels: int) -> bytes:
 
     Raises:
         ImageTooLargeError: a limit of this module or `max_pixels` is exceeded.
-        UndecodableImageError: the structure of an AVIF is broken.
+        UndecodableImageError: the structure of an AVIF is broken, or a BigTIFF is big-endian.
     """
     try:
         if form == "PNG":
@@ -120,22 +121,26 @@ class _Frame(NamedTuple):
 def _check_jpeg(data: bytes, max_pixels: int) -> None:
     frame, position = None, 2
     segments = exif = padding = 0
+    unpack = struct.Struct(">BBH").unpack_from
     while True:
-        found = data.find(b"\xff", position)
-        fill = _FILL.match(data, found) if found >= 0 else None
-        if fill is None or fill.end() == len(data):
-            return
-        padding += fill.end() - 1 - position
-        _bound(padding, MAX_PADDING, "bytes between segments")
-        marker, position = data[fill.end()], fill.end() + 1
+        first, marker, length = unpack(data, position)
+        if first != 0xFF or marker == 0xFF:
+            found = _FILL.search(data, position)
+            if found is None:
+                return
+            padding += found.end() - 1 - position
+            _bound(padding, MAX_PADDING, "bytes between segments")
+            position = found.end() - 1
+            _, marker, length = unpack(data, position)
+        position += 2
         if marker == 0 or marker in _LONE_MARKERS:
             padding += 2
             continue
         segments += 1
-        _bound(segments, MAX_CHUNKS, "segments")
-        (length,) = struct.unpack_from(">H", data, position)
         if marker == _SCAN:
             break
+        if segments > MAX_CHUNKS:
+            _bound(segments, MAX_CHUNKS, "segments")
         if marker in _FRAME_MARKERS:
             frame = _read_frame(data, position, marker)
             check_size(frame.width, frame.height, max_pixels)
@@ -156,10 +161,12 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
 def _read_frame(data: bytes, position: int, marker: int) -> _Frame:
     """Read a frame header, which begins with its length at `position`."""
     height, width, components = struct.unpack_from(">HHB", data, position + 3)
-    factors = data[position + 9 : position + 8 + 3 * components : 3]  # of each component: horizontal, vertical
-    across, down = (max((f >> 4 for f in factors), default=1), max((f & 15 for f in factors), default=1))
-    blocks = sum((factor >> 4) * (factor & 15) for factor in factors)
-    samples = -(-width // (8 * across or 1)) * -(-height // (8 * down or 1)) * blocks * 64
+    across = down = 1
+    blocks = 0
+    for factors in data[position + 9 : position + 8 + 3 * components : 3]:  # of each component
+        horizontal, vertical = factors >> 4, factors & 15
+        across, down, blocks = max(across, horizontal), max(down, vertical), blocks + horizontal * vertical
+    samples = -(-width // (8 * across)) * -(-height // (8 * down)) * blocks * 64
     return _Frame(width, height, components, samples, marker & 3 == 2)
 
 
@@ -329,6 +336,8 @@ class _Directory:
 def _check_tiff(data: bytes, max_pixels: int) -> None:
     endian = "<" if data.startswith(b"II") else ">"
     big = b"+" in data[2:4]
+    if big and endian == ">":
+        raise UndecodableImageError("a BigTIFF of big-endian byte order is not supported; save it as TIFF")
     (offset,) = struct.unpack_from(endian + ("Q" if big else "L"), data, 8 if big else 4)
     tags = _Directory(data, offset, endian, big=big)
     for tag in _DIRECTORIES:
@@ -379,7 +388,7 @@ def _check_jpeg_parts(
 # AVIF -----------------------------------------------------------------------------------------------------------------
 
 _CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0, b"mdia": 0, b"minf": 0, b"stbl": 0}
-_MAX_CODED = 3  # times `max_pixels`: colours, alpha, and the margins of a grid's tiles
+_SAMPLES_PER_PIXEL = {0: 3, 2: 2, 3: 1.5}
 _SEQUENCE_HEADER, _FRAME_HEADER, _FRAME = 1, 3, 6  # types of AV1's units (OBU)
 
 
@@ -422,7 +431,8 @@ def _check_avif(data: bytes, max_pixels: int) -> None:
 
     The boxes may state another size than the frames that they contain, and libavif decodes those first.
     """
-    pixels, inside = 0, 0
+    pixels = inside = 0
+    sample_bytes = 0.0
     coded_items: set[int] = set()
     locations: list[tuple[int, bool, int, int]] = []
     offsets, sizes = [], []
@@ -435,6 +445,9 @@ def _check_avif(data: bytes, max_pixels: int) -> None:
             number, _, item = struct.unpack_from(">IH4s" if data[start] >= 3 else ">HH4s", data, start + 4)
             if item == b"av01":
                 coded_items.add(number)
+        elif kind == b"av1C":
+            subsampling, wide = data[start + 2] >> 2 & 7, data[start + 2] >> 6 & 1  # subsampling: grey, across, down
+            sample_bytes = max(sample_bytes, _SAMPLES_PER_PIXEL.get(subsampling, 1) * (1 + wide))
         elif kind == b"idat":
             inside = start
         elif kind == b"iloc":
@@ -457,7 +470,7 @@ def _check_avif(data: bytes, max_pixels: int) -> None:
     tracks = [data[offset : offset + size] for offset, size in zip(offsets, sizes, strict=False)]
     _bound(len(tracks), 4, "tracks")
     coded = max(_coded_pixels(items.values(), max_pixels), _coded_pixels(tracks, max_pixels))
-    _check_memory(_AVIF_PICTURE_BYTES * pixels + _AVIF_CODED_BYTES * coded, max_pixels)
+    _check_memory(_AVIF_BYTES * pixels + sample_bytes * coded, max_pixels)
 
 
 def _locations(box: bytes) -> Iterator[tuple[int, bool, int, int]]:
@@ -516,7 +529,7 @@ def _coded_pixels(streams: Iterable[bytes], max_pixels: int) -> int:
                 check_size(width, height, max_pixels)
             elif kind in (_FRAME_HEADER, _FRAME):
                 coded += width * height
-                _bound(coded, _MAX_CODED * max_pixels, "pixels in frames and tiles")
+                _bound(coded, MAX_CODED * max_pixels, "pixels in frames and tiles")
             position += size
             units += 1
             _bound(units, MAX_CHUNKS, "units")

@@ -1,5 +1,9 @@
+import errno
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -11,6 +15,7 @@ from PIL import Image
 
 from vitrine.bundle.errors import ImageError, ImageTooLargeError, UndecodableImageError, UnsupportedImageError
 from vitrine.bundle.images import (
+    _TRANSPOSES,
     SUPPORTED_FORMATS,
     EncodedImage,
     decode,
@@ -223,6 +228,163 @@ def test_max_pixels() -> None:
     assert decode(data, max_pixels=200).size == (20, 10)
     with pytest.raises(ImageTooLargeError, match="at most 199 pixels are accepted, found 20 x 10"):
         decode(data, max_pixels=199)
+
+
+def reference(data: bytes) -> Image.Image:
+    """The meaning of `decode`, in a few whole-image operations."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    orientation = image.getexif().get(ORIENTATION, 1)
+    if orientation in _TRANSPOSES:
+        image = image.transpose(_TRANSPOSES[orientation])
+    if image.mode == "RGB":
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+KINDS = {
+    "PNG": ("1", "L", "LA", "P", "P+", "P++", "L+", "RGB", "RGB+", "RGBA", "I;16"),
+    "TIFF": ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I", "I;16", "I;16B"),
+    "WEBP": ("RGB", "RGBA"),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "GIF": ("L", "P", "P+"),
+    "BMP": ("1", "L", "P", "RGB", "RGBA"),
+    "AVIF": ("RGB", "RGBA"),
+}
+
+
+def noise(mode: str, width: int, height: int, form: str, orientation: int, seed: int) -> bytes:
+    """Encode noise; `+` in the mode: with a transparent colour, `++`: with a transparency for each entry."""
+    random, name = np.random.default_rng(seed), mode.rstrip("+")
+    channels = {"LA": 2, "La": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "RGBA": 4, "RGBX": 4, "CMYK": 4}.get(name, 1)
+    kind = {"I;16": "<u2", "I;16B": ">u2", "I": "<u2"}.get(name, "u1")
+    values = random.integers(0, 256 if kind == "u1" else 65_536, (height, width, channels)).astype(kind)
+    if name == "I":
+        values = values.astype("<i4")
+    if name == "1":
+        image = Image.fromarray(values[..., 0]).convert("1")
+    else:
+        stored = "LA" if name == "La" else name
+        image = Image.frombytes(stored, (width, height), values.tobytes())
+        if name in ("P", "PA"):
+            image.putpalette(random.integers(0, 256, 768).astype(np.uint8).tobytes())
+    options: dict[str, object] = {"transparency": 7} if mode in ("P+", "L+") else {}
+    options |= {"transparency": bytes(range(256))} if mode == "P++" else {}
+    options |= {"transparency": (7, 7, 7)} if mode == "RGB+" else {}
+    if form in ("PNG", "TIFF", "WEBP", "JPEG", "AVIF"):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        options["exif"] = exif
+    data = encode(image, form, **options)
+    if name == "La":  # the tag ExtraSamples says that the grey is premultiplied
+        place = data.index(struct.pack("<HHL", 338, 3, 1))
+        data = data[: place + 8] + struct.pack("<L", 1) + data[place + 12 :]
+    return data
+
+
+def assert_as_before(data: bytes) -> None:
+    decoded = decode(data)
+    assert decoded.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(decoded), np.asarray(reference(data)))
+
+
+@given(
+    st.sampled_from([(form, mode) for form, modes in KINDS.items() for mode in modes]),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 8),
+    st.integers(0, 10),
+)
+@settings(max_examples=400, deadline=None)
+def test_every_mode_and_orientation(
+    kind: tuple[str, str], width: int, height: int, orientation: int, seed: int
+) -> None:
+    form, mode = kind
+    assert_as_before(noise(mode, width, height, form, orientation, seed))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
+@pytest.mark.parametrize("size", [(1_100, 1_000), (65_535, 33), (20, 60_000)], ids=str)
+def test_large_images_are_converted_in_bands(size: tuple[int, int], orientation: int) -> None:
+    assert_as_before(noise("LA", *size, "TIFF", orientation, 0))
+    assert_as_before(noise("I;16", *size, "PNG", orientation, 0))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode"),
+    [(form, mode) for form in ("PNG", "TIFF", "GIF") for mode in KINDS[form] if mode not in ("LA", "I;16")],
+)
+def test_every_mode_is_converted_in_bands(form: str, mode: str) -> None:
+    assert_as_before(noise(mode, 1_100, 1_000, form, 6, 0))
+
+
+def test_premultiplied_grey() -> None:
+    data = noise("La", 8, 8, "TIFF", 1, 0)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "La"
+        grey, alpha = np.moveaxis(np.frombuffer(image.tobytes(), np.uint8).reshape(8, 8, 2).astype(int), -1, 0)
+    expected = np.minimum(255, np.minimum(grey, alpha) + 255 - alpha)  # grey cannot exceed what alpha lets through
+    sound = grey <= alpha
+    decoded = np.asarray(decode(data)).astype(int)[..., 0]
+    assert np.abs(decoded - expected)[sound].max() <= 2
+
+
+@pytest.mark.parametrize("values", [(0, 65_536), (-1, 0)])
+def test_32_bit_pixels_out_of_range_in_the_last_band(values: tuple[int, int]) -> None:
+    pixels = np.zeros((1_200, 1_000), np.int32)
+    pixels[-1, -2:] = values
+    with pytest.raises(UndecodableImageError, match="32-bit pixels are outside 0 to 65535"):
+        decode(encode(Image.fromarray(pixels), "TIFF"))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["RGB", "LA", "I;16"])
+def test_bigtiff(mode: str, compression: str | None) -> None:
+    assert_as_before(encode(Image.new(mode, (30, 20)), "TIFF", big_tiff=True, compression=compression))
+
+
+def test_bigtiff_that_pillow_does_not_read_is_refused_by_name() -> None:
+    with pytest.raises(UndecodableImageError, match="a BigTIFF of big-endian byte order is not supported"):
+        decode(b"MM\x00+" + struct.pack(">HHQ", 8, 0, 16) + bytes(64))
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_image() -> None:
+    program = """
+import io, resource
+from PIL import Image
+from vitrine.bundle.images import decode
+buffer = io.BytesIO()
+Image.new("RGB", (4_000, 4_000)).save(buffer, "FORM", **OPTIONS)
+decode(buffer.getvalue()[:0] + SMALL)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 30 * 2**20, used + 30 * 2**20))
+try:
+    decode(buffer.getvalue())
+except MemoryError:
+    print("MemoryError")
+"""
+    for form, options in (("JPEG", {}), ("TIFF", {"compression": "tiff_lzw"})):
+        source = program.replace("FORM", form).replace("OPTIONS", repr(options))
+        source = source.replace("SMALL", repr(encode(Image.new("RGB", (8, 8)), form)))
+        result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+        assert result.stdout == "MemoryError\n", (form, result.stderr)
+
+
+def test_a_lack_of_file_descriptors_is_not_blamed_on_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        decode(VALID["PNG"])
+    assert caught.value.errno == errno.EMFILE
 
 
 VALID = {form: encode(smooth(24, 16), form) for form in FORMATS}
