@@ -129,12 +129,13 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
             if found is None:
                 return
             padding += found.end() - 1 - position
-            _bound(padding, MAX_PADDING, "bytes between segments")
             position = found.end() - 1
             _, marker, length = unpack(data, position)
         position += 2
-        if marker == 0 or marker in _LONE_MARKERS:
-            padding += 2
+        is_lone = marker == 0 or marker in _LONE_MARKERS
+        padding += 2 if is_lone else 0
+        _bound(padding, MAX_PADDING, "bytes between segments")
+        if is_lone:
             continue
         segments += 1
         if marker == _SCAN:

@@ -22,8 +22,8 @@ CORES_PER_WORKER = 4
 that suffices for networks that take 3 ms or more per image; DETR and ViT at 224 pixels take 20 ms and more."""
 
 # Measured: BentoML's own process has 80 MiB of private memory and a worker 120; shared memory counts once. ONNX Runtime
-# takes 1.5 bytes per byte of float32 weights. Photographs of 12 megapixels took less than 10 MiB per thread. Larger ones
-# take 4 to 12 bytes per pixel (docs/settings.md), which are not included here: `VITRINE_MAX_PIXELS` bounds them.
+# takes 1.5 bytes per byte of float32 weights. Photographs of 12 megapixels took less than 10 MiB per thread.
+# Larger images take 4 to 17 bytes per pixel (docs/settings.md), not included here: `VITRINE_MAX_PIXELS` bounds them.
 SERVER_BYTES = 100 * 2**20
 WORKER_BYTES = 160 * 2**20
 THREAD_BYTES = 16 * 2**20
