@@ -24,6 +24,8 @@ class Network(Protocol):
     def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]: ...
 
 
+_MAX_COMPARED = 1000  # labels, to suggest the closest one
+
 Row = tuple[NDArray[Any], ...]
 """The network's outputs for one image, each without the batch axis."""
 
@@ -126,7 +128,8 @@ class Classifier:
         order = np.argsort(-probabilities, kind="stable")
         if labels is None:
             order = order[:top_k]
-        selected = [i for i in order.tolist() if labels is None or self.labels[i] in labels]
+        wanted = None if labels is None else frozenset(labels)
+        selected = [i for i in order.tolist() if wanted is None or self.labels[i] in wanted]
         return [Prediction(self.labels[i], i, float(probabilities[i])) for i in selected[:top_k]]
 
 
@@ -206,7 +209,8 @@ class Detector:
         scores, class_ids, corners = row
         boxes = corners * np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
         order = np.argsort(-scores, kind="stable")
-        selected = [i for i in order if labels is None or self.labels[class_ids[i]] in labels]
+        wanted = None if labels is None else frozenset(labels)
+        selected = [i for i in order if wanted is None or self.labels[class_ids[i]] in wanted]
         return [
             Detection(self.labels[class_ids[i]], int(class_ids[i]), float(scores[i]), Box(*boxes[i].tolist()))
             for i in selected[:max_detections]
@@ -215,11 +219,14 @@ class Detector:
 
 
 def _check_labels(labels: Collection[str] | None, known: Sequence[str]) -> None:
-    for label in labels or ():
-        if label not in known:
-            closest = difflib.get_close_matches(label[:100], known, n=1) or known[:1]
-            expected = f"some of the model's {len(known)} labels, such as {closest[0]!r}"
-            raise ParameterError("labels", expected=expected, found=repr(label[:100]))
+    if not labels:
+        return
+    missing = set(labels).difference(known)
+    if missing:
+        label = next(label for label in labels if label in missing)
+        closest = difflib.get_close_matches(label[:100], known[:_MAX_COMPARED], n=1) or known[:1]
+        expected = f"some of the model's {len(known)} labels, such as {closest[0]!r}"
+        raise ParameterError("labels", expected=expected, found=repr(label[:100]))
 
 
 Predictor = Classifier | Detector

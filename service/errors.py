@@ -111,6 +111,17 @@ class RateLimitedError(VitrineError):
         )
 
 
+class BodiesError(OverloadedError):
+    """The bodies of the requests in progress take too much memory."""
+
+    def __init__(self, used: int, limit: int) -> None:
+        """Args: bytes of these bodies, and how many there may be."""
+        self.retry_after = 1
+        VitrineError.__init__(
+            self, f"the bodies of the requests in progress take {used} of at most {limit} bytes; try again later"
+        )
+
+
 class ClientDisconnectedError(Exception):
     """The client closed the connection before the response was ready."""
 
@@ -203,6 +214,7 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     UndecodableImageError: HTTPStatus.UNPROCESSABLE_ENTITY,
     RateLimitedError: HTTPStatus.TOO_MANY_REQUESTS,
     OverloadedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    BodiesError: HTTPStatus.SERVICE_UNAVAILABLE,
     BundleError: HTTPStatus.SERVICE_UNAVAILABLE,
     UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
     WorkerError: HTTPStatus.SERVICE_UNAVAILABLE,

@@ -13,6 +13,7 @@ from vitrine.service.app import HOT_ROUTES, create_app, start_loading
 from vitrine.service.connections import use_connections
 from vitrine.service.errors import ErrorShapeMiddleware
 from vitrine.service.front import Dispatcher, TrailingSlashMiddleware
+from vitrine.service.http.bodies import BodyBudgetMiddleware
 from vitrine.service.launch import WORKING_DIRECTORY, shared_folder
 from vitrine.service.observability.logs import configure
 from vitrine.service.observability.middleware import RequestRecordMiddleware
@@ -48,6 +49,7 @@ class Vitrine:
 def _front(bentoml_app: ASGIApp) -> ASGIApp:
     """Return both applications behind the middleware of all requests; the last line is the outermost."""
     app: ASGIApp = Dispatcher(_app, bentoml_app, HOT_ROUTES)
+    app = BodyBudgetMiddleware(app, _settings.max_bodies_bytes)
     limit = RateLimit(_settings.key_rate, shared_folder())
     app = AccessMiddleware(app, keys=_keys, limit=limit, metrics_need_key=_settings.metrics_need_key)
     if _settings.cors_origins:  # outside of `AccessMiddleware`: preflight requests have no key

@@ -114,6 +114,9 @@ class Settings(BaseSettings):
     )
 
     max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024, description="largest body of a request")
+    max_bodies_bytes: int = Field(
+        256 * 1024 * 1024, ge=1024, description="bodies of all requests in progress, in each process; else 503"
+    )
     max_pixels: int = Field(MAX_PIXELS, ge=1, le=178_000_000, description="most pixels of an image")
     max_images: int = Field(32, ge=1, description="most images in a request")
 

@@ -1,25 +1,29 @@
 """Read the images and parameters of an HTTP request."""
 
-import base64
 import binascii
+import contextlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import orjson
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
 
-from vitrine.bundle.errors import ImageTooLargeError, ParameterError
+from vitrine.bundle.errors import ParameterError
 from vitrine.service.errors import preview
+from vitrine.service.http.bodies import off_loop, read_body
+from vitrine.service.http.forms import FormError, decode, parse_form
+from vitrine.service.http.json_body import LongText, NotJsonError, loads
 from vitrine.service.http.parameters import LABELS, Parameter
 from vitrine.service.settings import Settings
 
 IMAGE, IMAGES = "image", "images"
-_MAX_FIELDS = 1000  # of a form; each label may be a field
+FORM, JSON = "multipart/form-data", "application/json"
+_MAX_QUERY_FIELDS = 1000  # each label may be a field
+_MAX_LABELS = 30_000
+_MAX_TEXT_BYTES = 1024 * 1024  # of all fields of a form
+_MAX_CONTENT_TYPE = 1000  # characters
+_WHITE_SPACE = b" \t\n\r\f\v"
 _URL = re.compile(r"\s*(https?|ftp|file|s3|gs)://", re.IGNORECASE)
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64,")
 
@@ -65,11 +69,9 @@ class ImageRequest:
         value = self.parameters.get(parameter.name, parameter.default)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
-        if isinstance(value, str):
-            try:
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9.]{1,40}(e[+-]?[0-9]{1,3})?|nan|[+-]?inf", value.lower()):
+            with contextlib.suppress(ValueError):
                 return float(value)
-            except ValueError:
-                pass
         raise ParameterError(parameter.name, expected="a number", found=preview(value))
 
     def labels(self, known: Collection[str]) -> tuple[str, ...] | None:
@@ -84,7 +86,9 @@ class ImageRequest:
         if value is None:
             return None
         if isinstance(value, str):  # labels may contain commas: "tench, Tinca tinca"
-            value = [value] if value in known else [part.strip() for part in value.split(",")]
+            value = [value] if value in known else [part.strip() for part in value.split(",", _MAX_LABELS)]
+        if isinstance(value, list) and len(value) > _MAX_LABELS:
+            raise ParameterError(LABELS.name, expected=f"at most {_MAX_LABELS} labels", found="more")
         if not isinstance(value, list) or not all(isinstance(label, str) for label in value):
             raise ParameterError(LABELS.name, expected="labels as text", found=preview(value))
         return tuple(value)
@@ -95,50 +99,74 @@ async def read_image_request(request: Request, parameters: Sequence[Parameter], 
 
     The images are one or several multipart fields `image`, or base64 in the JSON field `image` or `images`, or the body
     is a single image. The image format is detected from the bytes, never from a name or header. Parameters are query,
-    form or JSON fields.
+    form or JSON fields, in UTF-8.
 
     Raises:
-        ImageTooLargeError: the body has more than `max_body_bytes` bytes; the rest is not read.
+        ImageTooLargeError, BodiesError, ClientDisconnect: see `read_body`.
         ParameterError: there is no image, there are too many, or a field is unknown or sent with two values.
     """
     names = tuple(parameter.name for parameter in parameters)
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = request.headers.get("content-type", "")
+    media_type = content_type.partition(";")[0].strip().lower()
+    options = _options(content_type) if media_type in (FORM, JSON) else {}
+    body = await read_body(request, settings.max_body_bytes)
     images: list[object]
     fields: list[tuple[str, object]] = []
     several = False
-    if content_type == "multipart/form-data":
-        images, fields = await _read_form(request, settings)
+    if media_type == FORM:
+        images, fields = await off_loop(len(body), _parse_form, body, options.get(b"boundary", b""))
         several = len(images) > 1
-    elif content_type == "application/json":
-        images, fields, several = await _read_json(await read_body(request, settings.max_body_bytes))
+    elif media_type == JSON:
+        images, fields, several = await off_loop(len(body), _parse_json, body)
     else:
-        images = [await read_body(request, settings.max_body_bytes)]
+        images = [body]
     if len(images) > settings.max_images:
         raise ParameterError("images", expected=f"at most {settings.max_images} images", found=len(images))
-    if request.scope["query_string"]:
+    if query := request.scope["query_string"]:
+        if query.count(b"&") >= _MAX_QUERY_FIELDS:
+            raise ParameterError("query", expected=f"at most {_MAX_QUERY_FIELDS} fields", found="more")
         fields = [*request.query_params.multi_items(), *fields]
     return ImageRequest(tuple(images), several, _merge_fields(fields, names))
 
 
-async def _read_form(request: Request, settings: Settings) -> tuple[list[object], list[tuple[str, object]]]:
-    limited = Request(request.scope, _limited_receive(request, settings.max_body_bytes))
+def _options(content_type: str) -> dict[bytes, bytes]:
+    """Return the parameters of a Content-Type.
+
+    Raises:
+        ParameterError: it is very long, or names another charset than UTF-8: clients do not choose the decoder.
+    """
+    if len(content_type) > _MAX_CONTENT_TYPE:
+        raise ParameterError(
+            "Content-Type", expected=f"at most {_MAX_CONTENT_TYPE} characters", found=len(content_type)
+        )
+    _, options = parse_options_header(content_type)
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise ParameterError("Content-Type: charset", expected="utf-8", found=repr(charset[:40]))
+    return options
+
+
+def _parse_form(body: bytes, boundary: bytes) -> tuple[list[object], list[tuple[str, object]]]:
     images: list[object] = []
     fields: list[tuple[str, object]] = []
+    text_bytes = 0
     try:
-        async with limited.form(max_files=settings.max_images + 1, max_fields=_MAX_FIELDS) as form:
-            for name, value in form.multi_items():
-                if name == IMAGE and isinstance(value, UploadFile):
-                    images.append(await value.read())
-                elif name == IMAGE:
-                    raise ParameterError(IMAGE, expected="a file", found="text; a URL or path is not fetched")
-                elif isinstance(value, UploadFile):
-                    raise ParameterError(name, expected=f"text, or the name {IMAGE} for an image", found="a file")
-                else:
-                    fields.append((name, _parse_field(value)))
-    except (HTTPException, MultiPartException, UnicodeError) as error:
-        expected = "images and their fields as multipart/form-data"
-        found = error.detail if isinstance(error, HTTPException) else error
-        raise ParameterError("body", expected=expected, found=found) from error
+        for part in parse_form(body, boundary):
+            is_text = not part.has_filename and (part.media_type or "text/plain").startswith("text/")
+            if part.name == IMAGE and is_text:
+                raise ParameterError(IMAGE, expected="a file", found="text; a URL or path is not fetched")
+            if part.name == IMAGE:
+                images.append(part.data)
+                continue
+            if part.has_filename:
+                expected = f"text, or the name {IMAGE} for an image"
+                raise ParameterError(part.name[:100], expected=expected, found="a file")
+            text_bytes += len(part.data)
+            if text_bytes > _MAX_TEXT_BYTES:
+                raise FormError(f"more than {_MAX_TEXT_BYTES} bytes of text")
+            fields.append((part.name, _parse_field(decode(part.data))))
+    except FormError as error:
+        raise ParameterError("body", expected="images and their fields as multipart/form-data", found=error) from None
     if not images:
         names = ", ".join(name for name, _ in fields)[:200] or "none"
         raise ParameterError(IMAGE, expected=f"a multipart field {IMAGE!r}", found=f"the fields {names}")
@@ -148,18 +176,16 @@ async def _read_form(request: Request, settings: Settings) -> tuple[list[object]
 def _parse_field(value: str) -> object:
     """Parse a form field that may be JSON: BentoML's client sends strings in quotes, and lists."""
     if value[:1] in ('"', "["):
-        try:
-            return orjson.loads(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(NotJsonError):
+            return loads(value.encode())
     return value
 
 
-async def _read_json(body: bytes) -> tuple[list[object], list[tuple[str, object]], bool]:
+def _parse_json(body: bytes) -> tuple[list[object], list[tuple[str, object]], bool]:
     try:
-        document = orjson.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ParameterError("body", expected="JSON", found=f"none: {error}") from error
+        document = loads(body)
+    except NotJsonError as error:
+        raise ParameterError("body", expected="JSON", found=f"none: {error}") from None
     if not isinstance(document, dict) or len(document.keys() & {IMAGE, IMAGES}) != 1:
         found = f"the fields {', '.join(document)[:200] or 'none'}" if isinstance(document, dict) else preview(document)
         raise ParameterError("body", expected=f"an object with {IMAGE!r} or {IMAGES!r}", found=found)
@@ -178,16 +204,35 @@ def image_bytes(image: object) -> bytes:
     """
     if isinstance(image, (bytes, memoryview)):
         return bytes(image)
-    if not isinstance(image, str):
+    if not isinstance(image, (str, LongText)):
         raise ParameterError(IMAGE, expected="base64 or a data URL as text", found=preview(image))
-    if _URL.match(image):
+    pieces = [image] if isinstance(image, str) else [piece.decode() for piece in image.pieces]
+    if _URL.match(pieces[0]):
         raise ParameterError(IMAGE, expected="base64 or a data URL", found="another URL, which is not fetched")
-    prefix = _DATA_URL.match(image)
-    digits = "".join((image[prefix.end() :] if prefix else image).split())
+    start = pieces[0][:40]
+    if prefix := _DATA_URL.match(pieces[0]):
+        pieces[0] = pieces[0][prefix.end() :]
     try:
-        return base64.b64decode(digits, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ParameterError(IMAGE, expected="base64 or a data URL", found=f"{image[:40]!r}: {error}") from error
+        return _decode_base64(pieces)
+    except ValueError as error:
+        raise ParameterError(IMAGE, expected="base64 or a data URL", found=f"{start!r}: {error}") from None
+
+
+def _decode_base64(pieces: Sequence[str]) -> bytes:
+    """Decode base64 that may be wrapped at any width, piece by piece: each one holds Python's lock for a millisecond.
+
+    Raises:
+        ValueError: it is not base64.
+    """
+    decoded, rest, padded = [], b"", False
+    for number, piece in enumerate(pieces, 1):
+        digits = rest + piece.encode("ascii").translate(None, _WHITE_SPACE)
+        whole = len(digits) if number == len(pieces) else len(digits) // 4 * 4
+        if padded and digits:
+            raise binascii.Error("Excess data after padding")
+        decoded.append(binascii.a2b_base64(digits[:whole], strict_mode=True))
+        padded, rest = digits[:whole].endswith(b"="), digits[whole:]
+    return b"".join(decoded)
 
 
 def _merge_fields(fields: list[tuple[str, object]], known: tuple[str, ...]) -> dict[str, object]:
@@ -198,9 +243,10 @@ def _merge_fields(fields: list[tuple[str, object]], known: tuple[str, ...]) -> d
             expected = f"one of the parameters {', '.join(known)}"
             raise ParameterError(name[:100], expected=expected, found="an unknown one")
         if name == LABELS.name and name in merged:
-            merged[name] = [*_as_list(merged[name]), *_as_list(value)]
+            labels = merged[name] = _as_list(merged[name])
+            labels += _as_list(value)
             continue
-        if merged.get(name, value) != value:
+        if name in merged and (isinstance(value, (list, dict)) or merged[name] != value):
             raise ParameterError(name, expected="one value", found=f"{preview(merged[name])} and {preview(value)}")
         if value is not None:
             merged[name] = value
@@ -209,46 +255,3 @@ def _merge_fields(fields: list[tuple[str, object]], known: tuple[str, ...]) -> d
 
 def _as_list(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the body of a request.
-
-    Raises:
-        ImageTooLargeError: see `_limited_receive`.
-        ClientDisconnect: the client disconnected before the end of the body.
-    """
-    receive = _limited_receive(request, max_bytes)
-    message = await receive()
-    body: bytes = message.get("body", b"")
-    if message.get("more_body", False):
-        parts = [body]
-        while message.get("more_body", False):
-            message = await receive()
-            parts.append(message.get("body", b""))
-        body = b"".join(parts)
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnect
-    return body
-
-
-def _limited_receive(request: Request, max_bytes: int) -> Receive:
-    """Return the `receive` of a request, limited to `max_bytes` bytes.
-
-    Raises:
-        ImageTooLargeError: the body is larger, by its header or while it is received; the rest is not read.
-    """
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise ImageTooLargeError(limit=max_bytes, unit="bytes", found=declared)
-    received = 0
-
-    async def receive() -> Message:
-        nonlocal received
-        message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > max_bytes:
-            raise ImageTooLargeError(limit=max_bytes, unit="bytes", found="more")
-        return message
-
-    return receive

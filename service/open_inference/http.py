@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from vitrine.bundle.errors import ImageTooLargeError, ParameterError
+from vitrine.bundle.errors import ParameterError
 from vitrine.service.errors import UnavailableError, preview
-from vitrine.service.http.requests import read_body
+from vitrine.service.http.bodies import off_loop, read_body
+from vitrine.service.http.json_body import NotJsonError, loads
 from vitrine.service.open_inference.inference import (
+    MAX_TENSORS,
     SERVER_METADATA,
     InferenceRequest,
     InferenceResponse,
@@ -69,10 +70,11 @@ async def model_infer(request: Request) -> Response:
     serving, record = get_serving(request), get_record(request)
     await serving.admit(request, name=request.path_params["name"])
     async with Deadline(request, serving.settings.timeout_seconds) as deadline:
-        body = await _body(request, serving.settings.max_body_bytes)
+        body = await read_body(request, serving.settings.max_body_bytes)
         deadline.body_received()
         header_length = request.headers.get(HEADER_LENGTH)
-        parsed, binary = await asyncio.to_thread(parse, _reference(request), body, header_length)
+        json_bytes = _json_bytes(header_length, len(body))
+        parsed, binary = await off_loop(json_bytes, parse, _reference(request), body, header_length)
         response = await infer(serving, record, parsed)
         return await asyncio.to_thread(_infer_response, response, parsed, binary)
 
@@ -80,14 +82,16 @@ async def model_infer(request: Request) -> Response:
 async def index(request: Request) -> Response:
     """`POST /v2/repository/index`."""
     serving = get_serving(request)
-    document = await _optional_json(request, serving.settings.max_body_bytes)
-    return _json_response(repository_index(serving, ready_only=_flag(document, "ready", False)))
+    async with Deadline(request, serving.settings.timeout_seconds) as deadline:
+        document = await _optional_json(request, deadline)
+        return _json_response(repository_index(serving, ready_only=_flag(document, "ready", False)))
 
 
 async def load(request: Request) -> Response:
     """`POST /v2/repository/models/{name}/load`."""
     serving = get_serving(request)
-    document = await _optional_json(request, serving.settings.max_body_bytes)
+    async with Deadline(request, serving.settings.timeout_seconds) as deadline:
+        document = await _optional_json(request, deadline)
     await load_model(serving, request.path_params["name"], document.get("parameters"))
     return Response()
 
@@ -95,7 +99,8 @@ async def load(request: Request) -> Response:
 async def unload(request: Request) -> Response:
     """`POST /v2/repository/models/{name}/unload`."""
     serving = get_serving(request)
-    await _optional_json(request, serving.settings.max_body_bytes)
+    async with Deadline(request, serving.settings.timeout_seconds) as deadline:
+        await _optional_json(request, deadline)
     await serving.unload(request.path_params["name"])
     return Response()
 
@@ -119,6 +124,15 @@ def protocol_routes(route: type[Route]) -> list[Route]:
     return [route(path, endpoint, methods=[method]) for path, endpoint, method in PROTOCOL_ROUTES]
 
 
+def _json_bytes(sent: str | None, length: int) -> int:
+    """Return the length of the JSON document at the start of a body of `length` bytes."""
+    if sent is None:
+        return length
+    if not re.fullmatch("[0-9]{1,15}", sent) or int(sent) > length:
+        raise ParameterError(HEADER_LENGTH, expected=f"0 to {length}", found=repr(sent[:20]))
+    return int(sent)
+
+
 def parse(reference: str, body: bytes, header_length: str | None) -> tuple[InferenceRequest, bool]:
     """Parse a request: a JSON document of `header_length` bytes, followed by binary tensors.
 
@@ -128,11 +142,7 @@ def parse(reference: str, body: bytes, header_length: str | None) -> tuple[Infer
     Raises:
         ParameterError: the request does not follow the protocol.
     """
-    length = len(body)
-    if header_length is not None:
-        if not re.fullmatch("[0-9]{1,15}", header_length) or int(header_length) > len(body):
-            raise ParameterError(HEADER_LENGTH, expected=f"0 to {len(body)}", found=repr(header_length[:20]))
-        length = int(header_length)
+    length = _json_bytes(header_length, len(body))
     document = _object(_loads(body[:length]), "body")
     parameters = _object(document.get("parameters", {}), "parameters")
     inputs, start = [], length
@@ -208,40 +218,17 @@ def _reference(request: Request) -> str:
     return model_reference(request.path_params["name"], request.path_params.get("version", ""))
 
 
-async def _body(request: Request, max_bytes: int) -> bytes:
-    body = await read_body(request, max_bytes)
-    encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding in ("", "identity"):
-        return body
-    if encoding not in ("gzip", "deflate"):
-        raise ParameterError("Content-Encoding", expected="gzip or deflate", found=repr(encoding[:50]))
-    return await asyncio.to_thread(_decompress, body, max_bytes)
-
-
-def _decompress(body: bytes, max_bytes: int) -> bytes:
-    decompressor = zlib.decompressobj(wbits=47)  # detects gzip and zlib headers
-    try:
-        plain = decompressor.decompress(body, max_bytes + 1)
-    except zlib.error as error:
-        raise ParameterError("body", expected="data in its Content-Encoding", found=error) from error
-    if len(plain) > max_bytes:
-        raise ImageTooLargeError(limit=max_bytes, unit="bytes", found="more once decompressed")
-    if not decompressor.eof or decompressor.unused_data:
-        found = "more after its end" if decompressor.eof else "an early end"
-        raise ParameterError("body", expected="data in its Content-Encoding", found=found)
-    return plain
-
-
-async def _optional_json(request: Request, max_bytes: int) -> Json:
-    body = await _body(request, max_bytes)
-    return _object(_loads(body), "body") if body.strip() else {}
+async def _optional_json(request: Request, deadline: Deadline) -> Json:
+    body = await read_body(request, get_serving(request).settings.max_body_bytes)
+    deadline.body_received()
+    return _object(await off_loop(len(body), _loads, body), "body") if body.strip() else {}
 
 
 def _loads(body: bytes) -> object:
     try:
-        return orjson.loads(body)
-    except ValueError as error:
-        raise ParameterError("body", expected="a JSON object", found=f"none: {error}") from error
+        return loads(body)
+    except NotJsonError as error:
+        raise ParameterError("body", expected="a JSON object", found=f"none: {error}") from None
 
 
 def _object(value: object, name: str) -> Json:
@@ -253,6 +240,8 @@ def _object(value: object, name: str) -> Json:
 def _objects(value: object, name: str) -> list[Json]:
     if not isinstance(value, list):
         raise ParameterError(name, expected="a list", found=preview(value))
+    if len(value) > MAX_TENSORS:
+        raise ParameterError(name, expected=f"at most {MAX_TENSORS}", found=len(value))
     return [_object(entry, name) for entry in value]
 
 

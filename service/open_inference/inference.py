@@ -20,6 +20,7 @@ from vitrine.bundle.manifest import DetectionPreprocessing, TensorSpec
 from vitrine.bundle.predictors import Classifier, PreparedImage, Row
 from vitrine.service.errors import preview
 from vitrine.service.http.image_work import ImageWork
+from vitrine.service.http.json_body import LongText, Numbers
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import Work
 from vitrine.service.runtime.serving import Serving
@@ -35,6 +36,7 @@ SERVER_METADATA: dict[str, Any] = {
     ],
 }
 IMAGE = "image"
+MAX_TENSORS = 100  # inputs, and outputs, of a request
 DTYPES: dict[str, type[np.generic]] = {"UINT8": np.uint8, "INT64": np.int64, "FP32": np.float32}
 
 
@@ -318,7 +320,7 @@ def tensor_from_bytes(name: str, datatype: str, shape: Sequence[int], data: memo
 
 
 def tensor_from_values(name: str, datatype: str, shape: Sequence[int], values: object) -> Tensor:
-    """Return a tensor given as a flat or nested list of numbers (for BYTES: of strings or bytes).
+    """Return a tensor given as `Numbers`, or a flat or nested list of numbers (for BYTES: of strings or bytes).
 
     Raises:
         ParameterError: the values do not match the datatype or the shape.
@@ -327,6 +329,10 @@ def tensor_from_values(name: str, datatype: str, shape: Sequence[int], values: o
     if datatype == "BYTES":
         return Tensor(name, datatype, shape, UndecodedElements(values))
     is_integer = _dtype(name, datatype) is not np.float32
+    if isinstance(values, Numbers):
+        if is_integer and not values.integers:
+            raise ParameterError(f"{_input(name)}: data", expected="integers", found="float")
+        return tensor_from_array(name, datatype, shape, values.array)
     try:
         # As objects: otherwise NumPy would allocate the length of the longest string for each element.
         flat = np.asarray(values, dtype=object).ravel().tolist()
@@ -397,7 +403,7 @@ def _decode_elements(undecoded: UndecodedElements, count: int) -> list[object]:
         # With shape [n, 1], each element is nested in a list.
         values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in data]
         for value in values:
-            if not isinstance(value, (bytes, str)):
+            if not isinstance(value, (bytes, str, LongText)):
                 raise ParameterError(field, expected="base64 or a data URL as text", found=preview(value))
         return values
     elements: list[object] = []

@@ -1,0 +1,217 @@
+"""Bodies: bounds for one, a budget for all of them, and nothing of it is lost afterwards."""
+
+import asyncio
+import gzip
+import threading
+import tracemalloc
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope, Send
+
+from vitrine.bundle.errors import ImageTooLargeError, ParameterError
+from vitrine.service.errors import BodiesError
+from vitrine.service.http.bodies import BodyBudgetMiddleware, off_loop, read_body
+from vitrine.service.runtime.scheduler import Scheduler
+from vitrine.service.runtime.serving import Serving
+
+LIMIT = 1000
+Headers = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> Iterator[Scheduler]:
+    scheduler = Scheduler(1, 1)
+    yield scheduler
+    scheduler.close()
+
+
+def receiver(chunks: Iterable[bytes], disconnect: bool = False) -> Receive:
+    parts = iter([*chunks, None])
+    following = next(parts)
+
+    async def receive() -> Message:
+        nonlocal following
+        chunk, following = following, next(parts, None)
+        if disconnect and following is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": chunk or b"", "more_body": following is not None}
+
+    return receive
+
+
+def request_scope(headers: Headers) -> Scope:
+    return {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
+
+
+def read(chunks: Iterable[bytes], disconnect: bool = False, **headers: str) -> bytes:
+    scope = request_scope({name.replace("_", "-"): value for name, value in headers.items()})
+    return asyncio.run(read_body(Request(scope, receiver(chunks, disconnect)), LIMIT))
+
+
+def test_chunks_are_joined() -> None:
+    assert read([b"ab", b"", b"c"]) == b"abc"
+    assert read([b""]) == b""
+    assert read([bytes(LIMIT)], content_length=str(LIMIT)) == bytes(LIMIT)
+
+
+@pytest.mark.parametrize("declared", ["1001", "9" * 5000])
+def test_a_body_that_is_declared_too_large_is_not_read(declared: str) -> None:
+    with pytest.raises(ImageTooLargeError, match="at most 1000 bytes are accepted, found"):
+        read([], content_length=declared)
+
+
+def test_a_body_that_grows_too_large_is_refused() -> None:
+    with pytest.raises(ImageTooLargeError, match="at most 1000 bytes are accepted, found more"):
+        read([bytes(600), bytes(600)])
+
+
+def test_a_disconnect_is_no_body() -> None:
+    with pytest.raises(ClientDisconnect):
+        read([b"ab", b"c"], disconnect=True)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress])
+def test_encoded_bodies_are_decoded(compress: Callable[[bytes], bytes]) -> None:
+    body = compress(b"hello")
+    for name in ("gzip", "Deflate", " gzip "):
+        assert read([body[:5], body[5:]], content_encoding=name) == b"hello"
+    assert read([b"hello"], content_encoding="identity") == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "message"),
+    [
+        ("br", b"", "Content-Encoding: expected gzip or deflate, found 'br'"),
+        ("gzip, gzip", b"", "Content-Encoding: expected gzip or deflate, found 'gzip, gzip'"),
+        ("gzip", b"hello", "body: expected data in its Content-Encoding, found"),
+        ("gzip", gzip.compress(b"hello")[:-1], "body: expected data in its Content-Encoding, found an early end"),
+        ("gzip", gzip.compress(b"a") * 2, "body: expected data in its Content-Encoding, found more after its end"),
+    ],
+)
+def test_other_encodings_are_refused(encoding: str, body: bytes, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        read([body], content_encoding=encoding)
+
+
+def test_a_body_that_is_too_large_once_decompressed_is_refused() -> None:
+    with pytest.raises(ImageTooLargeError, match="found more once decompressed"):
+        read([gzip.compress(bytes(LIMIT + 1))], content_encoding="gzip")
+
+
+def test_many_chunks_take_the_memory_of_their_bytes() -> None:
+    chunks, sent = (b"a" for _ in range(50_000)), receiver([])
+
+    async def receive() -> Message:
+        chunk = next(chunks, None)
+        return await sent() if chunk is None else {"type": "http.request", "body": chunk, "more_body": True}
+
+    tracemalloc.start()
+    try:
+        body = asyncio.run(read_body(Request(request_scope({}), receive), 1_000_000))
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+    assert body == b"a" * 50_000
+
+
+class Budget:
+    """The middleware with an application that reads a body and then waits."""
+
+    def __init__(self, limit: int, scheduler: Scheduler) -> None:
+        self.proceed, self.error = asyncio.Event(), False
+        self.middleware = BodyBudgetMiddleware(self._app, limit)
+        self._starlette = Starlette()
+        self._starlette.state.serving = Serving(None, None, scheduler, None, None)  # type: ignore[arg-type]
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(Request(scope, receive), LIMIT)
+        await self.proceed.wait()
+        if self.error:
+            raise ZeroDivisionError
+        await send({"type": "http.response.start"})
+
+    async def request(self, chunks: Iterable[bytes], **headers: str) -> None:
+        async def send(message: Message) -> None:
+            assert self.middleware.budget.used == 0
+
+        scope = request_scope({name.replace("_", "-"): value for name, value in headers.items()})
+        scope["app"] = self._starlette
+        await self.middleware(scope, receiver(chunks), send)
+
+    def start(self, *chunks: bytes) -> Awaitable[None]:
+        return asyncio.ensure_future(self.request(chunks))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("headers", [{}, {"content_length": "600"}])
+def test_bodies_beyond_the_budget_are_refused(headers: Headers, scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        budget = Budget(1000, scheduler)
+        first = budget.start(bytes(300), bytes(300))
+        await until(lambda: budget.middleware.budget.used == 600)
+        with pytest.raises(BodiesError, match=r"take \d+ of at most 1000 bytes; try again later") as refused:
+            await budget.request([bytes(300), bytes(300)], **headers)
+        assert refused.value.retry_after >= 1
+        assert budget.middleware.budget.used == 600
+        budget.proceed.set()
+        await first
+
+    asyncio.run(scenario())
+
+
+def test_a_body_counts_as_large_as_it_is_decompressed(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        budget = Budget(1000, scheduler)
+        first = budget.start(bytes(600))
+        await until(lambda: budget.middleware.budget.used == 600)
+        with pytest.raises(BodiesError):
+            await budget.request([gzip.compress(bytes(600))], content_encoding="gzip")
+        budget.proceed.set()
+        await first
+
+    asyncio.run(scenario())
+
+
+def test_a_request_alone_is_never_refused(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        budget = Budget(100, scheduler)
+        budget.proceed.set()
+        await budget.request([bytes(500), bytes(500)], content_length="1000")
+
+    asyncio.run(scenario())
+
+
+def test_the_budget_is_returned_after_an_error_or_a_cancellation(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        budget = Budget(1000, scheduler)
+        cancelled = asyncio.ensure_future(budget.request([bytes(600)]))
+        await until(lambda: budget.middleware.budget.used == 600)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert budget.middleware.budget.used == 0
+        budget.error = True
+        budget.proceed.set()
+        with pytest.raises(ZeroDivisionError):
+            await budget.request([bytes(600)])
+        assert budget.middleware.budget.used == 0
+
+    asyncio.run(scenario())
+
+
+def test_only_large_bodies_leave_the_event_loop() -> None:
+    async def scenario() -> None:
+        here = threading.get_ident()
+        assert await off_loop(100, threading.get_ident) == here
+        assert await off_loop(1_000_000, threading.get_ident) != here
+
+    asyncio.run(scenario())
