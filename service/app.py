@@ -28,6 +28,7 @@ from vitrine.service.http.openapi import DOCS_PAGE, DOCS_POLICY, openapi_documen
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import flush_requests
 from vitrine.service.observability.tracing import shutdown_tracing
+from vitrine.service.observability.watchdog import watch_event_loop
 from vitrine.service.open_inference.grpc import grpc_server
 from vitrine.service.open_inference.http import protocol_routes, server_health
 from vitrine.service.paths import PROBES, PROTOCOL_PROBES
@@ -122,8 +123,14 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path, *, 
         silent_seconds = min(SILENT_SECONDS, max(settings.stuck_seconds, 3 * BEAT_SECONDS))
         workers = Workers(shared, parent or os.getppid(), silent_seconds)
         app.state.serving = Serving(settings, repository, scheduler, control, keys, limit, workers)
-        gauges, idle = _update_queue_gauges(scheduler), _release_memory_when_idle(scheduler)
-        tasks = [asyncio.create_task(duty) for duty in (control.watch(), workers.beat(), gauges, idle)]
+        duties = (
+            control.watch(),
+            workers.beat(),
+            _update_queue_gauges(scheduler),
+            _release_memory_when_idle(scheduler),
+            watch_event_loop(),
+        )
+        tasks = [asyncio.create_task(duty) for duty in duties]
         try:
             async with grpc_server(app.state.serving):
                 metrics.worker_ready()

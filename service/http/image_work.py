@@ -11,6 +11,7 @@ from PIL import Image
 from vitrine.bundle.images import EncodedImage, decode
 from vitrine.bundle.predictors import Predictor, PreparedImage, Row
 from vitrine.service.http import schemas
+from vitrine.service.http.json_body import LongText
 from vitrine.service.http.requests import image_bytes
 from vitrine.service.observability.request_record import RequestRecord
 
@@ -34,7 +35,7 @@ class ImageWork:
 
     @property
     def size(self) -> int:
-        return len(self.image) if isinstance(self.image, (bytes, str, memoryview)) else 0
+        return len(self.image) if isinstance(self.image, (bytes, str, memoryview, LongText)) else 0
 
     def cost(self) -> float:
         self.image = image_bytes(self.image)

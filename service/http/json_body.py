@@ -51,8 +51,11 @@ class LongText:
 
     pieces: Sequence[bytes]
 
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
     def __repr__(self) -> str:
-        return f"a text of {sum(map(len, self.pieces))} characters"
+        return f"a text of {len(self)} characters"
 
 
 def loads(document: bytes) -> Any:

@@ -65,12 +65,19 @@ _HISTOGRAMS = {
         ("model",),
         (1, 2, 4, 8, 16, 32, 64),
     ),
+    "vitrine_event_loop_stall_seconds": (
+        "For how long the event loop stood still, measured 100 times per second.",
+        (),
+        _SECONDS,
+    ),
 }
 _GAUGES = {
     "vitrine_requests_in_flight": "Requests in progress, without probes and scrapes.",
     "vitrine_queue_images": "Images waiting for a thread.",
     "vitrine_running_images": "Images (or batches) running on a thread.",
 }
+_LONGEST_STALL = "vitrine_event_loop_longest_stall_seconds"
+_LONGEST_STALL_TEXT = "Longest stall of a worker's event loop in the last 30 to 60 seconds."
 _START_SECONDS = "vitrine_start_time_seconds"
 _START_TEXT = "Time when the oldest living worker became ready, in seconds since the epoch."
 
@@ -128,6 +135,12 @@ def set_queue(waiting: int, running: int) -> None:
     _counters.set(("vitrine_running_images",), running)
 
 
+def observe_stall(seconds: float, longest: float) -> None:
+    """Count a stall of the event loop, and set the longest one of late."""
+    _counters.observe(("vitrine_event_loop_stall_seconds",), seconds, _SECONDS)
+    _counters.set((_LONGEST_STALL,), longest)
+
+
 class _CountersCollector(Collector):
     """The counters of all workers, and the gauges of the living ones."""
 
@@ -150,6 +163,9 @@ class _CountersCollector(Collector):
                 yield histogram
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(name, text, sum(worker[name,][0] for worker in self._gauges if (name,) in worker))
+        stalls = [worker[_LONGEST_STALL,][0] for worker in self._gauges if (_LONGEST_STALL,) in worker]
+        if stalls:
+            yield GaugeMetricFamily(_LONGEST_STALL, _LONGEST_STALL_TEXT, max(stalls))
         starts = [worker[_START_SECONDS,][0] for worker in self._gauges if (_START_SECONDS,) in worker]
         if starts:
             yield GaugeMetricFamily(_START_SECONDS, _START_TEXT, min(starts))
