@@ -227,11 +227,14 @@ def _long_text(document: bytes, start: int, stop: int) -> LongText:
     """Check and unescape a text, slice by slice; slices end between characters."""
     pieces = []
     while start < stop:
-        match = _WHOLE_CHARACTERS.match(document, start, min(start + _SLICE, stop))
-        if match is None or match.end() == start:
-            raise NotJsonError("an unfinished escape")
-        start = match.end()
-        piece: str | None = _parse(b'"%b"' % match[0]) if match[0].isascii() else None
+        end = min(start + _SLICE, stop)
+        if document.find(b"\\", start, end) >= 0:
+            match = _WHOLE_CHARACTERS.match(document, start, end)
+            if match is None or match.end() == start:
+                raise NotJsonError("an unfinished escape")
+            end = match.end()
+        text, start = document[start:end], end
+        piece: str | None = _parse(b'"%b"' % text) if text.isascii() else None
         if piece is None or not piece.isascii():
             raise ParameterError(
                 "body", expected=f"ASCII in texts of more than {_SLICE} bytes", found="other characters"

@@ -226,7 +226,9 @@ def _decode_base64(pieces: Sequence[str]) -> bytes:
     """
     decoded, rest, padded = [], b"", False
     for number, piece in enumerate(pieces, 1):
-        digits = rest + piece.encode("ascii").translate(None, _WHITE_SPACE)
+        digits = rest + piece.encode("ascii")
+        if any(character in digits for character in _WHITE_SPACE):
+            digits = digits.translate(None, _WHITE_SPACE)
         whole = len(digits) if number == len(pieces) else len(digits) // 4 * 4
         if padded and digits:
             raise binascii.Error("Excess data after padding")

@@ -11,18 +11,18 @@ from urllib.parse import unquote
 
 import grpc
 import numpy as np
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc.aio import ServicerContext as Context
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vitrine.bundle.errors import ParameterError, UnknownModelError, VitrineError
-from vitrine.service.errors import STATUS, TIMEOUT, find_exhaustion
+from vitrine.service.errors import STATUS, TIMEOUT, BodiesError, find_exhaustion
+from vitrine.service.http.bodies import BodyBudget, BodyLease, off_loop
 from vitrine.service.observability.middleware import request_id, track_request
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.observability.tracing import grpc_span, record_spans
 from vitrine.service.open_inference import open_inference_pb2 as pb
-from vitrine.service.open_inference import open_inference_pb2_grpc as pb_grpc
 from vitrine.service.open_inference.inference import (
     SERVER_METADATA,
     InferenceRequest,
@@ -46,6 +46,12 @@ _log = logging.getLogger("bentoml.vitrine")
 
 SERVICE = "inference.GRPCInferenceService"
 _MESSAGE_OVERHEAD = 64 * 1024  # bytes of a message besides its tensors
+_MAX_STRUCTURE = 1024 * 1024  # bytes of a message besides `raw_input_contents`; parsed, they may take 50 times as many
+_MAX_FIELDS = 1000  # of a message
+_MAX_STREAMS = 256  # calls at a time on one connection
+_MAX_METADATA = 16 * 1024  # bytes of a call's metadata; above it some calls are refused, above twice as much all
+_MAX_OTHER_CALLS = 256  # at a time, besides those that may wait in the queue
+_IDLE_MILLISECONDS = 5 * 60 * 1000  # after which a connection without calls is closed
 _GRACE_SECONDS = 30.0  # grace period for calls in progress at shutdown
 
 CODES = {
@@ -61,18 +67,66 @@ CODES = {
     HTTPStatus.GATEWAY_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
+
+
+def _parse_message(request_type: type[Request], raw: bytes) -> Request:
+    """Parse a message.
+
+    Raises:
+        ParameterError: it is not of this type, or so large besides `raw_input_contents` that it might take many times
+            its size in memory.
+    """
+    raw_field = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER if request_type is pb.ModelInferRequest else None
+    try:
+        fields, structure = _count_fields(raw, raw_field)
+        if structure > _MAX_STRUCTURE or fields > _MAX_FIELDS:
+            expected = f"at most {_MAX_STRUCTURE} bytes besides raw_input_contents, in at most {_MAX_FIELDS} fields"
+            raise ParameterError("message", expected=expected, found=f"{structure} bytes in {fields} fields")
+        return request_type.FromString(raw)
+    except DecodeError as error:
+        name = request_type.DESCRIPTOR.full_name
+        raise ParameterError("message", expected=f"a protobuf {name}", found=f"none: {error}") from None
+
+
+def _count_fields(raw: bytes, raw_field: int | None) -> tuple[int, int]:
+    """Return the number of fields of a message, and the bytes of all but `raw_field`."""
+    position = fields = structure = 0
+    while position < len(raw) and fields <= _MAX_FIELDS:
+        start = position
+        tag, position = _varint(raw, position)
+        length = {0: 0, 1: 8, 5: 4}.get(tag & 7)
+        if tag & 7 in (0, 2):
+            number, position = _varint(raw, position)
+            length = number if tag & 7 == 2 else length
+        if length is None:
+            raise DecodeError("a field of an unknown type")
+        position += length
+        fields += 1
+        structure += position - start if tag >> 3 != raw_field else 0
+    return fields, structure
+
+
+def _varint(raw: bytes, position: int) -> tuple[int, int]:
+    """Return the number at a position, and the position after it."""
+    number = 0
+    for shift, byte in enumerate(raw[position : position + 10]):
+        number |= (byte & 0x7F) << 7 * shift
+        if byte < 0x80:
+            return number, position + shift + 1
+    raise DecodeError("a number without an end")
 
 
 def _recorded(
     method: Callable[["InferenceServicer", Any, RequestRecord], Awaitable[Response]],
-) -> Callable[["InferenceServicer", Any, Context], Awaitable[Response]]:
-    """Check the key of a call and record it; an error becomes a status with the same message as over HTTP."""
-    route = f"/{SERVICE}/{method.__name__}"
+) -> Callable[["InferenceServicer", bytes, Context], Awaitable[Response]]:
+    """Check the key of a call, parse its message and record it; an error has the same message as over HTTP."""
+    route, request_type = f"/{SERVICE}/{method.__name__}", getattr(pb, f"{method.__name__}Request")
 
     @wraps(method)
-    async def call(servicer: "InferenceServicer", request: Any, context: Context) -> Response:
-        serving = servicer.serving
+    async def call(servicer: "InferenceServicer", raw: bytes, context: Context) -> Response:
+        serving, lease = servicer.serving, BodyLease(servicer.budget)
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         record = RequestRecord(
             method="gRPC",
@@ -86,8 +140,14 @@ def _recorded(
             try:
                 record.key = serving.keys.check(metadata.get("authorization"), metadata.get("x-api-key"))
                 serving.limit.check(record.sender)
+                lease.add(len(raw))
+                record.bytes_in = len(raw)
+                request = await off_loop(len(raw), _parse_message, request_type, raw)
+                del raw  # it has been copied
                 response = await method(servicer, request, record)
             except VitrineError as error:
+                if isinstance(error, BodiesError):
+                    await serving.scheduler.throttle_refusal()
                 record.error = error.code
                 code, message = CODES[STATUS[type(error)]], str(error)
             except TimeoutError:
@@ -105,6 +165,8 @@ def _recorded(
                 record.status, record.bytes_out = grpc.StatusCode.OK.name, response.ByteSize()
                 record_spans(serving.settings, record)
                 return response
+            finally:
+                lease.release()
             record.status = code.name
             record_spans(serving.settings, record)
             await context.abort(code, message)
@@ -118,18 +180,28 @@ def _client(peer: str) -> str:
     return unquote(peer).partition(":")[2].replace("[", "").replace("]", "")
 
 
-class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
+async def _check_empty(raw: bytes, context: Context) -> None:
+    """Check the message of a probe, which is not recorded."""
+    try:
+        _parse_message(pb.ServerLiveRequest, raw)
+    except ParameterError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+
+class InferenceServicer:
     """The methods of the protocol, implemented by the same functions as over HTTP."""
 
     def __init__(self, serving: Serving) -> None:
-        self.serving = serving
+        self.serving, self.budget = serving, BodyBudget(serving.settings.max_bodies_bytes)
 
-    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:
+    async def ServerLive(self, raw: bytes, context: Context) -> pb.ServerLiveResponse:
         """Whether no computing thread is stuck, and no worker silent."""
+        await _check_empty(raw, context)
         return pb.ServerLiveResponse(live=not self.serving.find_trouble())
 
-    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:
+    async def ServerReady(self, raw: bytes, context: Context) -> pb.ServerReadyResponse:
         """Whether the server can handle requests. (It starts only when all models are loaded.)"""
+        await _check_empty(raw, context)
         return pb.ServerReadyResponse(ready=not self.serving.find_trouble())
 
     @_recorded
@@ -157,7 +229,6 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     @_recorded
     async def ModelInfer(self, request: pb.ModelInferRequest, record: RequestRecord) -> pb.ModelInferResponse:
         """Run inference."""
-        record.bytes_in = request.ByteSize()
         async with asyncio.timeout(self.serving.settings.timeout_seconds):
             # Tensors in `contents` are copied number by number; raw ones are not copied.
             parsed = parse(request) if request.raw_input_contents else await asyncio.to_thread(parse, request)
@@ -263,12 +334,22 @@ async def grpc_server(serving: Serving) -> AsyncIterator[None]:
         return
     options = [
         ("grpc.so_reuseport", 1),
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
+        ("grpc.max_metadata_size", _MAX_METADATA),
+        ("grpc.absolute_max_metadata_size", 2 * _MAX_METADATA),
+        ("grpc.max_connection_idle_ms", _IDLE_MILLISECONDS),
         ("grpc.max_receive_message_length", settings.max_body_bytes + _MESSAGE_OVERHEAD),
         ("grpc.max_send_message_length", -1),
     ]
-    server = grpc.aio.server(options=options)
-    add_servicer = pb_grpc.add_GRPCInferenceServiceServicer_to_server
-    add_servicer(InferenceServicer(serving), server)  # type: ignore[no-untyped-call]
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=settings.max_queue + _MAX_OTHER_CALLS)
+    servicer = InferenceServicer(serving)
+    handlers = {  # they get the bytes of a message: gRPC would parse it on the event loop
+        method: grpc.unary_unary_rpc_method_handler(
+            getattr(servicer, method), response_serializer=lambda response: response.SerializeToString()
+        )
+        for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)

@@ -125,7 +125,7 @@ class Budget:
         self.proceed, self.error = asyncio.Event(), False
         self.middleware = BodyBudgetMiddleware(self._app, limit)
         self._starlette = Starlette()
-        self._starlette.state.serving = Serving(None, None, scheduler, None, None)  # type: ignore[arg-type]
+        self._starlette.state.serving = Serving(None, None, scheduler, None, None, None)  # type: ignore[arg-type]
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
         await read_body(Request(scope, receive), LIMIT)

@@ -1,5 +1,6 @@
 """The protocol over gRPC, tested with Triton's client."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -336,3 +337,57 @@ def test_the_generated_code_matches_the_proto_file(root: Path, tmp_path: Path) -
     assert len(made) == 3
     for file in made:
         assert file.read_text() == (root / folder / file.name).read_text(), f"run `make proto`: {file.name}"
+
+
+def raw_method(channel: grpc.Channel, name: str) -> Callable[..., Any]:
+    """A method that takes and returns bytes."""
+    return channel.unary_unary(f"/{SERVICE}/{name}")
+
+
+METHODS = [method.name for method in service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\xff", b"\xff" * 100, b"\x0a\x05ab", b"\x0b", b"\x80", b"\x2a\x02\xff\xff", b"\x0a\x01\xff"],
+    ids=["tag", "many tags", "short", "group", "varint", "nested", "not UTF-8"],
+)
+def test_garbage_is_an_invalid_argument(garbage: bytes, channel: grpc.Channel, server: str) -> None:
+    before = httpx.get(f"{server}/metrics").text
+    with pytest.raises(grpc.RpcError) as error:
+        raw_method(channel, "ModelInfer")(garbage)
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.value.details().startswith("message: expected a protobuf inference.ModelInferRequest, found none")
+    pattern = r'vitrine_requests_total{model="",route="/\S+/ModelInfer",status="INVALID_ARGUMENT",version=""} (\S+)'
+    counts = [float((re.findall(pattern, text) or ["0"])[0]) for text in (before, httpx.get(f"{server}/metrics").text)]
+    assert counts[1] == counts[0] + 1
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} & {"ServerLive", "ServerReady", "ModelReady", "ModelMetadata"}))
+def test_garbage_is_refused_by_every_method(name: str, channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        raw_method(channel, name)(b"\xff\xff")
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        (b"\x2a\x00" * 1001, "found 2002 bytes in 1001 fields"),  # empty inputs
+        (b"\x2a\x84\x80\x80\x01" + b"\x22\x00" * (1024 * 1024 + 2), "found 2097161 bytes in 1 fields"),  # parameters
+    ],
+)
+def test_a_message_that_would_take_many_times_its_size_is_refused(
+    message: bytes, found: str, channel: grpc.Channel
+) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        raw_method(channel, "ModelInfer")(message)
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    expected = "message: expected at most 1048576 bytes besides raw_input_contents, in at most 1000 fields, "
+    assert error.value.details() == expected + found
+
+
+def test_metadata_has_a_bound(channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        raw_method(channel, "ServerLive")(b"", metadata=[("x-large", "a" * 40_000)])
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
