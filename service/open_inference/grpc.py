@@ -84,7 +84,8 @@ def _parse_message(request_type: type[Request], raw: bytes) -> Request:
         if structure > _MAX_STRUCTURE or fields > _MAX_FIELDS:
             expected = f"at most {_MAX_STRUCTURE} bytes besides raw_input_contents, in at most {_MAX_FIELDS} fields"
             raise ParameterError("message", expected=expected, found=f"{structure} bytes in {fields} fields")
-        return request_type.FromString(raw)
+        message: Request = request_type.FromString(raw)
+        return message
     except DecodeError as error:
         name = request_type.DESCRIPTOR.full_name
         raise ParameterError("message", expected=f"a protobuf {name}", found=f"none: {error}") from None
