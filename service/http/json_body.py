@@ -182,7 +182,10 @@ def _numbers(document: bytes, start: int, stop: int) -> Numbers | None:
         comma = document.find(b",", min(position + _SLICE, stop), stop)
         end = stop if comma < 0 else comma
         # Spaces for brackets: where a comma is missing or too many, two numbers or none remain.
-        values = _parse(b"[%b]" % document[position:end].translate(_BRACKETS_TO_SPACES))
+        try:
+            values = orjson.loads(b"[%b]" % document[position:end].translate(_BRACKETS_TO_SPACES))
+        except ValueError:
+            return None
         if not values:
             return None
         array, whole = _compact(values)

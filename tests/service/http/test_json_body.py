@@ -115,6 +115,13 @@ def test_invalid_lists_of_numbers_are_refused(data: bytes, long: bool) -> None:
         loads(document)
 
 
+def test_empty_lists_are_many_values_but_json() -> None:
+    document = b'{"data":[' + b"[]," * 200_000 + b"[]]}"
+    with pytest.raises(ParameterError, match="body: expected at most 100000 values, found more"):
+        loads(document)
+    assert loads(b'{"data":[' + b"[]," * 30_000 + b"[]]}") == {"data": [[]] * 30_001}
+
+
 def test_types_of_numbers() -> None:
     def read(numbers: str) -> Numbers:
         value = loads(f'{{"data":[{numbers}{",1" * 40_000}]}}'.encode())["data"]
