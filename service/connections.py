@@ -5,7 +5,6 @@ one timer, which looks once per second what it is waiting for; requests themselv
 """
 
 import asyncio
-import ipaddress
 import logging
 import resource
 from collections import Counter
@@ -32,7 +31,7 @@ from vitrine.service.errors import (
 )
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import log_request
-from vitrine.service.observability.request_record import RequestRecord
+from vitrine.service.observability.request_record import RequestRecord, client_network
 from vitrine.service.response_headers import add_security_headers
 from vitrine.service.settings import Settings
 
@@ -123,7 +122,7 @@ class Connection(HttpToolsProtocol):
         limits = self.limits
         self._tick = min(_TICK_SECONDS, limits.receive_seconds / 4, limits.send_seconds / 4)
         self._timer = self.loop.call_later(self._tick, self._watch)
-        self._address = _client_of(self.client[0]) if self.client else ""
+        self._address = client_network(self.client[0]) if self.client else ""
         self._by_client[self._address] += 1
         excess = len(self.connections) - limits.connections
         if excess > _SPARE_CONNECTIONS:
@@ -375,13 +374,6 @@ class _LingeringTransport:
 
 def _unsent_bytes(connection: Connection) -> int:
     return connection.transport.get_write_buffer_size()
-
-
-def _client_of(host: str) -> str:
-    """Return the address whose connections are counted together: an IPv4 address, or the network of an IPv6 address."""
-    if ":" not in host:
-        return host
-    return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False))
 
 
 def _malformed(data: bytes, error: Exception, requests: int) -> VitrineError:

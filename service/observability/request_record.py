@@ -1,5 +1,6 @@
 """The record of a request in progress: the single source of its log line, metrics, spans and headers."""
 
+import ipaddress
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,16 @@ class Stage(NamedTuple):
     name: str
     start: int  # nanoseconds of the monotonic clock
     end: int
+
+
+def client_network(host: str) -> str:
+    """Return what a client cannot choose freely: its IPv4 address, or the network (/64) of its IPv6 address."""
+    if ":" not in host:
+        return host
+    try:
+        return str(ipaddress.ip_network((host.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return host
 
 
 @dataclass
@@ -54,8 +65,8 @@ class RequestRecord:
 
     @property
     def sender(self) -> str:
-        """Whose request this is, for shares and limits: the name of the API key, else the client's address."""
-        return self.key or self.client.rpartition(":")[0]
+        """Whose request this is, for shares and limits: the name of the API key, else the client's network."""
+        return self.key or client_network(self.client.rpartition(":")[0])
 
     @property
     def images(self) -> int:

@@ -423,9 +423,3 @@ def test_connections_of_one_client_above_the_limit_are_429() -> None:
             assert (await client.answer())[0] == 200
 
     run(test, connections_per_client=2)
-
-
-def test_addresses_of_one_network_count_together() -> None:
-    assert connections._client_of("192.0.2.1") == "192.0.2.1"
-    assert connections._client_of("2001:db8::1") == connections._client_of("2001:db8::ffff:1%eth0")
-    assert connections._client_of("2001:db8::1") != connections._client_of("2001:db8:0:1::1")

@@ -67,7 +67,15 @@ def test_durations_do_not_depend_on_the_clock_of_the_day(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     ("key", "client", "sender"),
-    [("ci", "10.0.0.1:5", "ci"), ("", "10.0.0.1:5", "10.0.0.1"), ("", "::1:5", "::1"), ("", "", "")],
+    [
+        ("ci", "10.0.0.1:5", "ci"),
+        ("", "10.0.0.1:5", "10.0.0.1"),
+        ("", "::1:5", "::/64"),
+        ("", "2001:db8::7%eth0:5", "2001:db8::/64"),
+        ("", "2001:db8:0:1::7:5", "2001:db8:0:1::/64"),
+        ("", "no address:5", "no address"),
+        ("", "", ""),
+    ],
 )
 def test_the_sender_is_the_key_or_the_address(key: str, client: str, sender: str) -> None:
     assert RequestRecord(key=key, client=client).sender == sender
