@@ -112,3 +112,34 @@ def test_conflicting_query_and_body_parameters_are_refused() -> None:
 def test_reading_stops_when_the_body_grows_too_large(content_type: str) -> None:
     with pytest.raises(ImageTooLargeError, match="at most 4096 bytes are accepted, found more"):
         read(b"--x\r\nContent-Disposition: form-data; name=image; filename=a\r\n\r\n" + bytes(10_000), content_type)
+
+
+FORM = "multipart/form-data; boundary=x"
+PICTURE = b'--x\r\nContent-Disposition: form-data; name="image"\r\n%b\r\npicture\r\n--x--\r\n'
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "refused"),  # what a client sends never chooses the code that reads it
+    [
+        (
+            f"{FORM}; charset=punycode",
+            PICTURE % b"Content-Type: image/png\r\n",
+            "Content-Type: charset: expected utf-8",
+        ),
+        ("application/json; charset=utf-16", b"{}", "Content-Type: charset: expected utf-8"),
+        (FORM, PICTURE % b"Content-Transfer-Encoding: base64\r\n", "Content-Transfer-Encoding 'base64'"),
+        (FORM, PICTURE % b"", "image: expected a file, found text"),
+        (FORM, PICTURE % b"Content-Type: text/plain\r\n", "image: expected a file, found text"),
+        (FORM, PICTURE % b"Content-Type: image/png; charset=punycode\r\n", ""),
+        (f"{FORM}; charset=UTF-8", PICTURE % b"Content-Type: image/jpeg\r\n", ""),
+        (FORM, PICTURE % b"Content-Type: application/x-python-pickle\r\n", ""),
+        ("application/vnd.bentoml+pickle", b"picture", ""),
+        ("image/png; charset=punycode", b"picture", ""),
+    ],
+)
+def test_a_client_chooses_no_code(content_type: str, body: bytes, refused: str) -> None:
+    if refused:
+        with pytest.raises(ParameterError, match=refused):
+            read(body, content_type)
+    else:
+        assert [image_bytes(image) for image in read(body, content_type).images] == [b"picture"]
