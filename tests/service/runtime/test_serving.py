@@ -1,15 +1,20 @@
 """Disconnected clients, overload, and the files of a server."""
 
+import asyncio
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from starlette.requests import Request
+
+from vitrine.service.errors import ClientDisconnectedError
+from vitrine.service.runtime.serving import Deadline
 
 Serving = Callable[..., AbstractContextManager[Any]]
 
@@ -106,3 +111,93 @@ def test_a_failed_start_leaves_no_files(
     monkeypatch.setenv("VITRINE_BUNDLES", str(tmp_path))
     assert "found none" in run_vitrine("serve", *free_ports, status=1)
     assert not list(tmp_path.iterdir())
+
+
+def request_of(*messages: str) -> Request:
+    """A request whose connection delivers these messages, and then none."""
+    remaining = list(messages)
+
+    async def receive() -> dict[str, object]:
+        if not remaining:
+            await asyncio.Event().wait()
+        return {"type": remaining.pop(0)}
+
+    return Request({"type": "http"}, receive)
+
+
+def within_deadline(block: Callable[[Deadline], Coroutine[Any, Any, object]], seconds: float, *messages: str) -> object:
+    """Run a block under a deadline; return its result."""
+
+    async def scenario() -> object:
+        before = asyncio.all_tasks()
+        async with Deadline(request_of(*messages), seconds) as deadline:
+            result = await block(deadline)
+        await asyncio.sleep(0.15)  # what was left behind would cancel this
+        assert asyncio.all_tasks() == before
+        return result
+
+    return asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+async def forever(deadline: Deadline) -> None:
+    deadline.body_received()
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.12])
+def test_a_request_ends_at_its_deadline(seconds: float) -> None:
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        within_deadline(forever, seconds)
+    assert time.monotonic() - start >= seconds
+
+
+@pytest.mark.parametrize("seconds", [0.1, 60])
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_request_that_ends_in_time_leaves_nothing_behind(seconds: float, watched: bool) -> None:
+    async def block(deadline: Deadline) -> int:
+        deadline.body_received()
+        await asyncio.sleep(0.07 if watched and seconds > 1 else 0)  # after 0.05 s, a disconnect is watched for
+        return 1
+
+    assert within_deadline(block, seconds) == 1
+
+
+@pytest.mark.parametrize("before", [(), ("http.request",), ("http.request", "http.request")])
+def test_a_client_that_leaves_ends_its_request(before: tuple[str, ...]) -> None:
+    with pytest.raises(ClientDisconnectedError):
+        within_deadline(forever, 60, *before, "http.disconnect")
+
+
+def test_a_body_is_not_read_by_the_watch_for_a_disconnect() -> None:
+    async def block(deadline: Deadline) -> int:
+        await asyncio.sleep(0.2)
+        return 1
+
+    assert within_deadline(block, 60, "http.disconnect") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError()])
+def test_the_errors_of_a_request_are_its_own(error: BaseException) -> None:
+    async def block(deadline: Deadline) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        within_deadline(block, 60)
+
+
+def test_a_request_that_is_cancelled_from_outside_stays_cancelled() -> None:
+    async def scenario() -> None:
+        async def request() -> None:
+            async with Deadline(request_of(), 0.05):
+                with suppress(asyncio.CancelledError):
+                    await asyncio.sleep(30)  # cancelled by the deadline
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.sleep(30)
+
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.ensure_future(request())
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
