@@ -138,3 +138,107 @@ def test_the_share_of_many_senders_is_forgotten_when_it_has_passed() -> None:
         queue.push("passes", key(f"sender{i}", 1e-4), 1e-4)
         queue.pop()
     assert len(queue._flows) < 3000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "magnitude"),
+    [(1.0, 0), (1.4, 0), (1.5, 1), (2.0, 1), (0.25, -2), (1e-4, -13), (0.0, -13), (1000.0, 10)],
+)
+def test_the_kind_of_work_is_the_logarithm_of_its_cost(seconds: float, magnitude: int) -> None:
+    kind = Kind.of("network", seconds)
+    assert (kind.magnitude, kind.limited) == (magnitude, False)
+    assert Kind.of("network", seconds, limited=True) == (*kind[:2], True)
+    assert kind.weight == pytest.approx(2 ** (-magnitude / 2))
+
+
+Costs = st.lists(st.integers(1, 8).map(lambda eighths: eighths / 8), min_size=20, max_size=20)
+
+
+@given(Costs, Costs)
+def test_senders_with_unequal_items_get_equal_time(one: list[float], other: list[float]) -> None:
+    """Up to the cost of an item, at any time while both wait."""
+    queue: FairQueue[float] = FairQueue(1000)
+    flows = {"one": FlowKey("one", Kind("network", 0)), "other": FlowKey("other", Kind("network", 0))}
+    for sender, costs in (("one", one), ("other", other)):
+        for cost in costs:
+            queue.push(cost, flows[sender], cost)
+    served = dict.fromkeys(flows, 0.0)
+    while len(set(queue.active())) == 2:
+        found = queue.pop()
+        assert found is not None
+        served[found[0].sender] += found[1]
+        assert abs(served["one"] - served["other"]) <= 1
+
+
+def test_the_kinds_of_a_sender_get_time_by_their_weights() -> None:
+    """Work of a second gets twice the time of work of four seconds."""
+    queue: FairQueue[float] = FairQueue(1000)
+    small, large = key("sender", 1.0), key("sender", 4.0)
+    for _ in range(40):
+        queue.push(1.0, small, 1.0)
+        queue.push(4.0, large, 4.0)
+    time_of = Counter[FlowKey]()
+    for _ in range(27):
+        found = queue.pop()
+        assert found is not None
+        time_of[found[0]] += int(found[1])
+    assert time_of[small] == 2 * time_of[large] == 24
+
+
+def test_a_sender_that_comes_later_neither_waits_nor_catches_up() -> None:
+    queue: FairQueue[str] = FairQueue(1000)
+    for _ in range(60):
+        queue.push("first", key("first", 1.0), 1.0)
+    for _ in range(30):
+        queue.pop()
+    for _ in range(20):
+        queue.push("later", key("later", 1.0), 1.0)
+    order = take_all(queue)
+    for taken in (2, 10, 20, 40):
+        assert abs(order[:taken].count("later") - taken / 2) <= 1
+
+
+def test_work_that_is_put_back_has_not_used_its_first_flow() -> None:
+    """Images that look small and are large do not delay the small ones of their sender."""
+    queue: FairQueue[str] = FairQueue(1000)
+    for value in ["large"] * 6 + ["small"] * 4:
+        queue.push(value, key("one", 0.5), 0.5)
+    for _ in range(8):
+        queue.push("other", key("other", 0.5), 0.5)
+    order = []
+    while (found := queue.pop()) is not None:
+        flow, value = found
+        if value == "large" and flow == key("one", 0.5):
+            queue.put_back(value, flow, key("one", 64.0), 64.0)
+        else:
+            order.append(value)
+    assert order[:6].count("small") == 3
+    assert order[-6:] == ["large"] * 6
+
+
+def test_capacity_is_shared_by_all_flows() -> None:
+    """With n other flows, one may hold a share of 1 / (n + 1) of a full queue."""
+    for others, room in ((1, 4), (2, 3), (4, 2)):
+        queue: FairQueue[str] = FairQueue(10)
+        for i in range(10):
+            queue.push("x", key(f"other{i % others}", 1.0), 1.0)
+        admitted = 0
+        while not queue.is_full(key("new", 1.0)):
+            queue.push("x", key("new", 1.0), 1.0)
+            admitted += 1
+        assert admitted == room
+
+
+def test_a_flow_that_used_its_share_in_advance_waits_for_it() -> None:
+    """A cheap flow that ran while others waited is not served twice before them."""
+    queue: FairQueue[str] = FairQueue(100)
+    for _ in range(3):
+        queue.push("one", key("one", 8.0), 8.0)
+        queue.push("other", key("other", 8.0), 8.0)
+    first = queue.pop()
+    assert first is not None
+    again = queue.ahead(first[0])
+    assert again[0] > queue.ahead(key("third", 8.0))[0]
+    second = queue.pop()
+    assert second is not None
+    assert second[0] != first[0]
