@@ -71,7 +71,7 @@ audit: $(DEV)/installed  ## look up known vulnerabilities of what serving instal
 	$(DEV)/bin/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes --requirement requirements/serve.hashes.txt
 
 proto: $(DEV)/installed  ## regenerate Python from service/open_inference/open_inference.proto
-	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+	$(DEV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
 		vitrine/service/open_inference/open_inference.proto
 
 clean:  ## remove all that was installed

@@ -2,6 +2,7 @@
 
 import asyncio
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -18,6 +19,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SMALL = 64 * 1024  # bytes; so much is parsed on the event loop, which takes less time than to change threads
+_MAX_SHARE = 0.75  # of the budget, for one sender
 _LEASE = "vitrine.body"  # key of a request's scope
 
 # Two threads: Python runs one of them at a time, and each of them makes the event loop wait.
@@ -36,23 +38,31 @@ class BodyBudget:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.used = max_bytes, 0
+        self.by_sender: Counter[str] = Counter()
 
 
 class BodyLease:
     """The bytes of the budget that one request has."""
 
-    def __init__(self, budget: BodyBudget) -> None:
-        self._budget, self._held = budget, 0
+    def __init__(self, budget: BodyBudget, sender: str) -> None:
+        self._budget, self._sender, self._held = budget, sender, 0
 
     def check(self, declared: int) -> None:
         """Check that a body of so many bytes would fit now.
 
+        Small bodies always do, and a sender leaves a part of the budget to others, so that nobody's slow uploads keep
+        everybody out.
+
         Raises:
             BodiesError: it would not, beside those of other requests; a request alone always fits.
         """
-        others = self._budget.used - self._held
-        if others and others + declared > self._budget.max_bytes:
-            raise BodiesError(self._budget.used, self._budget.max_bytes)
+        if declared <= SMALL:
+            return
+        budget = self._budget
+        others, own = budget.used - self._held, budget.by_sender[self._sender] - self._held
+        share = _MAX_SHARE * budget.max_bytes
+        if (others and others + declared > budget.max_bytes) or (own and own + declared > share):
+            raise BodiesError(budget.used, budget.max_bytes)
 
     def add(self, count: int) -> None:
         """Take bytes from the budget.
@@ -63,10 +73,15 @@ class BodyLease:
         self.check(self._held + count)
         self._held += count
         self._budget.used += count
+        self._budget.by_sender[self._sender] += count
 
     def release(self) -> None:
         """Return all bytes to the budget."""
-        self._budget.used -= self._held
+        budget = self._budget
+        budget.used -= self._held
+        budget.by_sender[self._sender] -= self._held
+        if not budget.by_sender[self._sender]:
+            del budget.by_sender[self._sender]
         self._held = 0
 
 
@@ -80,7 +95,7 @@ class BodyBudgetMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        lease = scope[_LEASE] = BodyLease(self.budget)
+        lease = scope[_LEASE] = BodyLease(self.budget, scope["vitrine.record"].sender)
 
         async def send_released(message: Message) -> None:
             lease.release()
@@ -105,7 +120,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     encoding = request.headers.get("content-encoding", "").strip().lower() or "identity"
     if encoding not in ("identity", "gzip", "deflate"):
         raise ParameterError("Content-Encoding", expected="gzip or deflate", found=repr(encoding[:50]))
-    lease = request.scope.get(_LEASE) or BodyLease(BodyBudget(max_bytes))
+    lease = request.scope.get(_LEASE) or BodyLease(BodyBudget(max_bytes), "")
     try:
         body = await _receive(request, max_bytes, lease)
         if encoding != "identity":

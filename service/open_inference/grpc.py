@@ -127,7 +127,7 @@ def _recorded(
 
     @wraps(method)
     async def call(servicer: "InferenceServicer", raw: bytes, context: Context) -> Response:
-        serving, lease = servicer.serving, BodyLease(servicer.budget)
+        serving = servicer.serving
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         record = RequestRecord(
             method="gRPC",
@@ -136,6 +136,7 @@ def _recorded(
             client=_client(context.peer()),
             request_id=request_id(metadata.get("x-request-id")),
         )
+        lease = BodyLease(servicer.budget, record.sender)
         code, message = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
         with grpc_span(serving.settings, route, metadata), track_request(record):
             try:

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
 from vitrine.service.errors import BodiesError
 from vitrine.service.http.bodies import BodyBudgetMiddleware, off_loop, read_body
+from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving
 
@@ -128,22 +129,22 @@ class Budget:
         self._starlette.state.serving = Serving(None, None, scheduler, None, None, None)  # type: ignore[arg-type]
 
     async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await read_body(Request(scope, receive), LIMIT)
+        await read_body(Request(scope, receive), 10_000_000)
         await self.proceed.wait()
         if self.error:
             raise ZeroDivisionError
         await send({"type": "http.response.start"})
 
-    async def request(self, chunks: Iterable[bytes], **headers: str) -> None:
+    async def request(self, chunks: Iterable[bytes], sender: str = "", **headers: str) -> None:
         async def send(message: Message) -> None:
-            assert self.middleware.budget.used == 0
+            assert message["type"] == "http.response.start"
 
         scope = request_scope({name.replace("_", "-"): value for name, value in headers.items()})
-        scope["app"] = self._starlette
+        scope["app"], scope["vitrine.record"] = self._starlette, RequestRecord(key=sender)
         await self.middleware(scope, receiver(chunks), send)
 
-    def start(self, *chunks: bytes) -> Awaitable[None]:
-        return asyncio.ensure_future(self.request(chunks))
+    def start(self, *chunks: bytes, sender: str = "") -> Awaitable[None]:
+        return asyncio.ensure_future(self.request(chunks, sender))
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -152,29 +153,49 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("headers", [{}, {"content_length": "600"}])
+@pytest.mark.parametrize("headers", [{}, {"content_length": "600000"}])
 def test_bodies_beyond_the_budget_are_refused(headers: Headers, scheduler: Scheduler) -> None:
     async def scenario() -> None:
-        budget = Budget(1000, scheduler)
-        first = budget.start(bytes(300), bytes(300))
-        await until(lambda: budget.middleware.budget.used == 600)
-        with pytest.raises(BodiesError, match=r"take \d+ of at most 1000 bytes; try again later") as refused:
-            await budget.request([bytes(300), bytes(300)], **headers)
+        budget = Budget(1_000_000, scheduler)
+        first = budget.start(bytes(300_000), bytes(300_000))
+        await until(lambda: budget.middleware.budget.used == 600_000)
+        with pytest.raises(BodiesError, match=r"take \d+ of at most 1000000 bytes; try again later") as refused:
+            await budget.request([bytes(300_000), bytes(300_000)], **headers)
         assert refused.value.retry_after >= 1
-        assert budget.middleware.budget.used == 600
+        assert budget.middleware.budget.used == 600_000
         budget.proceed.set()
         await first
 
     asyncio.run(scenario())
 
 
+def test_a_sender_leaves_a_part_of_the_budget_to_others(scheduler: Scheduler) -> None:
+    async def scenario() -> None:
+        budget = Budget(1_000_000, scheduler)
+        running = [budget.start(bytes(350_000), sender="greedy") for _ in range(2)]
+        await until(lambda: budget.middleware.budget.used == 700_000)
+        with pytest.raises(BodiesError):
+            await budget.request([bytes(100_000)], "greedy")
+        running.append(budget.start(bytes(250_000), sender="modest"))
+        await until(lambda: budget.middleware.budget.used == 950_000)
+        with pytest.raises(BodiesError):
+            await budget.request([bytes(100_000)], "modest")
+        running.append(budget.start(bytes(60_000), sender="modest"))  # small bodies always fit
+        await until(lambda: budget.middleware.budget.used == 1_010_000)
+        budget.proceed.set()
+        await asyncio.gather(*running)
+        assert not budget.middleware.budget.by_sender
+
+    asyncio.run(scenario())
+
+
 def test_a_body_counts_as_large_as_it_is_decompressed(scheduler: Scheduler) -> None:
     async def scenario() -> None:
-        budget = Budget(1000, scheduler)
-        first = budget.start(bytes(600))
-        await until(lambda: budget.middleware.budget.used == 600)
+        budget = Budget(1_000_000, scheduler)
+        first = budget.start(bytes(600_000))
+        await until(lambda: budget.middleware.budget.used == 600_000)
         with pytest.raises(BodiesError):
-            await budget.request([gzip.compress(bytes(600))], content_encoding="gzip")
+            await budget.request([gzip.compress(bytes(600_000))], content_encoding="gzip")
         budget.proceed.set()
         await first
 
@@ -183,18 +204,18 @@ def test_a_body_counts_as_large_as_it_is_decompressed(scheduler: Scheduler) -> N
 
 def test_a_request_alone_is_never_refused(scheduler: Scheduler) -> None:
     async def scenario() -> None:
-        budget = Budget(100, scheduler)
+        budget = Budget(100_000, scheduler)
         budget.proceed.set()
-        await budget.request([bytes(500), bytes(500)], content_length="1000")
+        await budget.request([bytes(500_000), bytes(500_000)], content_length="1000000")
 
     asyncio.run(scenario())
 
 
 def test_the_budget_is_returned_after_an_error_or_a_cancellation(scheduler: Scheduler) -> None:
     async def scenario() -> None:
-        budget = Budget(1000, scheduler)
-        cancelled = asyncio.ensure_future(budget.request([bytes(600)]))
-        await until(lambda: budget.middleware.budget.used == 600)
+        budget = Budget(1_000_000, scheduler)
+        cancelled = asyncio.ensure_future(budget.request([bytes(600_000)]))
+        await until(lambda: budget.middleware.budget.used == 600_000)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
@@ -202,7 +223,7 @@ def test_the_budget_is_returned_after_an_error_or_a_cancellation(scheduler: Sche
         budget.error = True
         budget.proceed.set()
         with pytest.raises(ZeroDivisionError):
-            await budget.request([bytes(600)])
+            await budget.request([bytes(600_000)])
         assert budget.middleware.budget.used == 0
 
     asyncio.run(scenario())
