@@ -233,7 +233,7 @@ def _decode_base64(pieces: Sequence[str]) -> bytes:
         if padded and digits:
             raise binascii.Error("Excess data after padding")
         decoded.append(binascii.a2b_base64(digits[:whole], strict_mode=True))
-        padded, rest = digits[:whole].endswith(b"="), digits[whole:]
+        padded, rest = padded or digits[:whole].endswith(b"="), digits[whole:]
     return b"".join(decoded)
 
 
