@@ -180,7 +180,8 @@ def test_integers(value: object, expected: object) -> None:
         (0.25, 0.25), (1, 1.0), ("0.25", 0.25), (".5", 0.5), ("-1", -1.0), ("+1E-3", 0.001), ("1e+100", 1e100),
         ("inf", math.inf), ("-Inf", -math.inf), ("0" * 40, 0.0),
         ("0" * 41, REFUSED), ("1e1000", REFUSED), ("1_0", REFUSED), ("0x1", REFUSED), (".", REFUSED),
-        ("1.1.1", REFUSED), ("", REFUSED), (" 1", REFUSED), ("infinity", REFUSED), (True, REFUSED), (None, REFUSED), ([0.5], REFUSED),
+        ("1.1.1", REFUSED), ("", REFUSED), (" 1", REFUSED), ("infinity", REFUSED),
+        (True, REFUSED), (None, REFUSED), ([0.5], REFUSED),
     ],
 )  # fmt: skip
 def test_numbers(value: object, expected: object) -> None:
