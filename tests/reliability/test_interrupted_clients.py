@@ -104,6 +104,8 @@ def test_a_call_that_times_out_leaves_nothing_behind(stage: str, narrow: Any, ph
 
 
 ERRORS = {
+    "no protobuf": (b"\xff" * 20, grpc.StatusCode.INVALID_ARGUMENT),
+    "half a message": (infer_request(b"x" * 100)[:50], grpc.StatusCode.INVALID_ARGUMENT),
     "no model": (infer_request(b"x", model="cats"), grpc.StatusCode.NOT_FOUND),
     "no image": (infer_request(b"x"), grpc.StatusCode.INVALID_ARGUMENT),
     "broken image": (infer_request(b"\x89PNG\r\n\x1a\n"), grpc.StatusCode.INVALID_ARGUMENT),
@@ -131,7 +133,8 @@ def reset(server: Any, streams: int, photograph: bytes) -> None:
     asyncio.run(reset_rapidly(port, INFER, message, streams // 10))
     wait_until_idle(server.url)
     before = usage(server.process.pid)
-    asyncio.run(reset_rapidly(port, INFER, message, streams))
+    asyncio.run(reset_rapidly(port, INFER, message[:200], streams // 2))
+    asyncio.run(reset_rapidly(port, INFER, message, streams // 2))
     wait_until_idle(server.url)
 
     async def ask() -> grpc.StatusCode:
