@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import errno
 import io
+import logging
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,10 @@ MAX_PIXELS = 50_000_000  # 50 megapixels
 
 # Pillow may be built without AVIF. (Its JPEG plugin also reads MPO, which many phones write.)
 SUPPORTED_FORMATS = tuple(form for form in headers.FORMATS if form != "AVIF" or features.check("avif"))
-# Warnings about broken metadata would be logged, and Python would remember each distinct text for ever.
+# What Pillow warns and logs about a broken image is the client's affair, and Python would remember each distinct
+# warning for ever.
 warnings.filterwarnings("ignore", module=r"PIL\b")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a thread decodes an image on one core
 
 # Seconds of CPU that decoding may take, a multiple of what any useful image of that size needs. They end what Pillow

@@ -423,6 +423,15 @@ def test_any_corruption(form: str, kept: float, changes: list[tuple[float, int]]
     decode_or_reject(bytes(data))
 
 
+def test_pillow_logs_nothing_about_a_broken_image(caplog: pytest.LogCaptureFixture) -> None:
+    data = encode(Image.new("RGB", (8, 8)), "TIFF")
+    samples_per_pixel = struct.pack("<HHI", 277, 3, 1)
+    place = data.index(samples_per_pixel) + len(samples_per_pixel)
+    with pytest.raises(UndecodableImageError):
+        decode(data[:place] + struct.pack("<H", 27648) + data[place + 2 :])
+    assert not caplog.records
+
+
 def oriented(upright: Image.Image, orientation: int, form: str, **options: object) -> bytes:
     """Encode an image as stored under an orientation."""
     stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(upright))))
