@@ -293,6 +293,7 @@ def test_fields_of_a_form_may_be_json() -> None:
         FORM,
     )
     assert request.parameters == {"model": "m", "labels": ["a", "b", '"'], "top_k": "[3"}
+    assert read(form(("image", b"1"), ("model=", b"123")), FORM).text(MODEL) == "123"
 
 
 def test_repeated_fields_must_agree() -> None:
@@ -352,7 +353,7 @@ def test_base64_in_pieces_is_decoded_as_a_whole(
     text = base64.b64encode(data)
     for _ in range(3):
         at = choice.draw(st.integers(0, len(text)))
-        text = text[:at] + choice.draw(st.sampled_from([b"", b"\n", b" \t", b"\r\n"])) + text[at:]
+        text = text[:at] + choice.draw(st.sampled_from([b"", b"\n", b" \t", b"\r\n", b" \t\n\r\f\v"])) + text[at:]
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[start:end] for start, end in pairwise(edges)]
     if as_url:

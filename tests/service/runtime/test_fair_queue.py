@@ -147,6 +147,7 @@ def test_the_share_of_many_senders_is_forgotten_when_it_has_passed() -> None:
 def test_the_kind_of_work_is_the_logarithm_of_its_cost(seconds: float, magnitude: int) -> None:
     kind = Kind.of("network", seconds)
     assert (kind.magnitude, kind.limited) == (magnitude, False)
+    assert kind == Kind("network", magnitude)
     assert Kind.of("network", seconds, limited=True) == (*kind[:2], True)
     assert kind.weight == pytest.approx(2 ** (-magnitude / 2))
 
@@ -185,17 +186,48 @@ def test_the_kinds_of_a_sender_get_time_by_their_weights() -> None:
     assert time_of[small] == 2 * time_of[large] == 24
 
 
-def test_a_sender_that_comes_later_neither_waits_nor_catches_up() -> None:
+@pytest.mark.parametrize("seconds", [1.0, 0.01])
+@pytest.mark.parametrize("senders", [1, 3])
+def test_a_sender_that_comes_later_neither_waits_nor_catches_up(senders: int, seconds: float) -> None:
     queue: FairQueue[str] = FairQueue(1000)
-    for _ in range(60):
-        queue.push("first", key("first", 1.0), 1.0)
+    for i in range(60 * senders):
+        queue.push("first", key(f"first {i % senders}", seconds), seconds)
     for _ in range(30):
         queue.pop()
     for _ in range(20):
-        queue.push("later", key("later", 1.0), 1.0)
+        queue.push("later", key("later", seconds), seconds)
     order = take_all(queue)
-    for taken in (2, 10, 20, 40):
-        assert abs(order[:taken].count("later") - taken / 2) <= 1
+    for turns in (1, 5, 20):
+        assert abs(order[: turns * (senders + 1)].count("later") - turns) <= 1
+
+
+def test_work_that_is_put_back_into_an_empty_queue() -> None:
+    queue: FairQueue[str] = FairQueue(10)
+    queue.push("large", key("sender", 0.5), 0.5)
+    found = queue.pop()
+    assert found is not None
+    queue.put_back(found[1], found[0], key("sender", 64.0), 64.0)
+    assert queue.pop() == (key("sender", 64.0), "large")
+
+
+def test_what_a_flow_used_in_advance_is_ahead_of_it() -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    queue.push("one", key("one", 1.0), 1.0)
+    for _ in range(5):
+        queue.push("other", key("other", 1.0), 1.0)
+    assert queue.pop() == (key("one", 1.0), "one")  # of two seconds that both could use, one has passed
+    assert queue.ahead(key("one", 1.0)) == (0, 0.5)
+    queue.push("one", key("one", 1.0), 1.0)
+    assert queue.ahead(key("one", 1.0)) == (3, 2.5)  # its own, and one and a half of the other's
+
+
+def test_the_kinds_of_a_sender_are_ahead_by_their_weights() -> None:
+    """Three seconds of the small take four and a half; in the other one and a half, little of the large is done."""
+    queue: FairQueue[str] = FairQueue(100)
+    for _ in range(3):
+        queue.push("small", key("sender", 1.0), 1.0)
+        queue.push("large", key("sender", 4.0), 4.0)
+    assert queue.ahead(key("sender", 1.0)) == (3, pytest.approx(4.5))
 
 
 def test_work_that_is_put_back_has_not_used_its_first_flow() -> None:
@@ -218,9 +250,9 @@ def test_work_that_is_put_back_has_not_used_its_first_flow() -> None:
 
 def test_capacity_is_shared_by_all_flows() -> None:
     """With n other flows, one may hold a share of 1 / (n + 1) of a full queue."""
-    for others, room in ((1, 4), (2, 3), (4, 2)):
-        queue: FairQueue[str] = FairQueue(10)
-        for i in range(10):
+    for others, length, room in ((1, 10, 4), (1, 9, 3), (2, 10, 3), (4, 10, 2)):
+        queue: FairQueue[str] = FairQueue(length)
+        for i in range(length):
             queue.push("x", key(f"other{i % others}", 1.0), 1.0)
         admitted = 0
         while not queue.is_full(key("new", 1.0)):
