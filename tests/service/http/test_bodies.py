@@ -92,6 +92,7 @@ def test_encoded_bodies_are_decoded(compress: Callable[[bytes], bytes]) -> None:
         ("gzip", gzip.compress(b"hello")[:-1], "body: expected data in its Content-Encoding, found an early end"),
         ("gzip", gzip.compress(b"a") * 2, "body: expected data in its Content-Encoding, found more after its end"),
     ],
+    ids=["br", "twice", "not gzip", "cut", "two in one"],
 )
 def test_other_encodings_are_refused(encoding: str, body: bytes, message: str) -> None:
     with pytest.raises(ParameterError, match=message):
