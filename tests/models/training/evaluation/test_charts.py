@@ -26,6 +26,7 @@ def test_round_numbers() -> None:
     assert ticks(1, 13) == [2, 4, 6, 8, 10, 12, 14]
     assert ticks(0, 8) == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert ticks(0, 9) == [0, 2, 4, 6, 8, 10]  # at most eight steps
+    assert ticks(0, 60) == [0, 10, 20, 30, 40, 50, 60]
     assert ticks(3, 3) == [3]
 
 

@@ -139,7 +139,7 @@ def test_the_threshold_has_the_best_f1(seed: int) -> None:
     assert detection_mistakes(found(4), data, 0).threshold == 0.5
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.integers(0, 4))
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1, width=32), st.integers(0, 4))
 @settings(deadline=None, max_examples=25)
 def test_the_images_with_the_most_severe_mistakes_come_first(seed: int, threshold: float, count: int) -> None:
     """A missed object weighs 1, a false positive its score."""
