@@ -8,11 +8,13 @@ from contextlib import suppress
 from benchmarks.soak.client import HOST
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RESET, _SETTINGS, _PING, _GOAWAY = 0, 1, 3, 4, 6, 7
+_DATA, _HEADERS, _RESET, _SETTINGS, _PING = 0, 1, 3, 4, 6
 _ACKNOWLEDGED, _END_HEADERS, _END_STREAM = 1, 4, 1
 _CANCEL = 8
 _STREAMS_PER_CONNECTION = 500
 _AT_ONCE = 50
+_LAST = b"the last"  # payload of a ping
+_ANSWER_SECONDS = 30.0
 
 
 async def leave(port: int, sent: bytes, *, read: int = 0) -> None:
@@ -27,30 +29,32 @@ async def leave(port: int, sent: bytes, *, read: int = 0) -> None:
 
 
 async def reset_rapidly(port: int, path: str, message: bytes, streams: int) -> int:
-    """Open HTTP/2 streams with a gRPC message and cancel each at once; return how often the server said goodbye."""
-    goodbyes, opened = 0, 0
-    while opened < streams:
-        count = min(_STREAMS_PER_CONNECTION, streams - opened)
-        goodbyes += await _reset(port, path, message, count)
-        opened += count
-    return goodbyes
+    """Open HTTP/2 streams with a small gRPC message and cancel each at once; wait until the server has read them all.
+
+    Returns:
+        How many of the connections the server closed before.
+    """
+    closed = 0
+    for opened in range(0, streams, _STREAMS_PER_CONNECTION):
+        closed += not await _reset(port, path, message, min(_STREAMS_PER_CONNECTION, streams - opened))
+    return closed
 
 
-async def _reset(port: int, path: str, message: bytes, streams: int) -> int:
+async def _reset(port: int, path: str, message: bytes, streams: int) -> bool:
+    """Return whether the server has read everything, by its answer to a last ping."""
     reader, writer = await asyncio.open_connection(HOST, port)
-    goodbyes = 0
 
-    async def read() -> None:
-        nonlocal goodbyes
+    async def read_until_answer() -> None:
         while True:
             head = await reader.readexactly(9)
             payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
             kind, flags = head[3], head[4]
+            if payload == _LAST and flags & _ACKNOWLEDGED:
+                return
             if kind in (_SETTINGS, _PING) and not flags & _ACKNOWLEDGED:
                 writer.write(_frame(kind, _ACKNOWLEDGED, 0, b"" if kind == _SETTINGS else payload))
-            goodbyes += kind == _GOAWAY
 
-    reading = asyncio.create_task(read())
+    reading = asyncio.create_task(read_until_answer())
     writer.write(_PREFACE + _frame(_SETTINGS, 0, 0, b""))
     fields = ((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "vitrine"))
     fields += (("content-type", "application/grpc"), ("te", "trailers"))
@@ -65,14 +69,16 @@ async def _reset(port: int, path: str, message: bytes, streams: int) -> int:
             if number % _AT_ONCE == 0:
                 await writer.drain()
                 await asyncio.sleep(0)
+        writer.write(_frame(_PING, 0, 0, _LAST))
         await writer.drain()
-    except ConnectionError:  # the server has had enough
-        pass
+        await asyncio.wait_for(reading, _ANSWER_SECONDS)
+    except (ConnectionError, asyncio.IncompleteReadError):  # the server has had enough
+        return False
     finally:
         reading.cancel()
         writer.transport.abort()
         await asyncio.gather(reading, return_exceptions=True)
-    return goodbyes
+    return True
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

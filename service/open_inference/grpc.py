@@ -49,6 +49,9 @@ _MESSAGE_OVERHEAD = 64 * 1024  # bytes of a message besides its tensors
 _MAX_STRUCTURE = 1024 * 1024  # bytes of a message besides `raw_input_contents`; parsed, they may take 50 times as many
 _MAX_FIELDS = 1000  # of a message
 _MAX_STREAMS = 256  # calls at a time on one connection
+_MAX_PENDING = (
+    10_000  # calls that the event loop has not seen yet; gRPC cancels some of those above it, whosever they are
+)
 _MAX_METADATA = 16 * 1024  # bytes of a call's metadata; above it some calls are refused, above twice as much all
 _MAX_OTHER_CALLS = 256  # at a time, besides those that may wait in the queue
 _IDLE_MILLISECONDS = 5 * 60 * 1000  # after which a connection without calls is closed
@@ -337,6 +340,8 @@ async def grpc_server(serving: Serving) -> AsyncIterator[None]:
     options = [
         ("grpc.so_reuseport", 1),
         ("grpc.max_concurrent_streams", _MAX_STREAMS),
+        ("grpc.server.max_pending_requests", _MAX_PENDING),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * _MAX_PENDING),
         ("grpc.max_metadata_size", _MAX_METADATA),
         ("grpc.absolute_max_metadata_size", 2 * _MAX_METADATA),
         ("grpc.max_connection_idle_ms", _IDLE_MILLISECONDS),
