@@ -493,6 +493,34 @@ def test_the_expected_wait_follows_what_images_take() -> None:
         asyncio.run(scenario(scheduler))
 
 
+def test_a_network_that_is_slower_than_at_load_makes_the_queue_longer() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Lasting(0.02), 0.001)
+        for refused in (False, True):  # at first, an image is expected to take 1.5 ms
+            first, result = await occupied(scheduler, bundle)
+            (waiting,) = start_all(scheduler.run(Value(2), bundle, RequestRecord()))
+            await asyncio.sleep(0)
+            with pytest.raises(OverloadedError) if refused else nullcontext():
+                scheduler.check_capacity("", [bundle])
+            first.may_end.set()
+            await asyncio.gather(result, waiting)
+            for _ in range(5):
+                await scheduler.run(Value(1), bundle, RequestRecord())
+
+    with scheduling(max_wait=0.003) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_networks_that_were_not_measured_are_served() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = replace(bundle_of(Doubling()), profile=None)
+        for value in (1, 2, 3):
+            assert await asyncio.wait_for(scheduler.run(Value(value), bundle, RequestRecord()), 30) == 2 * value
+
+    with scheduling() as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
 def test_capacity_is_checked_for_similar_requests_of_the_same_sender() -> None:
     """Similar: of the same model, and of at most twice or at least half the cost, as far as the size tells."""
 
