@@ -112,6 +112,7 @@ class Connection(HttpToolsProtocol):
         self._refusal: VitrineError | None = None  # set: nothing is parsed any more
         self._closes = False  # what follows is dropped: it belongs to another protocol
         self._lingers_until: float | None = None
+        self._is_dropped = False
         self._address = ""
 
     # Events of the transport.
@@ -258,7 +259,10 @@ class Connection(HttpToolsProtocol):
     # The application.
 
     async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application; if the rest of a body cannot come, its `receive` raises the reason."""
+        """Call the application; if the rest of a body cannot come, its `receive` raises the reason.
+
+        What it sends after the connection was dropped goes nowhere: uvicorn would write to the closed transport.
+        """
 
         async def receive_or_raise() -> Message:
             message = await receive()
@@ -266,7 +270,11 @@ class Connection(HttpToolsProtocol):
                 raise self._refusal
             return message
 
-        await self._call_app(scope, receive_or_raise, send)
+        async def send_unless_dropped(message: Message) -> None:
+            if not self._is_dropped:
+                await send(message)
+
+        await self._call_app(scope, receive_or_raise, send_unless_dropped)
 
     # Deadlines and refusals.
 
@@ -347,6 +355,7 @@ class Connection(HttpToolsProtocol):
         metrics.count_rejected("unread")
         _log.info("connection of %s dropped: %s", self._address, reason)
         self._unsent.pop(self, None)
+        self._is_dropped = True
         self.transport.abort()
 
     def _close_oldest(self) -> bool:

@@ -39,10 +39,11 @@ AnyError = TypeVar("AnyError", bound=Exception)
 _BUCKET_SIZE = 64  # pixels; images whose sizes round up to the same multiple may be padded to one batch
 _MAX_REFUSALS_PER_SECOND = 200  # clients that retry at once would otherwise monopolize the event loop
 _MAX_REFUSAL_DELAY = 1.0  # seconds
-_INITIAL_SLOWDOWN = 1.5  # measured time of an image relative to `ExecutionProfile.seconds`
+_INITIAL_SLOWDOWN = 1.5  # measured time of an image relative to its expected cost
 _SLOWDOWN_DECAY = 0.95  # weight of the previous slowdown in the moving average
 _UNMEASURED = ExecutionProfile(0.0)
 _SECONDS_PER_BYTE = 10e-9  # of an encoded photograph, to decode it at the resolution that the network needs
+_SECONDS_PER_IMAGE = 1e-3  # besides its network and its bytes: Python, and handing it over
 
 
 class Work(Protocol[T_co]):
@@ -141,7 +142,7 @@ class Scheduler:
         if not self._queue or not bundles:
             return
         cheapest = min((bundle.profile or _UNMEASURED).seconds for bundle in bundles)
-        magnitude = Kind.of(None, cheapest + size * _SECONDS_PER_BYTE).magnitude
+        magnitude = Kind.of(None, _SECONDS_PER_IMAGE + cheapest + size * _SECONDS_PER_BYTE).magnitude
         groups = set(map(id, bundles))
         with self._lock:
             similar = [
@@ -183,7 +184,7 @@ class Scheduler:
         """
         future: asyncio.Future[tuple[T, Exception | None]] = asyncio.get_running_loop().create_future()
         profile = bundle.profile or _UNMEASURED
-        cost = profile.seconds + work.size * _SECONDS_PER_BYTE
+        cost = _SECONDS_PER_IMAGE + profile.seconds + work.size * _SECONDS_PER_BYTE
         flow = FlowKey(record.sender, Kind.of(id(bundle), cost * images, limited=work.draws))
         job = _Job(work, bundle, profile, record, future, time.monotonic_ns(), images, flow, cost)
         with self._lock:
@@ -243,10 +244,8 @@ class Scheduler:
                 with self._lock:
                     del self._running[number]
                     self._end_limited(jobs)
-            expected = sum(job.profile.seconds for job in jobs)
-            if expected:
-                slowdown = (time.monotonic() - start) / expected
-                self._slowdown = _SLOWDOWN_DECAY * self._slowdown + (1 - _SLOWDOWN_DECAY) * slowdown
+            slowdown = (time.monotonic() - start) / sum(job.cost for job in jobs)
+            self._slowdown = _SLOWDOWN_DECAY * self._slowdown + (1 - _SLOWDOWN_DECAY) * slowdown
             self._results += results
             loop = jobs[0].future.get_loop()
             del jobs, results  # they hold images; this thread may wait long for the next
@@ -297,7 +296,7 @@ class Scheduler:
         """Measure the cost of an image; return whether its kind is a larger one, which is noted in the job."""
         job.is_measured = True
         try:
-            job.cost = job.profile.seconds + job.work.cost()
+            job.cost = _SECONDS_PER_IMAGE + job.profile.seconds + job.work.cost()
         except Exception:  # raised again by `prepare`
             return False
         before = job.flow.kind

@@ -462,7 +462,7 @@ def test_the_expected_wait_is_that_of_the_whole_queue_on_all_threads(threads: in
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError) as refused:
             scheduler.check_capacity("", [slow])
-        assert refused.value.retry_after == 60 * waiting / threads
+        assert 0 <= refused.value.retry_after - 60 * waiting / threads <= 1
         assert f"{waiting} images are waiting" in str(refused.value)
         for work, _ in busy:
             work.may_end.set()
