@@ -58,7 +58,8 @@ async def capacity(port: int, request: bytes, seconds: float) -> float:
     async def ask() -> None:
         nonlocal answered
         while time.perf_counter() < end:
-            answered += (await client.ask(request)).status == 200
+            answer = await client.ask(request)
+            answered += answer.status == 200
 
     await asyncio.gather(*(ask() for _ in range(_CONNECTIONS)))
     client.close()

@@ -150,17 +150,19 @@ class Scheduler:
                 for key in self._queue.active()
                 if key.sender == sender and key.kind.group in groups and abs(key.kind.magnitude - magnitude) <= 1
             ]
-            refusals = [self._refusal(key) for key in similar]
-        refusal = refusals[0] if refusals and all(refusals) else None
-        if refusal is not None:
-            raise refusal
+            overloads = [self._overload(key) for key in similar]
+        if overloads and overloads[0] is not None and all(overloads):
+            raise OverloadedError(*overloads[0])
 
-    def _refusal(self, flow: FlowKey) -> OverloadedError | None:
-        """Return the error for another image of the flow if there is no capacity; the caller holds the lock."""
+    def _overload(self, flow: FlowKey) -> tuple[int, float] | None:
+        """Return what `OverloadedError` needs if another image of the flow has no room; the caller holds the lock.
+
+        An error in a variable of the frame that raises it would be a reference cycle, which keeps the request's body.
+        """
         waiting, cost = self._queue.ahead(flow)
         seconds = cost * self._slowdown / len(self._threads)
         is_full = self._queue.is_full(flow) or (waiting > 0 and seconds > self._max_wait)
-        return OverloadedError(len(self._queue), seconds) if is_full else None
+        return (len(self._queue), seconds) if is_full else None
 
     async def throttle_refusal(self) -> None:
         """Wait until another request may be refused: not at all, unless refusals are very frequent."""
@@ -188,9 +190,9 @@ class Scheduler:
         flow = FlowKey(record.sender, Kind.of(id(bundle), cost * images, limited=work.draws))
         job = _Job(work, bundle, profile, record, future, time.monotonic_ns(), images, flow, cost)
         with self._lock:
-            refusal = self._refusal(flow)
-            if refusal is not None:
-                raise refusal
+            overload = self._overload(flow)
+            if overload is not None:
+                raise OverloadedError(*overload)
             if self._queue or self._running:
                 self._last_shared = time.monotonic()
             self._queue.push(job, flow, cost)

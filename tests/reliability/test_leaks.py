@@ -134,6 +134,40 @@ def impatient(serve: Any, two_bundles: Path) -> Iterator[Any]:
         yield server
 
 
+async def be_refused(port: int, count: int) -> None:
+    """Send requests to a server with a short queue until so many were refused."""
+    client, refused = Client(port), 0
+
+    async def work() -> None:
+        nonlocal refused
+        while refused < count:
+            answer = await client.ask(encode_request("POST", "/detect", NOISE))
+            assert answer.status in (200, 503), answer.body[:300]
+            refused += answer.status == 503
+
+    await asyncio.gather(*(work() for _ in range(_CONCURRENT)))
+    client.close()
+
+
+def check_refusals(serve: Any, bundles: Path, count: int) -> None:
+    with serve(bundles, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="1") as server:
+        port = int(server.url.rpartition(":")[2])
+        asyncio.run(be_refused(port, count // 10))
+        before = usage(server.process.pid)
+        asyncio.run(be_refused(port, count))
+        wait_until_idle(server.url)
+        assert usage(server.process.pid).memory < before.memory + _MOST_GROWTH
+
+
+def test_refusals_leave_nothing_in_memory(serve: Any, two_bundles: Path) -> None:
+    check_refusals(serve, two_bundles, 400)
+
+
+@pytest.mark.soak
+def test_ten_thousand_refusals_leave_nothing_in_memory(serve: Any, two_bundles: Path) -> None:
+    check_refusals(serve, two_bundles, 10_000)
+
+
 @pytest.mark.parametrize("kind", FAILURES)
 def test_failures_leave_nothing_in_memory(attacked: Any, kind: str) -> None:
     check_memory_is_flat(attacked, kind, 300)
