@@ -196,6 +196,30 @@ def test_truncated_image(form: str) -> None:
         decode(data[: len(data) // 2])
 
 
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (OSError("broken data stream"), UndecodableImageError),
+        (struct.error(), UndecodableImageError),
+        (OSError("decoder error -9"), MemoryError),
+        (ValueError("Out of memory"), MemoryError),
+        (MemoryError(), MemoryError),
+        (OSError(errno.ENOENT, "No such file"), UndecodableImageError),
+        (Image.DecompressionBombError("large"), ImageTooLargeError),
+    ],
+)
+def test_only_what_an_image_causes_is_its_error(
+    raised: Exception, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        decode(VALID["PNG"])
+    assert type(caught.value) is expected
+
+
 def test_empty() -> None:
     with pytest.raises(UndecodableImageError, match="empty"):
         decode(b"")

@@ -651,6 +651,23 @@ def test_lone_images_run_in_the_way_that_takes_less(one_core: float, all_cores: 
     assert (len(narrow.batches), len(wide.batches)) == ((2, 1) if one_core < all_cores else (0, 3))
 
 
+def test_the_latency_of_parallel_images_is_not_that_of_a_lone_one() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        narrow, wide = Doubling(), Lasting(0.02)
+        bundle = bundle_of(narrow, 0.3, all_cores=Classifier(wide, SQUARE, ["a"]))
+        await scheduler.run(Value(1), bundle, RequestRecord())
+        work, result = await occupied(scheduler, bundle)
+        await scheduler.run(Value(2), bundle, RequestRecord())
+        work.may_end.set()
+        await result
+        await asyncio.sleep(0.4)  # more than an image takes: the next one is alone
+        await scheduler.run(Value(3), bundle, RequestRecord())
+        assert (narrow.batches, wide.batches) == ([[2], [1]], [[1], [3]])
+
+    with scheduling(threads=2) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
 def test_images_that_were_not_alone_lately_run_on_one_core() -> None:
     """For as long as an image takes, since clients in parallel may alternate."""
 
