@@ -2,6 +2,7 @@
 
     VitrineError
     ├── BundleError             a bundle on disk cannot be served
+    ├── ResourceError           memory, file descriptors, ... have run out
     ├── ProviderError           an ONNX Runtime execution provider is unavailable
     ├── ParameterError          a request parameter is outside its range
     ├── UnknownModelError       no loaded bundle matches the request
@@ -17,7 +18,7 @@ name in HTTP responses.
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 def printable(text: str) -> str:
@@ -32,6 +33,10 @@ class VitrineError(Exception):
 
     code: ClassVar[str] = "error"
 
+    def bare(self) -> Self:
+        """Return the error without traceback and causes, which keep alive what the raising code had in hand."""
+        return type(self).__new__(type(self), *self.args)
+
 
 class BundleError(VitrineError):
     """A bundle on disk is invalid or differs from its manifest."""
@@ -40,6 +45,15 @@ class BundleError(VitrineError):
 
     def __init__(self, file: object, field: str, *, expected: object, found: object) -> None:
         super().__init__(f"{file}: {field}: expected {expected}, found {found}")
+
+
+class ResourceError(VitrineError):
+    """The process has run out of something that loading a bundle needs; the bundle may be sound."""
+
+    code = "unavailable"
+
+    def __init__(self, what: object, resource: str) -> None:
+        super().__init__(f"{what}: expected to load it, found the process out of {resource}")
 
 
 class ProviderError(VitrineError):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from vitrine.bundle.errors import BundleError
+from vitrine.bundle.exhaustion import naming_exhaustion
 from vitrine.bundle.files import hash_file, open_file, read_file
 from vitrine.bundle.manifest import (
     EXPLAIN_FILE,
@@ -151,18 +152,19 @@ def load_bundle(
 
     Raises:
         BundleError: anything differs from the manifest.
-        ProviderError: a provider is missing or did not start.
+        ResourceError, ProviderError: see `OnnxNetwork`.
     """
-    manifest = read_manifest(path)
-    precision = manifest.default_variant if variant is None else variant
-    if precision not in manifest.variants:
-        listed = ", ".join(manifest.variants)
-        raise BundleError(path / MANIFEST_FILE, "variants", expected=f"one of {listed}", found=precision.value)
-    _check_files(path, manifest)
-    file = path / precision.file
-    network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache, hashes=manifest.hashes)
-    _check_tensors(file, manifest, network, manifest.outputs)
-    _check_golden(path, manifest, network, precision)
+    with naming_exhaustion(path):
+        manifest = read_manifest(path)
+        precision = manifest.default_variant if variant is None else variant
+        if precision not in manifest.variants:
+            listed = ", ".join(manifest.variants)
+            raise BundleError(path / MANIFEST_FILE, "variants", expected=f"one of {listed}", found=precision.value)
+        _check_files(path, manifest)
+        file = path / precision.file
+        network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache, hashes=manifest.hashes)
+        _check_tensors(file, manifest, network, manifest.outputs)
+        _check_golden(path, manifest, network, precision)
     return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path, precision)
 
 
@@ -171,16 +173,17 @@ def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[st
 
     Raises:
         BundleError: anything differs from the manifest.
-        ProviderError: a provider is missing or did not start.
+        ResourceError, ProviderError: see `OnnxNetwork`.
     """
-    manifest = read_manifest(path)
-    if EXPLAIN_FILE not in manifest.files or manifest.explanation is None:
-        return None
-    _check_files(path, manifest)
-    network = OnnxNetwork(path / EXPLAIN_FILE, threads=threads, providers=providers, hashes=manifest.hashes)
-    _check_tensors(path / EXPLAIN_FILE, manifest, network, manifest.explanation.outputs)
-    _check_golden(path, manifest, network, Precision.FP32, EXPLAIN_FILE)
-    return network
+    with naming_exhaustion(path):
+        manifest = read_manifest(path)
+        if EXPLAIN_FILE not in manifest.files or manifest.explanation is None:
+            return None
+        _check_files(path, manifest)
+        network = OnnxNetwork(path / EXPLAIN_FILE, threads=threads, providers=providers, hashes=manifest.hashes)
+        _check_tensors(path / EXPLAIN_FILE, manifest, network, manifest.explanation.outputs)
+        _check_golden(path, manifest, network, Precision.FP32, EXPLAIN_FILE)
+        return network
 
 
 def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU, cache: Path | None = None) -> Bundle:
@@ -188,9 +191,10 @@ def load_file(file: Path, *, threads: int = 1, providers: Sequence[str] = CPU, c
 
     Raises:
         BundleError: the file is not part of a bundle, or its graph differs from its metadata.
-        ProviderError: a provider is missing or did not start.
+        ResourceError, ProviderError: see `OnnxNetwork`.
     """
-    hashes = {file.name: hash_file(file)}
+    with naming_exhaustion(file):
+        hashes = {file.name: hash_file(file)}
     network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache, hashes=hashes)
     try:
         identity = Identity.model_validate_json(network.metadata.get(METADATA_KEY, ""))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
+from vitrine.bundle.exhaustion import naming_exhaustion
 from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_file
 from vitrine.bundle.manifest import Manifest, Precision, Task
 from vitrine.bundle.predictors import make_predictor
@@ -46,6 +47,7 @@ class Version:
     name: str
     version: str
     fingerprint: str  # of the names, sizes, times and permissions of its files
+    task: str = ""  # if it is served
     reason: str = ""  # why it is refused
 
 
@@ -70,18 +72,43 @@ class _LoadedBundle:
     variants: dict[Precision, Bundle] = field(default_factory=dict)  # loaded so far, without the default
     loading: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def task(self) -> str:
+        return self.bundle.manifest.task
+
+
+@dataclass(frozen=True)
+class _MissingBundle:
+    """A bundle that is to be served, but could not be loaded by this process."""
+
+    task: str
+    error: VitrineError
+
 
 @dataclass(frozen=True)
 class _Snapshot:
     state: RepositoryState
     loaded: Mapping[Path, _LoadedBundle] = field(default_factory=dict)
-    errors: Mapping[Path, str] = field(default_factory=dict)  # why this process does not serve what the state says
+    errors: Mapping[Path, VitrineError] = field(default_factory=dict)  # of loading what is to be served
 
     @cached_property
-    def models(self) -> Mapping[str, Mapping[int, _LoadedBundle]]:
-        """The loaded bundles by name, in order, and version."""
-        models: dict[str, dict[int, _LoadedBundle]] = {}
-        for entry in self.loaded.values():
+    def problems(self) -> Mapping[Path, VitrineError]:
+        """Why this process does not serve what it is to serve."""
+        problems = dict(self.errors)
+        for path in problems.keys() & self.state.refused.keys():
+            found = f"others, which are refused: {self.state.refused[path].reason}"
+            problems[path] = BundleError(path, "files", expected="those that are to be served", found=found)
+        return problems
+
+    @cached_property
+    def models(self) -> dict[str, dict[int, _LoadedBundle | _MissingBundle]]:
+        """The bundles that are to be served by name, in order, and version, the missing ones first."""
+        models: dict[str, dict[int, _LoadedBundle | _MissingBundle]] = {}
+        for path, version in sorted(self.state.served.items(), key=lambda item: int(item[1].version)):
+            if path not in self.loaded:
+                missing = _MissingBundle(version.task, self.problems[path])
+                models.setdefault(version.name, {})[int(version.version)] = missing
+        for entry in sorted(self.loaded.values(), key=lambda entry: int(entry.bundle.manifest.version)):
             manifest = entry.bundle.manifest
             models.setdefault(manifest.name, {})[int(manifest.version)] = entry
         return dict(sorted(models.items()))
@@ -108,7 +135,7 @@ class Repository:
 
         Raises:
             BundleError: no bundle found, one differs from its manifest, or a version exists twice. Not with `state`.
-            ProviderError: a provider is missing or did not start. Not with `state`.
+            ResourceError, ProviderError: see `bundle.runtime.OnnxNetwork`. Not with `state`.
         """
         self._roots, self._cores, self._providers, self._cache = roots, cores, tuple(providers), cache
         self._lock = threading.Lock()
@@ -131,15 +158,17 @@ class Repository:
     @property
     def errors(self) -> Mapping[Path, str]:
         """Why this process does not serve what the state says, by path of the bundle; empty if it does."""
-        return self._snapshot.errors
+        return {path: _reason(problem) for path, problem in self._snapshot.problems.items()}
 
     @property
     def models(self) -> dict[str, list[Bundle]]:
-        """All served versions of each model, the highest last, by name."""
-        return {
-            name: [versions[version].bundle for version in sorted(versions)]
-            for name, versions in self._snapshot.models.items()
-        }
+        """All versions of each model that this process serves, the highest last, by name."""
+        models: dict[str, list[Bundle]] = {}
+        for name, versions in self._snapshot.models.items():
+            for entry in versions.values():
+                if isinstance(entry, _LoadedBundle):
+                    models.setdefault(name, []).append(entry.bundle)
+        return models
 
     @property
     def bundles(self) -> dict[str, Bundle]:
@@ -162,15 +191,16 @@ class Repository:
         return [(loaded.bundle, loaded.seconds) for loaded in self._snapshot.loaded.values()]
 
     def get(self, reference: str | None = None, *, task: Task | None = None) -> Bundle:
-        """Return the bundle `name` (its highest version) or `name@version`; by default the first by name.
+        """Return the bundle `name` (its highest version here) or `name@version`; by default the first by name.
 
         Raises:
             UnknownModelError: there is no such bundle, or none for this task.
+            BundleError, ResourceError: it is to be served, but this process could not load it.
         """
         candidates = {
             name: versions
             for name, versions in self._snapshot.models.items()
-            if task is None or versions[max(versions)].bundle.manifest.task is task
+            if task is None or versions[next(reversed(versions))].task == task
         }
         if reference is None and candidates:
             name, version = next(iter(candidates)), ""
@@ -178,18 +208,21 @@ class Repository:
             name, _, version = (reference or "").partition("@")
         versions = candidates.get(name, {})
         is_number = _VERSION.fullmatch(version) is not None
-        key = int(version) if is_number else max(versions, default=0)
+        key = int(version) if is_number else next(reversed(versions), 0)
         if key not in versions or (reference is not None and "@" in reference and not is_number):
             available = [f"{name}@{number}" for number in versions] if versions else candidates
             raise UnknownModelError(reference, task=task, available=available)
-        return versions[key].bundle
+        entry = versions[key]
+        if isinstance(entry, _MissingBundle):
+            raise entry.error.bare()
+        return entry.bundle
 
     def variant(self, bundle: Bundle, precision: str) -> Bundle:
         """Return a bundle with another of its graphs, which is loaded and verified on first use.
 
         Raises:
             ParameterError: the bundle has no such variant.
-            BundleError: the variant's file differs from the manifest.
+            BundleError, ResourceError: the variant's file differs from the manifest, or see `OnnxNetwork`.
         """
         manifest = bundle.manifest
         variants = tuple(manifest.variants) if isinstance(manifest, Manifest) else ()
@@ -218,8 +251,11 @@ class Repository:
             states.setdefault((version.name, number), ModelState(version.name, version.version, ready, reason))
 
         for path, version in state.served.items():
-            refused = state.refused.get(path)
-            reason = snapshot.errors.get(path) or (refused and f"its changed folder is refused: {refused.reason}") or ""
+            reason = ""
+            if path in snapshot.problems:
+                reason = _reason(snapshot.problems[path])
+            elif path in state.refused:
+                reason = f"its changed folder is refused: {state.refused[path].reason}"
             add(version, path in snapshot.loaded, reason)
         for path, version in state.refused.items():
             if path not in state.served:
@@ -240,7 +276,7 @@ class Repository:
             paths: only consider these bundles.
 
         Raises:
-            BundleError: a root is missing, or a folder cannot be listed; nothing changes then.
+            BundleError, ResourceError: a root is missing, or a folder cannot be listed; nothing changes then.
         """
         with self._lock:
             snapshot, changes = self._update(self._scan(), paths=paths)
@@ -258,7 +294,7 @@ class Repository:
 
         Raises:
             UnknownModelError: no root has the model.
-            BundleError: a version fails to load, or see `refresh`. No version of the model changes then.
+            BundleError, ResourceError: a version fails to load, or see `refresh`. No version of the model changes then.
         """
         with self._lock:
             found = self._scan()
@@ -298,7 +334,7 @@ class Repository:
         with self._lock:
             old, changes = self._snapshot, []
             loaded: dict[Path, _LoadedBundle] = {}
-            errors: dict[Path, str] = {}
+            errors: dict[Path, VitrineError] = {}
             for path, version in state.served.items():
                 if path in old.loaded:
                     loaded[path] = old.loaded[path]
@@ -307,7 +343,7 @@ class Repository:
                         loaded[path] = self._load(path, version)
                         changes.append(_loaded_message(loaded[path]))
                     except VitrineError as error:
-                        errors[path] = _printable(str(error))
+                        errors[path] = error.bare()
             changes += [_gone_message(path, old.state.served[path]) for path in old.loaded if path not in loaded]
             self._snapshot = _Snapshot(state, loaded, errors)
             return changes
@@ -355,10 +391,10 @@ class Repository:
             except VitrineError as error:
                 if strict:
                     raise
-                reason = _printable(str(error))
                 if is_current:  # others serve it
-                    errors[path] = reason
+                    errors[path] = error.bare()
                     continue
+                reason = _reason(error)
                 self._pause(path)
                 refusal = replace(version, reason=reason)
                 if refusal != refused.get(path):
@@ -367,7 +403,7 @@ class Repository:
             else:
                 manifest = bundle.bundle.manifest
                 loaded[path] = bundle
-                served[path] = Version(manifest.name, manifest.version, version.fingerprint)
+                served[path] = Version(manifest.name, manifest.version, version.fingerprint, manifest.task.value)
                 refused.pop(path, None)
                 errors.pop(path, None)
                 changes.append(_loaded_message(bundle))
@@ -412,14 +448,15 @@ class Repository:
         known = {**state.unloaded, **state.refused, **state.served}
         found = {}
         for root in self._roots:
-            for path in [root] if os.path.isfile(root) else find_bundles(root):
-                if (fingerprint := _fingerprint(path)) is None:
-                    continue
-                folder = Path(os.path.realpath(path))  # named like the model in its manifest; a file need not be
-                name, version = folder.parent.name, folder.name
-                if path in known and not path.is_dir():
-                    name, version = known[path].name, known[path].version
-                found[path] = Version(_printable(name), _printable(version), fingerprint)
+            with naming_exhaustion(root):
+                for path in [root] if os.path.isfile(root) else find_bundles(root):
+                    if (fingerprint := _fingerprint(path)) is None:
+                        continue
+                    folder = Path(os.path.realpath(path))  # named like the model in its manifest; a file need not be
+                    name, version = folder.parent.name, folder.name
+                    if path in known and not path.is_dir():
+                        name, version = known[path].name, known[path].version
+                    found[path] = Version(_printable(name), _printable(version), fingerprint)
         return found
 
 
@@ -469,14 +506,15 @@ def _check_unique(path: Path, bundle: Bundle, served: Mapping[Path, Version]) ->
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Turn any failure to load a bundle, such as a lack of memory or of file descriptors, into a `BundleError`."""
-    try:
-        yield
-    except VitrineError:
-        raise
-    except Exception as error:
-        found = " ".join(filter(None, (type(error).__name__, str(error))))
-        raise BundleError(path, "files", expected="readable files, and the memory to load them", found=found) from error
+    """Turn any failure to load a bundle into a `ResourceError` if something has run out, else into a `BundleError`."""
+    with naming_exhaustion(path):
+        try:
+            yield
+        except VitrineError:
+            raise
+        except Exception as error:
+            found = " ".join(filter(None, (type(error).__name__, str(error))))
+            raise BundleError(path, "files", expected="files that can be loaded", found=found) from error
 
 
 def _without(paths: Container[Path], mapping: Mapping[Path, Value]) -> dict[Path, Value]:
@@ -490,6 +528,10 @@ def _loaded_message(loaded: _LoadedBundle) -> str:
 
 def _gone_message(path: Path, version: Version) -> str:
     return f"gone: {version.name}@{version.version}, {path}"
+
+
+def _reason(error: VitrineError) -> str:
+    return _printable(str(error))
 
 
 def _printable(text: str) -> str:

@@ -16,6 +16,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # on by default; read when onnxruntim
 import onnxruntime
 
 from vitrine.bundle.errors import BundleError, ProviderError
+from vitrine.bundle.exhaustion import exhausted_resource, naming_exhaustion
 from vitrine.bundle.external_data import external_files
 from vitrine.bundle.files import hash_file, read_file
 from vitrine.bundle.manifest import MAX_FILE_BYTES, TensorSpec
@@ -23,7 +24,6 @@ from vitrine.bundle.manifest import MAX_FILE_BYTES, TensorSpec
 CPU = ("CPUExecutionProvider",)
 _MAPPED_GRAPH, _MAPPED_WEIGHTS, _MAPPED_SOURCE = "graph.onnx", "weights.bin", "of"
 _MAPPED_SPACE = 4  # times the file's size: a mapped graph holds its weights twice, plain and packed
-_ALLOCATION_FAILED = "Failed to allocate memory", "bad_alloc", "bad allocation"  # by ONNX Runtime, or in C++
 _DATATYPES = {"tensor(uint8)": "UINT8", "tensor(int64)": "INT64", "tensor(float)": "FP32"}
 
 
@@ -69,13 +69,15 @@ class OnnxNetwork:
 
         Raises:
             BundleError: the file is not an ONNX graph that this runtime can run, or a hash differs.
+            ResourceError: memory, file descriptors or threads have run out.
             ProviderError: a provider is missing or did not start. (ONNX Runtime would fall back to the CPU.)
         """
         self._file = file
         session = None
-        if cache is not None and tuple(providers) == CPU:
-            session = _mapped_session(file, threads, cache, hashes)
-        self._session = session or _session(file, _session_options(threads), providers, hashes)
+        with naming_exhaustion(file):
+            if cache is not None and tuple(providers) == CPU:
+                session = _mapped_session(file, threads, cache, hashes)
+            self._session = session or _session(file, _session_options(threads), providers, hashes)
         started = self._session.get_providers()
         for provider in providers:
             if provider not in started:
@@ -84,8 +86,8 @@ class OnnxNetwork:
     def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
         try:
             outputs: Sequence[NDArray[np.generic]] = self._session.run(None, inputs)
-        except Exception as error:  # see above
-            if any(text in str(error) for text in _ALLOCATION_FAILED):
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            if exhausted_resource(error) == "memory":
                 raise MemoryError(str(error).splitlines()[0]) from None
             raise
         return outputs
@@ -167,7 +169,7 @@ def _mapped_session(
 def _session_of_mapped(graph: Path, threads: int) -> onnxruntime.InferenceSession:
     options = _session_options(threads)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been optimised
-    return onnxruntime.InferenceSession(str(graph), options, providers=list(CPU))
+    return onnxruntime.InferenceSession(str(graph), options, providers=list(CPU), enable_fallback=0)
 
 
 def _session(
@@ -187,8 +189,10 @@ def _session(
     options.add_external_initializers_from_files_in_memory(names, weights, list(map(len, weights)))
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=list(providers))
-    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        # A fallback from the CPU to the CPU would only print.
+        fallback = int(tuple(providers) != CPU)
+        session = onnxruntime.InferenceSession(model, options, providers=list(providers), enable_fallback=fallback)
+    except Exception as error:  # as above
         raise BundleError(file, "graph", expected="an ONNX graph", found=str(error).partition("\n")[0]) from error
     session._model_bytes = None  # would be kept as long as the session
     return session
@@ -228,5 +232,5 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 4  # fatal: errors are raised
     return options

@@ -1,6 +1,5 @@
 """Errors of the service and their HTTP responses: one JSON shape, and under /v2 that of the Open Inference Protocol."""
 
-import errno
 import logging
 import math
 import reprlib
@@ -22,13 +21,17 @@ from vitrine.bundle.errors import (
     ImageTooLargeError,
     ParameterError,
     ProviderError,
+    ResourceError,
     UndecodableImageError,
     UnknownModelError,
     UnsupportedImageError,
     VitrineError,
 )
+from vitrine.bundle.exhaustion import exhausted_resource
 
 _log = logging.getLogger("bentoml.vitrine")
+
+TIMEOUT = "timeout"
 
 
 class StrictSchema:
@@ -132,6 +135,16 @@ class UnavailableError(VitrineError):
     code = "unavailable"
 
 
+class UnfinishedError(VitrineError):
+    """A change of the served models was not finished in time."""
+
+    code = TIMEOUT
+
+    def __init__(self, name: str, seconds: float) -> None:
+        what = f"model {name[:100]!r}: expected to change it in {seconds:.1f} s, found it unfinished"
+        super().__init__(f"{what}; it may still take effect")
+
+
 class WorkerError(VitrineError):
     """A worker has not followed a change that another worker made."""
 
@@ -217,7 +230,9 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     BodiesError: HTTPStatus.SERVICE_UNAVAILABLE,
     BundleError: HTTPStatus.SERVICE_UNAVAILABLE,
     UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+    UnfinishedError: HTTPStatus.GATEWAY_TIMEOUT,
     WorkerError: HTTPStatus.SERVICE_UNAVAILABLE,
+    ResourceError: HTTPStatus.SERVICE_UNAVAILABLE,
     ProviderError: HTTPStatus.SERVICE_UNAVAILABLE,
     MalformedRequestError: HTTPStatus.BAD_REQUEST,
     UnsupportedVersionError: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
@@ -228,7 +243,6 @@ STATUS: dict[type[VitrineError], HTTPStatus] = {
     ClientConnectionsError: HTTPStatus.TOO_MANY_REQUESTS,
 }
 _STATUSES = set(HTTPStatus)
-TIMEOUT = "timeout"
 CLIENT_CLOSED_REQUEST = 499
 
 _short_repr = reprlib.Repr()
@@ -301,25 +315,14 @@ async def on_internal_error(request: Request, error: Exception) -> Response:
     return error_response(request.scope, HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
 
 
-_EXHAUSTED = {
-    errno.ENOMEM: "memory",
-    errno.EMFILE: "file descriptors",
-    errno.ENFILE: "file descriptors",
-    errno.ENOSPC: "disk space",
-    errno.EDQUOT: "disk space",
-}
 _LOG_SECONDS = 10.0
 _last_logged: dict[str, float] = {}
 
 
 def find_exhaustion(error: Exception) -> UnavailableError | None:
     """Return the error to show if the server has run out of something, which is logged now and then, else None."""
-    what = _EXHAUSTED.get(error.errno or 0) if isinstance(error, OSError) else None
-    if isinstance(error, MemoryError):
-        what = "memory"
-    elif isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        what = "threads"
-    if what is None:
+    what = exhausted_resource(error)
+    if not what:
         return None
     now = time.monotonic()
     if now - _last_logged.get(what, -math.inf) > _LOG_SECONDS:

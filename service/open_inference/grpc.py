@@ -16,7 +16,7 @@ from grpc.aio import ServicerContext as Context
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from vitrine.bundle.errors import ParameterError, UnknownModelError, VitrineError
+from vitrine.bundle.errors import BundleError, ParameterError, ResourceError, UnknownModelError, VitrineError
 from vitrine.service.errors import STATUS, TIMEOUT, BodiesError, find_exhaustion
 from vitrine.service.http.bodies import BodyBudget, BodyLease, off_loop
 from vitrine.service.observability.middleware import request_id, track_request
@@ -214,7 +214,7 @@ class InferenceServicer:
         """Whether a model is loaded."""
         try:
             self.serving.repository.get(model_reference(request.name, request.version))
-        except UnknownModelError:
+        except (UnknownModelError, BundleError, ResourceError):
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=True)
 
@@ -263,7 +263,8 @@ class InferenceServicer:
         self, request: pb.RepositoryModelLoadRequest, record: RequestRecord
     ) -> pb.RepositoryModelLoadResponse:
         """Load a model in every worker."""
-        await load_model(self.serving, request.model_name, request.parameters)
+        seconds = self.serving.settings.timeout_seconds
+        await load_model(self.serving, request.model_name, request.parameters, seconds=seconds)
         return pb.RepositoryModelLoadResponse()
 
     @_recorded
@@ -271,7 +272,7 @@ class InferenceServicer:
         self, request: pb.RepositoryModelUnloadRequest, record: RequestRecord
     ) -> pb.RepositoryModelUnloadResponse:
         """Unload a model in every worker."""
-        await self.serving.unload(request.model_name)
+        await self.serving.unload(request.model_name, seconds=self.serving.settings.timeout_seconds)
         return pb.RepositoryModelUnloadResponse()
 
 

@@ -92,7 +92,9 @@ async def load(request: Request) -> Response:
     serving = get_serving(request)
     async with Deadline(request, serving.settings.timeout_seconds) as deadline:
         document = await _optional_json(request, deadline)
-    await load_model(serving, request.path_params["name"], document.get("parameters"))
+    # Not within the deadline: what the client is told of a change depends on how far it has come.
+    name, parameters = request.path_params["name"], document.get("parameters")
+    await load_model(serving, name, parameters, seconds=deadline.remaining)
     return Response()
 
 
@@ -101,7 +103,7 @@ async def unload(request: Request) -> Response:
     serving = get_serving(request)
     async with Deadline(request, serving.settings.timeout_seconds) as deadline:
         await _optional_json(request, deadline)
-    await serving.unload(request.path_params["name"])
+    await serving.unload(request.path_params["name"], seconds=deadline.remaining)
     return Response()
 
 

@@ -126,7 +126,7 @@ def repository_index(serving: Serving, *, ready_only: bool) -> list[dict[str, st
     ]
 
 
-async def load_model(serving: Serving, name: str, parameters: object) -> None:
+async def load_model(serving: Serving, name: str, parameters: object, *, seconds: float) -> None:
     """Load a model, see `Serving.load`.
 
     Raises:
@@ -135,7 +135,7 @@ async def load_model(serving: Serving, name: str, parameters: object) -> None:
     if parameters:
         found = ", ".join(parameters)[:100] if isinstance(parameters, Mapping) else "others"
         raise ParameterError("parameters", expected="none: a model is configured by its bundle", found=found)
-    await serving.load(name)
+    await serving.load(name, seconds=seconds)
 
 
 def check_variant(value: object) -> str | None:

@@ -4,7 +4,7 @@ What the workers are to serve is one value, a numbered `RepositoryState` in a fi
 worker that changes it loads and verifies the bundles first, under a lock, then replaces the file, then serves them.
 Every worker follows the newest value: one that starts or was stopped for a while misses nothing, and one that cannot
 serve what the value says keeps what it serves, reports why, and tries again. A request is answered when all workers
-have followed.
+have followed as far as its model is concerned.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 from functools import partial
@@ -26,15 +26,16 @@ from pathlib import Path
 
 from vitrine.bundle.errors import VitrineError
 from vitrine.bundle.repository import Publish, Repository, RepositoryState, Version
-from vitrine.service.errors import UnavailableError, WorkerError
+from vitrine.service.errors import UnavailableError, UnfinishedError, WorkerError
 
 _log = logging.getLogger("bentoml.vitrine")
 
 _INTERVAL_SECONDS = 0.1  # between looks at the state
-_DEADLINE_SECONDS = 30.0  # for the lock, and for the other workers to follow
+_LOCK_SECONDS = 15.0  # until a worker no longer waits for another one to release the state
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until a worker that could not follow tries again; doubled each time
 _STATE_FILE, _POLL_FILE = "models", "polled"
 _MAPPINGS = ("served", "refused", "unloaded")  # of `RepositoryState`
+_ALL = ""  # in place of a model's name
 
 
 class ModelControl:
@@ -62,24 +63,30 @@ class ModelControl:
         self._write_report()  # from now on, changes wait for this worker
         self.step()
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str, *, seconds: float) -> None:
         """Load a model, or reload it, in every worker. See `Repository.load`.
 
-        Raises:
-            UnknownModelError, BundleError: see `Repository.load`; no worker has changed.
-            UnavailableError: the state cannot be written, or another worker does not release it; no worker has changed.
-            WorkerError: another worker could not follow.
-        """
-        await self._change(partial(self._repository.load, name))
+        If the caller is cancelled, the change takes effect as a whole or, if it has not begun, not at all.
 
-    async def unload(self, name: str) -> None:
-        """Unload a model in every worker. See `Repository.unload`.
+        Args:
+            seconds: time to wait for the change, and for the other workers.
+
+        Raises:
+            UnknownModelError, BundleError, ResourceError: see `Repository.load`; no worker has changed.
+            UnavailableError: the state cannot be written, or another worker does not release it; no worker has changed.
+            UnfinishedError: the time is up; the change may still take effect.
+            WorkerError: another worker could not follow as far as this model is concerned, or has not yet.
+        """
+        await self._change(name, partial(self._repository.load, name), seconds)
+
+    async def unload(self, name: str, *, seconds: float) -> None:
+        """Unload a model in every worker. See `Repository.unload` and `load`.
 
         Raises:
             UnknownModelError: the model is not served.
-            UnavailableError, WorkerError: see `load`.
+            UnavailableError, UnfinishedError, WorkerError: see `load`.
         """
-        await self._change(partial(self._repository.unload, name))
+        await self._change(name, partial(self._repository.unload, name), seconds)
 
     async def watch(self) -> None:
         """Follow the other workers and, in one worker at a time, poll the bundle folders; never returns."""
@@ -116,27 +123,30 @@ class ModelControl:
         self._thread.shutdown(wait=False, cancel_futures=True)
         _remove(self._worker_file)
 
-    async def _change(self, change: Callable[[Publish], list[str]]) -> None:
-        number = await asyncio.get_running_loop().run_in_executor(self._thread, self._lead, change)
+    async def _change(self, name: str, change: Callable[[Publish], list[str]], seconds: float) -> None:
+        start = time.monotonic()
         try:
-            await self._wait_for_workers(number)
+            async with asyncio.timeout(seconds):
+                number = await asyncio.get_running_loop().run_in_executor(self._thread, self._lead, change)
+        except TimeoutError as error:
+            raise UnfinishedError(name, seconds) from error
+        try:
+            await self._wait_for_workers(name, number, start, seconds)
         except OSError as error:  # such as too many open files
             raise WorkerError(os.getpid(), str(error)) from error
 
-    async def _wait_for_workers(self, number: int) -> None:
-        deadline = time.monotonic() + _DEADLINE_SECONDS
+    async def _wait_for_workers(self, name: str, number: int, start: float, seconds: float) -> None:
         for file in self._worker_files():
-            pid, start = int(file.name.split("-")[1]), file.name.split("-")[2]
-            while _start_time(pid) == start and file.exists():
-                followed, error = _read_report(file)
-                if followed < number and time.monotonic() > deadline:
-                    error = f"nothing after {_DEADLINE_SECONDS:.0f} s"
-                elif followed < number:
-                    await asyncio.sleep(_INTERVAL_SECONDS / 5)
-                    continue
-                if error:
-                    raise WorkerError(pid, error)
-                break
+            pid, started = int(file.name.split("-")[1]), file.name.split("-")[2]
+            while _start_time(pid) == started and file.exists():
+                followed, errors = _read_report(file)
+                if followed >= number:
+                    if error := errors.get(name) or errors.get(_ALL):
+                        raise WorkerError(pid, error)
+                    break
+                if time.monotonic() > start + seconds:
+                    raise WorkerError(pid, f"nothing after {seconds:.1f} s")
+                await asyncio.sleep(_INTERVAL_SECONDS / 5)
             else:  # it has ended
                 _remove(file)
 
@@ -207,8 +217,11 @@ class ModelControl:
 
     def _write_report(self) -> str:
         """Tell the other workers which state this one has tried to follow, and what went wrong. Return an error."""
-        error = next(iter(self._repository.errors.values()), "an unexpected error" if self._is_behind else "")
-        report = json.dumps([self._number, error])
+        served = self._repository.state.served
+        errors = {served[path].name: error for path, error in self._repository.errors.items()}
+        if self._is_behind:
+            errors[_ALL] = "an unexpected error"
+        report = json.dumps([self._number, errors])
         if report != self._report:
             try:
                 self._write(self._worker_file, report.encode())
@@ -251,10 +264,10 @@ class ModelControl:
             os.close(lock)
 
     def _lock(self, lock: int) -> None:
-        deadline = time.monotonic() + _DEADLINE_SECONDS
+        deadline = time.monotonic() + _LOCK_SECONDS
         while not _try_lock(lock):
             if time.monotonic() > deadline or self._closing.wait(_INTERVAL_SECONDS / 10):
-                found = f"another worker that does so for {_DEADLINE_SECONDS:.0f} s"
+                found = f"another worker that does so for {_LOCK_SECONDS:.0f} s"
                 raise UnavailableError(f"models: expected to change them, found {found}")
 
 
@@ -290,13 +303,13 @@ def _read(file: Path) -> bytes:
         return b""
 
 
-def _read_report(file: Path) -> tuple[int, str]:
-    """Return the number of the state that a worker has tried to follow, and what went wrong; -1 if it has ended."""
+def _read_report(file: Path) -> tuple[int, Mapping[str, str]]:
+    """Return the number of the state that a worker has tried to follow, and errors by model; -1 if it has ended."""
     try:
-        number, error = json.loads(_read(file))
-        return int(number), str(error)
+        number, errors = json.loads(_read(file))
+        return int(number), dict(errors)
     except (ValueError, TypeError):
-        return -1, ""
+        return -1, {}
 
 
 def _start_time(pid: int) -> str:

@@ -79,25 +79,25 @@ class Serving:
         record.set_bundle(bundle)
         return bundle
 
-    async def load(self, name: str) -> None:
-        """Load a model, or reload it, in every worker.
+    async def load(self, name: str, *, seconds: float) -> None:
+        """Load a model, or reload it, in every worker; wait for up to `seconds`.
 
         Raises:
             ForbiddenError: the operator has not enabled model control.
-            UnknownModelError, BundleError, WorkerError: see `ModelControl.load`.
+            UnknownModelError, BundleError, WorkerError, ...: see `ModelControl.load`.
         """
         self._check_control()
-        await self.control.load(name)
+        await self.control.load(name, seconds=seconds)
 
-    async def unload(self, name: str) -> None:
-        """Unload a model in every worker.
+    async def unload(self, name: str, *, seconds: float) -> None:
+        """Unload a model in every worker; wait for up to `seconds`.
 
         Raises:
             ForbiddenError: the operator has not enabled model control.
-            UnknownModelError, WorkerError: see `ModelControl.unload`.
+            UnknownModelError, WorkerError, ...: see `ModelControl.unload`.
         """
         self._check_control()
-        await self.control.unload(name)
+        await self.control.unload(name, seconds=seconds)
 
     def _check_control(self) -> None:
         if not self.settings.model_control:
@@ -123,15 +123,20 @@ class Deadline:
         task = asyncio.current_task()
         assert task is not None
         self._task, self._loop = task, asyncio.get_running_loop()
-        self._timer = self._loop.call_later(min(_POLL_SECONDS, self._expires - time.monotonic()), self._on_timer)
+        self._timer = self._loop.call_later(min(_POLL_SECONDS, self.remaining), self._on_timer)
         return self
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the timeout."""
+        return self._expires - time.monotonic()
 
     def body_received(self) -> None:
         """Start to watch for a disconnect, the only message that can follow the body."""
         self._body_received = True
 
     def _on_timer(self) -> None:
-        remaining = self._expires - time.monotonic()
+        remaining = self.remaining
         if remaining <= 0:
             self._timed_out = True
             self._task.cancel()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError
+from vitrine.bundle.errors import BundleError, ParameterError, ResourceError, UnknownModelError
 from vitrine.bundle.manifest import Precision, Task
 from vitrine.bundle.repository import Repository, RepositoryState
 
@@ -90,6 +90,12 @@ def copy_version(source: Path, version: str) -> Path:
 def corrupt(bundle: Path) -> None:
     with (bundle / "model.onnx").open("ab") as file:
         file.write(b"x")
+
+
+def truncate(bundle: Path) -> None:
+    """Undo `corrupt`."""
+    file = bundle / "model.onnx"
+    os.truncate(file, file.stat().st_size - 1)
 
 
 def test_every_version_is_served(root: Path) -> None:
@@ -333,7 +339,7 @@ def test_too_many_open_files_change_nothing(root: Path) -> None:
     os.close(opened)  # the lowest that is free
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened, hard))
     try:
-        with pytest.raises(BundleError, match="found Too many open files"):
+        with pytest.raises(ResourceError, match="found the process out of file descriptors"):
             repository.refresh()
         assert len(names(repository)) == 4
     finally:
@@ -371,8 +377,41 @@ def test_a_follower_keeps_what_it_serves_if_the_files_have_changed(root: Path) -
     )
     (entry,) = [entry for entry in follower.index() if entry.reason]
     assert (entry.ready, entry.reason) == (True, error)
-    late = Repository(root, state=leader.state)  # has nothing to keep
-    assert [entry.version for entry in late.index() if not entry.ready] == ["2"]
+
+
+def test_a_process_that_starts_with_damaged_files_says_so_instead_of_serving_another_model(root: Path) -> None:
+    leader = Repository(root)
+    for name, version in (("colours", "2"), ("squares", "1")):
+        corrupt(root / name / version)
+    late = Repository(root, state=leader.state)
+    assert [f"{entry.name}@{entry.version}" for entry in late.index() if not entry.ready] == ["colours@2", "squares@1"]
+    assert list(late.bundles) == list(late.models) == ["colours", "other"]
+    for get in (
+        partial(late.get, "colours@2"),
+        partial(late.get, "squares"),
+        partial(late.get, "squares@1"),
+        partial(late.get, task=Task.DETECTION),
+    ):
+        with pytest.raises(BundleError, match="files: expected those found before, found others") as caught:
+            get()
+        assert caught.value.__cause__ is caught.value.__context__ is None
+    assert late.get("colours").manifest.version == "1"  # the highest that this process has
+    with pytest.raises(UnknownModelError, match=r"no model named 'colours@3' here; available: colours@2, colours@1"):
+        late.get("colours@3")
+    with pytest.raises(UnknownModelError, match="no image-classification model named 'squares'"):
+        late.get("squares", task=Task.CLASSIFICATION)
+    late.refresh(paths=late.errors)
+    with pytest.raises(BundleError, match=r"squares/1/model\.onnx: size: expected"):
+        late.get("squares")
+    leader.follow(late.state)
+    assert leader.get("squares").manifest.name == "squares"
+    late.unload("squares")
+    with pytest.raises(UnknownModelError):
+        late.get("squares")
+    truncate(root / "colours" / "2")
+    late.refresh(paths=late.errors)
+    assert late.get("colours").manifest.version == "2"
+    assert not late.errors
 
 
 def test_a_change_that_cannot_be_published_does_not_happen(root: Path) -> None:

@@ -9,9 +9,9 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vitrine.bundle.errors import UnknownModelError
+from vitrine.bundle.errors import BundleError, UnknownModelError
 from vitrine.bundle.repository import Repository
-from vitrine.service.errors import UnavailableError, WorkerError
+from vitrine.service.errors import UnavailableError, UnfinishedError, WorkerError
 from vitrine.service.runtime.model_control import ModelControl, read_state
 
 Serving = Callable[..., AbstractContextManager[Any]]
@@ -172,14 +172,22 @@ def test_livez_reports_a_stuck_thread(serve: Serving, slow_bundle: Path, bright:
         wait_until(lambda: httpx.get(f"{url}/livez").status_code == 200)
 
 
+def load(control: ModelControl, name: str, seconds: float = DEADLINE) -> None:
+    asyncio.run(control.load(name, seconds=seconds))
+
+
+def unload(control: ModelControl, name: str, seconds: float = DEADLINE) -> None:
+    asyncio.run(control.unload(name, seconds=seconds))
+
+
 def test_a_failed_change_is_not_published(bundles: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     control = ModelControl(Repository(bundles), shared)
     before = (shared / "models").read_bytes()
     with pytest.raises(UnknownModelError):
-        asyncio.run(control.load("cats"))
+        load(control, "cats")
     assert (shared / "models").read_bytes() == before
-    asyncio.run(control.unload("colours"))
+    unload(control, "colours")
     assert list(Repository(bundles, state=read_state(shared)).bundles) == ["squares"]
     control.close()
 
@@ -190,8 +198,8 @@ def test_a_starting_worker_follows_changes_made_meanwhile(
     first = ModelControl(Repository(bundles), tmp_path / "shared")
     late = Repository(bundles)  # loaded before the changes
     new_version(bundles / "colours" / "1", "2")
-    asyncio.run(first.load("colours"))
-    asyncio.run(first.unload("squares"))
+    load(first, "colours")
+    unload(first, "squares")
     second = ModelControl(late, tmp_path / "shared")
     assert [bundle.manifest.version for bundle in late.versions("colours")] == ["1", "2"]
     assert list(late.bundles) == ["colours"]
@@ -203,7 +211,7 @@ def test_a_starting_worker_follows_changes_made_meanwhile(
 def test_a_damaged_state_stops_nobody_and_is_written_anew(damage: bytes, bundles: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     control = ModelControl(Repository(bundles), shared)
-    asyncio.run(control.unload("colours"))
+    unload(control, "colours")
     file = shared / "models"
     file.write_bytes(file.read_bytes()[:50] if damage == b"cut" else damage)
     assert read_state(shared) is None
@@ -213,7 +221,7 @@ def test_a_damaged_state_stops_nobody_and_is_written_anew(damage: bytes, bundles
     control.step()
     late = ModelControl(Repository(bundles, state=read_state(shared)), shared)
     late.close()
-    asyncio.run(control.load("colours"))
+    load(control, "colours")
     control.close()
 
 
@@ -226,37 +234,94 @@ def test_a_change_that_cannot_be_written_is_refused(bundles: Path, tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
         with pytest.raises(UnavailableError, match="found: File too large; nothing has changed"):
-            asyncio.run(control.unload("colours"))
+            unload(control, "colours")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (shared / "models").read_bytes() == before
     assert list(repository.bundles) == ["colours", "squares"]
-    asyncio.run(control.unload("colours"))
+    unload(control, "colours")
     control.close()
+
+
+@contextmanager
+def held(shared: Path) -> Iterator[None]:
+    """Hold the lock on the state, as another worker that changes it."""
+    lock = os.open(shared, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+    os.close(lock)
 
 
 def test_a_worker_that_does_not_follow_is_named_and_a_dead_one_is_forgotten(
     bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitrine.service.runtime.model_control._DEADLINE_SECONDS", 0.2)
+    monkeypatch.setattr("vitrine.service.runtime.model_control._LOCK_SECONDS", 0.2)
     shared = tmp_path / "shared"
     first, second = Repository(bundles), Repository(bundles)
     control, idle = ModelControl(first, shared), ModelControl(second, shared)
     reused = shared / f"worker-{os.getpid()}-1-abc"  # an earlier process had this process id
-    reused.write_text('[0, ""]')
-    with pytest.raises(WorkerError, match=f"worker {os.getpid()}: expected it to follow the change, found nothing"):
-        asyncio.run(control.unload("colours"))
+    reused.write_text("[0, {}]")
+    message = f"worker {os.getpid()}: expected it to follow the change, found nothing after 0.2 s; it tries again"
+    with pytest.raises(WorkerError, match=message):
+        unload(control, "colours", seconds=0.2)
     idle.step()  # as `watch` would
     assert list(second.bundles) == list(first.bundles) == ["squares"]
     idle.close()
-    asyncio.run(control.load("colours"))
+    load(control, "colours")
     assert not reused.exists()
-    lock = os.open(shared, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UnavailableError, match="expected to change them, found another worker"):
-        asyncio.run(control.unload("colours"))
-    os.close(lock)
+    with held(shared), pytest.raises(UnavailableError, match="expected to change them, found another worker"):
+        unload(control, "colours")
+    assert list(first.bundles) == ["colours", "squares"]
     control.close()
+
+
+def test_a_change_that_takes_too_long_takes_effect_as_a_whole_later(bundles: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    repository = Repository(bundles)
+    control = ModelControl(repository, shared)
+    message = r"model 'colours': expected to change it in 0\.2 s, found it unfinished; it may still take effect"
+    with held(shared):
+        with pytest.raises(UnfinishedError, match=message):
+            unload(control, "colours", seconds=0.2)
+        assert list(repository.bundles) == ["colours", "squares"]
+    wait_until(lambda: list(repository.bundles) == ["squares"])
+    load(control, "colours")  # after it
+    state = read_state(shared)
+    assert state == repository.state
+    assert not state.unloaded
+    control.close()
+
+
+def test_a_change_fails_only_if_its_own_model_is_behind(bundles: Path, tmp_path: Path) -> None:
+    """Here, one worker starts while the files of another model are damaged."""
+    shared, graph = tmp_path / "shared", bundles / "colours" / "1" / "model.onnx"
+    sound = Repository(bundles)
+    control = ModelControl(sound, shared)
+    content = graph.read_bytes()
+    graph.write_bytes(content[:-1])
+    late = Repository(bundles, state=read_state(shared))
+    restarted = ModelControl(late, shared)
+    with ThreadPoolExecutor(1) as pool:
+
+        def change(leader: ModelControl, follower: ModelControl, make: Callable[..., None], name: str) -> None:
+            done = pool.submit(make, leader, name)
+            while not done.done():
+                follower.step()
+            done.result()
+
+        for leader, follower in ((control, restarted), (restarted, control)):
+            for make in (unload, load):
+                change(leader, follower, make, "squares")
+            with pytest.raises(BundleError, match=r"colours/1/model\.onnx: size"):
+                change(leader, follower, load, "colours")
+        assert sound.get("colours").manifest.name == "colours"
+        with pytest.raises(BundleError, match=r"colours/1/model\.onnx: size"):
+            late.get("colours")
+        graph.write_bytes(content)
+        change(control, restarted, load, "colours")
+        assert late.get("colours").manifest.name == "colours"
+    for worker in (control, restarted):
+        worker.close()
 
 
 OPERATIONS = st.tuples(
@@ -281,7 +346,7 @@ def test_workers_converge_after_any_interleaving(
 
         def change(index: int, action: str) -> bool:
             """Whether the change succeeds; all workers follow it meanwhile."""
-            request = pool.submit(lambda: asyncio.run(getattr(workers[index][1], action)("slow")))
+            request = pool.submit(load if action == "load" else unload, workers[index][1], "slow")
             while not request.done():
                 for other, (_, control) in enumerate(workers):
                     if other != index:
