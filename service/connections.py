@@ -112,7 +112,6 @@ class Connection(HttpToolsProtocol):
         self._refusal: VitrineError | None = None  # set: nothing is parsed any more
         self._closes = False  # what follows is dropped: it belongs to another protocol
         self._lingers_until: float | None = None
-        self._is_dropped = False
         self._address = ""
 
     # Events of the transport.
@@ -261,7 +260,8 @@ class Connection(HttpToolsProtocol):
     async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Call the application; if the rest of a body cannot come, its `receive` raises the reason.
 
-        What it sends after the connection was dropped goes nowhere: uvicorn would write to the closed transport.
+        What it sends over a closed connection goes nowhere. Uvicorn knows this of the last request alone: with several
+        in the pipeline, it would write to the closed transport for the one that is being answered.
         """
 
         async def receive_or_raise() -> Message:
@@ -270,11 +270,15 @@ class Connection(HttpToolsProtocol):
                 raise self._refusal
             return message
 
-        async def send_unless_dropped(message: Message) -> None:
-            if not self._is_dropped:
-                await send(message)
+        async def send_unless_closed(message: Message) -> None:
+            try:
+                if not self.transport.is_closing():
+                    await send(message)
+            except RuntimeError:
+                if not self.transport.is_closing():  # it may have been closed while `send` waited for the client
+                    raise
 
-        await self._call_app(scope, receive_or_raise, send_unless_dropped)
+        await self._call_app(scope, receive_or_raise, send_unless_closed)
 
     # Deadlines and refusals.
 
@@ -355,7 +359,6 @@ class Connection(HttpToolsProtocol):
         metrics.count_rejected("unread")
         _log.info("connection of %s dropped: %s", self._address, reason)
         self._unsent.pop(self, None)
-        self._is_dropped = True
         self.transport.abort()
 
     def _close_oldest(self) -> bool:

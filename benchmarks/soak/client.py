@@ -32,11 +32,11 @@ def encode_request(method: str, target: str, body: bytes = b"", **headers: str) 
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def encode_form(**fields: bytes | str) -> tuple[bytes, str]:
-    """Return a multipart body and its content type; a field of bytes is a file."""
+def encode_form(*images: bytes, **fields: bytes | str) -> tuple[bytes, str]:
+    """Return a multipart body of images and other fields, and its content type; a field of bytes is a file."""
     boundary = "a-boundary-of-the-soak"
     parts = []
-    for name, value in fields.items():
+    for name, value in (*(("image", image) for image in images), *fields.items()):
         file, data = ("", value.encode()) if isinstance(value, str) else ('; filename="a"', value)
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
         parts.append(head.encode() + data + b"\r\n")

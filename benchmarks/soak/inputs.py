@@ -10,9 +10,11 @@ import base64
 import contextlib
 import io
 import json
+import math
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +34,7 @@ _CLIENTS = 4
 _PAUSE = 0.05  # seconds between two requests of the neighbour
 _ANSWER_SECONDS = 70.0
 _MIB = 2**20
-_STALL = "vitrine_event_loop_stall_seconds"
+_STALLS = re.compile(r'vitrine_event_loop_stall_seconds_bucket\{le="(.*)"\}')
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Result:
     memory_before: float  # MiB, resident
     memory_peak: float
     memory_after: float
-    stall: float | None  # longest of the event loop in seconds, if the server measures it
+    stall: float  # longest of the event loop in seconds, rounded up to a bound of its histogram
     neighbour_p99: float  # milliseconds
     probe_p99: float
 
@@ -63,8 +65,8 @@ def inputs() -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
     def detect(body: bytes, **headers: str) -> bytes:
         return encode_request("POST", "/detect", body, **headers)
 
-    def form(**fields: bytes | str) -> bytes:
-        body, content_type = encode_form(**fields)
+    def form(*images: bytes, **fields: bytes | str) -> bytes:
+        body, content_type = encode_form(*images, **fields)
         return encode_request("POST", "/classify", body, Content_Type=content_type)
 
     def as_json(document: object) -> bytes:
@@ -86,12 +88,12 @@ def inputs() -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
         yield name, lambda bombs=bombs: [classify(bomb.make()) for bomb in bombs]
     yield "no picture", lambda: [classify(b"no picture")] * 400
     yield "broken JPEG", lambda: [detect(photograph[:5000])] * 400
-    yield "32 pictures in a form", lambda: [_many(frog, 32)] * 20
-    yield "33 pictures in a form", lambda: [_many(frog, 33)] * 20
+    yield "32 pictures in a form", lambda: [form(*[frog] * 32)] * 20
+    yield "33 pictures in a form", lambda: [form(*[frog] * 33)] * 20
     yield "body of 21 MiB", lambda: [classify(bytes(21 * _MIB))] * 20
     yield "body of 19 MiB that is no picture", lambda: [classify(bytes(19 * _MIB))] * 40
-    yield "form with a field of 19 MiB", lambda: [form(image=frog, model="m" * (19 * _MIB))] * 8
-    yield "form that names a codec", lambda: [_with_codec(form(image=frog, model="é" * 500_000))] * 8
+    yield "form with a field of 19 MiB", lambda: [form(frog, model="m" * (19 * _MIB))] * 8
+    yield "form that names a codec", lambda: [_with_codec(form(frog, model="é" * 500_000))] * 8
     yield "form of 400,000 fields", lambda: [_many_fields()] * 8
     yield "JSON with 19 MiB of base64", lambda: [as_json({"image": base64.b64encode(bytes(14 * _MIB)).decode()})] * 8
     yield "JSON of three million labels", lambda: [as_json({"image": "", "labels": ["a"] * 3_000_000})] * 4
@@ -129,12 +131,6 @@ def _palette_with_alpha() -> bytes:
     return buffer.getvalue()
 
 
-def _many(picture: bytes, count: int) -> bytes:
-    body, content_type = encode_form(image=picture)
-    field, end = body[: body.rindex(b"--a-boundary")], body[body.rindex(b"--a-boundary") :]
-    return encode_request("POST", "/classify", field * count + end, Content_Type=content_type)
-
-
 def _many_fields() -> bytes:
     """A form whose fields are as short as they can be, as many as a body holds."""
     boundary = b"--b\r\n"
@@ -162,7 +158,7 @@ async def measure(server: Server, name: str, requests: Sequence[bytes]) -> Resul
     outcomes, slowest, done = Counter[str](), 0.0, asyncio.Event()
     small = encode_request("POST", "/classify?model=vit-cifar10", (ROOT / "examples" / "frog.jpg").read_bytes())
     client, waiting = Client(server.port), iter(requests)
-    before = resident_memory(server.pid)
+    before, stalls = resident_memory(server.pid), _stalls(server)
     reset_peak(server.pid)
 
     async def send() -> None:
@@ -195,7 +191,6 @@ async def measure(server: Server, name: str, requests: Sequence[bytes]) -> Resul
     client.close()
     peak = peak_memory(server.pid)
     await asyncio.to_thread(wait_until_idle, server.url, 120)
-    stalls = [value for key, value in read_metrics(server.url).items() if key.startswith(_STALL)]
     return Result(
         name=name,
         count=len(requests),
@@ -205,25 +200,35 @@ async def measure(server: Server, name: str, requests: Sequence[bytes]) -> Resul
         memory_before=before,
         memory_peak=peak,
         memory_after=resident_memory(server.pid),
-        stall=max(stalls, default=None),
+        stall=_longest_stall(stalls, _stalls(server)),
         neighbour_p99=percentile(neighbour, 0.99),
         probe_p99=percentile(probe, 0.99),
     )
 
 
+def _stalls(server: Server) -> dict[float, float]:
+    """Return the cumulative histogram of the event loop's stalls, by upper bound."""
+    matches = ((_STALLS.fullmatch(name), count) for name, count in read_metrics(server.url).items())
+    return {float(match[1]): count for match, count in matches if match}
+
+
+def _longest_stall(before: Mapping[float, float], after: Mapping[float, float]) -> float:
+    grown = {bound: count - before.get(bound, 0) for bound, count in after.items()}
+    return min((bound for bound, count in grown.items() if count == grown[math.inf]), default=math.nan)
+
+
 def table(results: list[Result]) -> str:
     """Format the results as the table of docs/operations.md."""
     lines = [
-        "| input | bytes | count × outcome | slowest answer | peak memory (before, after) | neighbour p99 | probe |",
-        "|---|---|---|---|---|---|---|",
+        "| input | bytes | outcomes | slowest answer | peak memory (before, after) | neighbour | probe | stall |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         outcomes = ", ".join(f"{count} × {status}" for status, count in result.outcomes.items())
         memory = f"{result.memory_peak:.0f} MiB ({result.memory_before:.0f}, {result.memory_after:.0f})"
-        stall = "" if result.stall is None else f", stall {1000 * result.stall:.0f}"
         lines.append(
             f"| {result.name} | {result.bytes:,} | {outcomes} | {result.slowest:.2f} s | {memory} "
-            f"| {result.neighbour_p99:.0f} ms | {result.probe_p99:.0f} ms{stall} |"
+            f"| {result.neighbour_p99:.0f} ms | {result.probe_p99:.0f} ms | {1000 * result.stall:g} ms |"
         )
     return "\n".join(lines)
 

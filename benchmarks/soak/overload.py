@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 from benchmarks.serving.models import ROOT
-from benchmarks.soak.client import Client, encode_request, wait_until_idle
+from benchmarks.soak.client import Client, encode_form, encode_request, wait_until_idle
 from benchmarks.soak.processes import usage
 from benchmarks.soak.server import started
 
@@ -34,6 +34,7 @@ class Overload:
     capacity: float  # requests per second in a closed loop
     offered: float  # requests per second
     sent: float  # requests per second that the generator managed to send
+    generator: float  # cores that the generator took from the server
     goodput: float  # requests per second that were answered with 200 while the overload lasted
     statuses: dict[str, int]  # responses by status; "lost": none; "left": the client was still waiting when it left
     idle: float  # median latency of a lone request before
@@ -90,7 +91,7 @@ async def attack(port: int, pid: int, request: bytes, *, factor: float, seconds:
     before = usage(pid).memory
     client, statuses, accepted, probes = Client(port), Counter[str](), list[float](), list[float]()
     memory, good, tasks = [before], 0, set[asyncio.Task[None]]()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     end = start + seconds
 
     async def ask() -> None:
@@ -129,6 +130,7 @@ async def attack(port: int, pid: int, request: bytes, *, factor: float, seconds:
             task.add_done_callback(tasks.discard)
         sent = max(sent, due)
         await asyncio.sleep(0.002)
+    generator = (time.process_time() - used) / seconds
     statuses["left"] = len(tasks)
     for task in tasks:
         task.cancel()
@@ -140,6 +142,7 @@ async def attack(port: int, pid: int, request: bytes, *, factor: float, seconds:
         capacity=found,
         offered=factor * found,
         sent=sent / seconds,
+        generator=generator,
         goodput=good / seconds,
         statuses=dict(sorted(statuses.items())),
         idle=idle,
@@ -153,9 +156,9 @@ async def attack(port: int, pid: int, request: bytes, *, factor: float, seconds:
     )
 
 
-def generate(port: int, pid: int, *, factor: float, seconds: float) -> Overload:
-    """Run the attack in a process of its own."""
-    arguments = [port, pid, "--factor", factor, "--seconds", seconds]
+def generate(port: int, pid: int, *, factor: float, seconds: float, pictures: int = 1) -> Overload:
+    """Run the attack in a process of its own, with requests of so many pictures."""
+    arguments = [port, pid, "--factor", factor, "--seconds", seconds, "--pictures", pictures]
     command = [sys.executable, "-m", "benchmarks.soak.overload", "--attack", *map(str, arguments)]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return Overload(**json.loads(text))
@@ -166,17 +169,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak.overload", description=__doc__)
     parser.add_argument("--factor", type=float, default=10.0, help="how many times the capacity")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--pictures", type=int, default=8, help="in a request")
     parser.add_argument("--attack", nargs=2, type=int, metavar=("PORT", "PID"), help="attack a running server")
     options = parser.parse_args()
-    request = encode_request("POST", "/detect?model=detr-bccd", PHOTOGRAPH.read_bytes())
     if options.attack:
+        body, content_type = encode_form(*[PHOTOGRAPH.read_bytes()] * options.pictures)
+        request = encode_request("POST", "/detect?model=detr-bccd", body, Content_Type=content_type)
         port, pid = options.attack
         result = asyncio.run(attack(port, pid, request, factor=options.factor, seconds=options.seconds))
         print(json.dumps(asdict(result)))
         return
     many = {f"VITRINE_MAX_CONNECTIONS{limit}": "4000" for limit in ("", "_PER_CLIENT")}  # the generator is many clients
     with started(**many) as server:
-        result = generate(server.port, server.pid, factor=options.factor, seconds=options.seconds)
+        target = server.port, server.pid
+        result = generate(*target, factor=options.factor, seconds=options.seconds, pictures=options.pictures)
         wait_until_idle(server.url)
     print(json.dumps(asdict(result), indent=1))
     print(table_rows(result))
@@ -186,7 +192,8 @@ def table_rows(result: Overload) -> str:
     """Format a result as rows of docs/operations.md."""
     total = sum(result.statuses.values())
     lines = [
-        f"| requests per second: capacity, sent | {result.capacity:.0f}, {result.sent:.0f} | |",
+        f"| requests per second: capacity, sent | {result.capacity:.0f}, {result.sent:.0f} "
+        f"(taking {result.generator:.2f} cores) | |",
         f"| answered with 200 per second, share of the capacity | {result.goodput / result.capacity:.2f} | 0.90 |",
         f"| responses | {', '.join(f'{status}: {n}' for status, n in result.statuses.items())} of {total} | |",
         f"| p99 of the answers with 200 | {result.accepted_p99:.0f} ms | 30,000 ms |",

@@ -79,10 +79,8 @@ class Traffic:
         return await self._ask(encode_request("POST", _CLASSIFY, self._large))
 
     async def _several(self, number: int) -> str:
-        # repeated fields: a dict has each name once
-        body, content_type = encode_form(image=self._frog, model="vit-cifar10")
-        field, rest = body[: body.index(b"--a-boundary", 2)], body
-        return await self._ask(encode_request("POST", "/classify", field * 3 + rest, Content_Type=content_type))
+        body, content_type = encode_form(*[self._frog] * 4, model="vit-cifar10")
+        return await self._ask(encode_request("POST", "/classify", body, Content_Type=content_type))
 
     async def _json(self, number: int) -> str:
         picture = base64.b64encode(self._pictures[number % len(self._pictures)]).decode()
