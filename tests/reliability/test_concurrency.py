@@ -54,7 +54,7 @@ class Ways:
         return await self._classify(encode_request("POST", "/classify?model=vit-cifar10&top_k=10", picture))
 
     async def classify_form(self, picture: bytes) -> list[Any]:
-        body, content_type = encode_form(image=picture, model="vit-cifar10", top_k="10")
+        body, content_type = encode_form(picture, model="vit-cifar10", top_k="10")
         return await self._classify(encode_request("POST", "/classify", body, Content_Type=content_type))
 
     async def _classify(self, request: bytes) -> list[Any]:
