@@ -141,25 +141,6 @@ def test_32_bit_pixels_outside_the_range_of_16_are_refused(value: int) -> None:
         decode(encode(Image.fromarray(np.array([[0, value], [1, 2]], np.int32)), "TIFF"))
 
 
-@pytest.mark.parametrize("size", [(1300, 1201), (2000, 1100), (17, 65_535), (65_535, 17)])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_large_images_are_converted_and_turned_like_small_ones(orientation: int, size: tuple[int, int]) -> None:
-    """In bands of a million pixels."""
-    width, height = size
-    rows, columns = np.arange(height, dtype=np.uint8)[:, None], np.arange(width, dtype=np.uint8)
-    upright = 3 * rows + 5 * columns
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright[..., None])[..., 0]))
-    assert np.array_equal(
-        np.asarray(decode(with_orientation(stored, orientation))), upright[..., None].repeat(3, axis=2)
-    )
-
-
-def with_orientation(stored: Image.Image, orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    return encode(stored, "TIFF", exif=exif)
-
-
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int, form: str) -> None:
