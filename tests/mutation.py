@@ -134,7 +134,7 @@ def test(copy: Path, options: list[str], seconds: float) -> str:
             passed.write_text(json.dumps({"seconds": order.seconds, "imports": list(sys.modules)}))
         os._exit(status)
     _, status = os.waitpid(child, 0)
-    if status and "Timeout" in (copy / "log").read_text(errors="replace"):
+    if status and "+ Timeout +" in (copy / "log").read_text(errors="replace"):
         for process in psutil.process_iter():  # servers that the test has started
             with suppress(psutil.Error):
                 if process.pid != os.getpid() and Path(process.cwd()).is_relative_to(copy):

@@ -201,6 +201,17 @@ def test_a_sender_that_comes_later_neither_waits_nor_catches_up(senders: int, se
         assert abs(order[: turns * (senders + 1)].count("later") - turns) <= 1
 
 
+def test_what_was_used_before_the_queue_was_empty_is_forgotten() -> None:
+    queue: FairQueue[str] = FairQueue(100)
+    for _ in range(20):
+        queue.push("one", key("one", 1.0), 1.0)
+    take_all(queue)
+    for _ in range(10):
+        queue.push("one", key("one", 1.0), 1.0)
+        queue.push("other", key("other", 1.0), 1.0)
+    assert Counter(take_all(queue)[:10]) == {"one": 5, "other": 5}
+
+
 def test_work_that_is_put_back_into_an_empty_queue() -> None:
     queue: FairQueue[str] = FairQueue(10)
     queue.push("large", key("sender", 0.5), 0.5)
