@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -48,6 +49,7 @@ HOT_ROUTES = {("POST", "/classify"): classify, ("POST", "/detect"): detect} | {
 _SHUTDOWN_SECONDS = 40.0  # longer than gRPC's grace period: after it, a thread that is still busy does not matter
 _QUEUE_GAUGE_SECONDS = 0.25
 _IDLE_SECONDS = 1.0
+_RELEASE_SECONDS = 30.0
 _GC_THRESHOLDS = 50_000, 50, 100
 
 
@@ -86,14 +88,23 @@ def _tune_garbage_collector() -> None:
     gc.set_threshold(*_GC_THRESHOLDS)
 
 
-async def _release_memory_when_idle(scheduler: Scheduler) -> None:
-    """Return freed memory to the system whenever the work has just ended; the C library would keep most of it."""
-    started = 0
+def _release() -> None:
+    gc.collect()  # what replaced models and libraries leave in cycles; the frozen objects are not traversed
+    release_memory()
+
+
+async def _release_memory(scheduler: Scheduler) -> None:
+    """Return freed memory to the system when the work has just ended, and at least twice a minute while there is work.
+
+    The C library would keep most of it.
+    """
+    started, released = 0, time.monotonic()
     while True:
         await asyncio.sleep(_IDLE_SECONDS)
-        if scheduler.started != started and not (scheduler.waiting or scheduler.running):
-            started = scheduler.started
-            await asyncio.to_thread(release_memory)
+        is_idle = not (scheduler.waiting or scheduler.running)
+        if scheduler.started != started and (is_idle or time.monotonic() - released > _RELEASE_SECONDS):
+            started, released = scheduler.started, time.monotonic()
+            await asyncio.to_thread(_release)
 
 
 class _Route(Route):
@@ -127,7 +138,7 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path, *, 
             control.watch(),
             workers.beat(),
             _update_queue_gauges(scheduler),
-            _release_memory_when_idle(scheduler),
+            _release_memory(scheduler),
             watch_event_loop(),
         )
         tasks = [asyncio.create_task(duty) for duty in duties]
