@@ -108,7 +108,7 @@ def _list_folder(folder: Path, *, found_missing: str | None = None) -> list[str]
 def _exists(file: Path) -> bool:
     """Whether there is a file; also true if that cannot be told, which reading it will report."""
     try:
-        file.stat()
+        file.lstat()
     except OSError as error:
         return error.errno not in _MISSING
     return True

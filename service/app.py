@@ -115,7 +115,9 @@ class _Route(Route):
         await super().handle(scope, receive, send)
 
 
-def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path, *, parent: int | None = None) -> Starlette:
+def create_app(
+    settings: Settings, sizing: Sizing, keys: Keys, limit: RateLimit, shared: Path, *, parent: int | None = None
+) -> Starlette:
     """Create the ASGI application, which loads its bundles at startup and must run inside `RequestRecordMiddleware`.
 
     Args:
@@ -130,7 +132,6 @@ def create_app(settings: Settings, sizing: Sizing, keys: Keys, shared: Path, *, 
         repository = await asyncio.wrap_future(app.state.loading)
         scheduler = Scheduler(sizing.threads, settings.max_queue, settings.max_wait_seconds)
         control = await asyncio.to_thread(ModelControl, repository, shared, poll_seconds=settings.poll_seconds)
-        limit = RateLimit(settings.key_rate, shared)
         silent_seconds = min(SILENT_SECONDS, max(settings.stuck_seconds, 3 * BEAT_SECONDS))
         workers = Workers(shared, parent or os.getppid(), silent_seconds)
         app.state.serving = Serving(settings, repository, scheduler, control, keys, limit, workers)

@@ -1,6 +1,7 @@
 """Start the server: check everything once, then hand over to BentoML."""
 
 import atexit
+import contextlib
 import importlib
 import math
 import os
@@ -38,12 +39,15 @@ def shared_folder() -> Path:
     """
     if _SHARED not in os.environ:
         try:
-            folder = tempfile.mkdtemp(prefix="vitrine-")
+            made = tempfile.mkdtemp(prefix="vitrine-")
         except OSError as error:
             raise SettingsError(f"TMPDIR: expected a folder that can be written to, found: {error}") from error
-        os.environ[_SHARED] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(os.environ[_SHARED])
+        os.environ[_SHARED] = made
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+    folder = Path(os.environ[_SHARED])
+    with contextlib.suppress(OSError):  # workers start without it, too
+        folder.mkdir(0o700, parents=True, exist_ok=True)  # it may have been removed
+    return folder
 
 
 def isolate_imports() -> None:

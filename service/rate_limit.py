@@ -26,8 +26,8 @@ class RateLimit:
     are active at once, those that have used the least of their buckets are forgotten first.
     """
 
-    def __init__(self, rate: float, folder: Path) -> None:
-        """Allow `rate` requests per second, 0 any number; `folder` is shared by the workers.
+    def __init__(self, rate: float, folder: Path | None) -> None:
+        """Allow `rate` requests per second, 0 any number; `folder` is shared by the workers, None: count alone.
 
         Raises:
             SettingsError: the folder has no room for the file.
@@ -36,12 +36,8 @@ class RateLimit:
         if rate == 0:
             return
         self._interval, self._burst = 1 / rate, max(1.0, 1 / rate)  # seconds
-        file = folder / "rate_limit"
         try:
-            if not file.exists():
-                _create(file)
-            with file.open("r+b") as opened:
-                view = memoryview(mmap(opened.fileno(), _SIZE))
+            view = memoryview(_map(folder / "rate_limit") if folder else _new_content())
         except OSError as error:
             raise SettingsError(f"TMPDIR: expected a folder with room for {_SIZE} bytes, found: {error}") from error
         self._salt = bytes(view[:_SALT_BYTES])  # unknown to clients: none can choose whose place it takes
@@ -75,10 +71,21 @@ class RateLimit:
         return min(places, key=self._full.__getitem__), number
 
 
+def _new_content() -> bytearray:
+    return bytearray(os.urandom(_SALT_BYTES)).ljust(_SIZE, b"\0")
+
+
+def _map(file: Path) -> mmap:
+    if not file.exists():
+        _create(file)
+    with file.open("r+b") as opened:
+        return mmap(opened.fileno(), _SIZE)
+
+
 def _create(file: Path) -> None:
     """Make the file at once; written, not sparse: a full disk shows here, not as SIGBUS later."""
     draft = file.with_name(f"{file.name}.{os.getpid()}")
-    draft.write_bytes(os.urandom(_SALT_BYTES) + bytes(_SIZE - _SALT_BYTES))
+    draft.write_bytes(_new_content())
     with suppress(FileExistsError):  # another worker was first
         os.link(draft, file)
     draft.unlink()

@@ -20,7 +20,7 @@ from vitrine.service.observability.middleware import RequestRecordMiddleware
 from vitrine.service.open_inference.http import HEADER_LENGTH
 from vitrine.service.rate_limit import RateLimit
 from vitrine.service.runtime.sizing import size
-from vitrine.service.settings import read_settings
+from vitrine.service.settings import SettingsError, read_settings
 
 _STARTED = "_VITRINE_STARTED"  # id of the first process, inherited by the workers; not a setting
 _is_first = _STARTED not in os.environ
@@ -39,7 +39,12 @@ if _is_first:  # once, not in every worker
         _log.warning("%s", _sizing.warning)
     if not (_settings.loopback_only or _keys.needed):
         _log.warning("VITRINE_API_KEYS is not set: anyone who can reach %s can send requests", _settings.host)
-_app = create_app(_settings, _sizing, _keys, shared_folder(), parent=int(os.environ[_STARTED]))
+try:
+    _limit = RateLimit(_settings.key_rate, shared_folder())
+except SettingsError as error:  # `vitrine serve` has checked it; the folder has failed since
+    logging.getLogger("bentoml.vitrine").warning("VITRINE_KEY_RATE holds for each worker alone: %s", error)
+    _limit = RateLimit(_settings.key_rate, None)
+_app = create_app(_settings, _sizing, _keys, _limit, shared_folder(), parent=int(os.environ[_STARTED]))
 
 
 class Vitrine:
@@ -50,8 +55,7 @@ def _front(bentoml_app: ASGIApp) -> ASGIApp:
     """Return both applications behind the middleware of all requests; the last line is the outermost."""
     app: ASGIApp = Dispatcher(_app, bentoml_app, HOT_ROUTES)
     app = BodyBudgetMiddleware(app, _settings.max_bodies_bytes)
-    limit = RateLimit(_settings.key_rate, shared_folder())
-    app = AccessMiddleware(app, keys=_keys, limit=limit, metrics_need_key=_settings.metrics_need_key)
+    app = AccessMiddleware(app, keys=_keys, limit=_limit, metrics_need_key=_settings.metrics_need_key)
     if _settings.cors_origins:  # outside of `AccessMiddleware`: preflight requests have no key
         app = CORSMiddleware(
             app,

@@ -1,5 +1,6 @@
 """OpenTelemetry spans: one per request, over HTTP or gRPC, with its stages as children."""
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # as slow to import as all our own code, and only needed with
 
 # gRPC statuses that are the server's fault
 _GRPC_SERVER_ERRORS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+_REPEAT_SECONDS = 600.0  # between log lines of the same kind about the collector
 _SHUTDOWN_SECONDS = 5.0  # for the last export; an unreachable collector would take longer
 
 
@@ -126,6 +128,25 @@ def _is_sampled(span: Span) -> bool:
     return span.is_recording() and span.get_span_context().trace_flags.sampled
 
 
+class _SeldomFilter(logging.Filter):
+    """Lets each kind of message pass once in a while, without a traceback.
+
+    A collector that is down would cause several for each batch of spans.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, float] = {}  # time.monotonic() by format string
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now - self._passed.get(str(record.msg), -_REPEAT_SECONDS) < _REPEAT_SECONDS:
+            return False
+        self._passed[str(record.msg)] = now
+        record.exc_info = None
+        return True
+
+
 @cache
 def _tracer(endpoint: str, share: float) -> trace.Tracer:
     return _provider(endpoint, share).get_tracer("vitrine")
@@ -140,6 +161,10 @@ def _provider(endpoint: str, share: float) -> "TracerProvider":
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
+    seldom = _SeldomFilter()
+    for name in list(logging.Logger.manager.loggerDict):
+        if name.startswith("opentelemetry."):
+            logging.getLogger(name).addFilter(seldom)
     resource = Resource.create({"service.name": "vitrine", "service.version": __version__})
     resource = resource.merge(OTELResourceDetector().detect())  # such as OTEL_SERVICE_NAME
     provider = TracerProvider(sampler=ParentBasedTraceIdRatio(share), resource=resource)

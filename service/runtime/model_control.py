@@ -59,7 +59,6 @@ class ModelControl:
         self._report, self._problem = "", ""
         self._pause, self._next_try = _FIRST_PAUSE, math.inf
         self._next_poll = time.monotonic() + poll_seconds if poll_seconds else math.inf
-        folder.mkdir(parents=True, exist_ok=True)
         self._write_report()  # from now on, changes wait for this worker
         self.step()
 
@@ -272,9 +271,11 @@ class ModelControl:
 
 
 def read_state(folder: Path) -> RepositoryState | None:
-    """Return the state of the workers that share a folder; None if there is none yet, or it is damaged."""
-    decoded = _decode(_read(folder / _STATE_FILE))
-    return None if decoded is None else decoded[1]
+    """Return the state of the workers that share a folder; None if there is none yet, or it cannot be read."""
+    with contextlib.suppress(OSError):
+        if (decoded := _decode(_read(folder / _STATE_FILE))) is not None:
+            return decoded[1]
+    return None
 
 
 def _encode(number: int, state: RepositoryState) -> bytes:

@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+from io import FileIO
 from pathlib import Path
 
 _log = logging.getLogger("bentoml.vitrine")
@@ -35,7 +36,9 @@ class Workers:
             parent: id of the process that started the workers.
         """
         self._folder, self._parent, self._silent_seconds = folder, parent, silent_seconds
-        self._file = (folder / f"{os.getpid()}{_SUFFIX}").open("w+b", buffering=0)
+        self._path = folder / f"{os.getpid()}{_SUFFIX}"
+        self._file: FileIO | None = None
+        self._beats_arrive = False
         self.silent: tuple[int, ...] = ()  # process ids of workers that are stopped, or whose event loop hangs
         self._closed = threading.Event()
         self._beat()
@@ -55,10 +58,17 @@ class Workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
         self._closed.set()
-        Path(self._file.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
     def _beat(self) -> None:
-        os.pwrite(self._file.fileno(), _TIME.pack(time.monotonic()), 0)
+        try:
+            if self._file is None:
+                self._file = FileIO(self._path, "w+")
+            os.pwrite(self._file.fileno(), _TIME.pack(time.monotonic()), 0)
+            self._beats_arrive = True
+        except OSError:  # such as a full disk
+            self._beats_arrive = False
 
     def _watch(self) -> None:
         checked = time.monotonic()
@@ -75,7 +85,8 @@ class Workers:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _update_silent(self, now: float) -> None:
-        silent = tuple(sorted(pid for pid, beat in self._beats().items() if now - beat > self._silent_seconds))
+        beats = self._beats() if self._beats_arrive else {}  # else the others' may not arrive either
+        silent = tuple(sorted(pid for pid, beat in beats.items() if now - beat > self._silent_seconds))
         for pid in set(silent) - set(self.silent):
             _log.error("worker %d has been silent for %.0f s: it is stopped, or hangs", pid, self._silent_seconds)
         for pid in set(self.silent) - set(silent):
@@ -84,10 +95,13 @@ class Workers:
 
     def _beats(self) -> dict[int, float]:
         """Return when each living worker last beat; forget those that have ended."""
-        beats = {}
-        for file in self._folder.glob(f"*{_SUFFIX}"):
+        beats: dict[int, float] = {}
+        files: list[Path] = []
+        with contextlib.suppress(OSError):  # such as too many open files
+            files = list(self._folder.glob(f"[0-9]*{_SUFFIX}"))
+        for file in files:
             pid = int(file.name.removesuffix(_SUFFIX))
-            with contextlib.suppress(OSError, struct.error):  # it ends or starts just now
+            with contextlib.suppress(OSError, struct.error):  # it ends or starts just now, or has no room
                 if is_child(pid, self._parent):
                     beats[pid] = _TIME.unpack(file.read_bytes())[0]
                 else:

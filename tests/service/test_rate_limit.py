@@ -32,16 +32,17 @@ def allowed(limit: RateLimit, client: str) -> bool:
 
 
 @given(
+    shared=st.booleans(),
     rate=st.sampled_from([0.1, 0.5, 1.0, 2.0, 7.0, 100.0]),
     steps=st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 40)), max_size=80),
 )
 def test_it_is_a_token_bucket_of_one_second(
-    rate: float, steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
+    shared: bool, rate: float, steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     clock = Clock()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rate_limit.time, "monotonic", clock.monotonic)
-        limit = RateLimit(rate, tmp_path_factory.mktemp("rate"))
+        limit = RateLimit(rate, tmp_path_factory.mktemp("rate") if shared else None)
         size = max(1.0, rate)
         tokens, filled = {"a": size, "b": size}, {"a": clock.now, "b": clock.now}
         for client, pause in steps:

@@ -44,9 +44,10 @@ from pathlib import Path
 from typing import Any
 from vitrine.service.access import Keys
 from vitrine.service.app import create_app
+from vitrine.service.rate_limit import RateLimit
 from vitrine.service.settings import Settings
 from vitrine.service.runtime.sizing import Sizing
-app = create_app(Settings(), Sizing(1, 1, ""), Keys(()), Path({str(tmp_path)!r}))
+app = create_app(Settings(), Sizing(1, 1, ""), Keys(()), RateLimit(0, None), Path({str(tmp_path)!r}))
 print("\\n".join(route.path for route in app.routes))
 """  # a separate process: one can hold a single definition of the messages, and other tests import Triton's
     command = [sys.executable, "-c", program]

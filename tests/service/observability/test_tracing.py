@@ -1,9 +1,11 @@
 """Spans as received by a collector, by OTLP over HTTP."""
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,3 +172,44 @@ def test_opentelemetrys_own_variables_are_honoured(serve: Serving, tiny_bundles:
         assert collector.headers[0]["x-collector-key"] == "secret"
         resource = attributes(collector.resources[0])
         assert (resource["service.name"], resource["deployment.environment.name"]) == ("mine", "tests")
+
+
+@contextmanager
+def broken_collector(fault: str) -> Iterator[str]:
+    """The endpoint of a collector that refuses connections, accepts them and never answers, or answers nonsense."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+        def answer() -> None:
+            with suppress(OSError):  # closed
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(b"nonsense\r\n\r\n")
+
+        if fault == "down":
+            listener.close()
+        elif fault == "nonsense":
+            threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{port}/v1/traces"
+
+
+@pytest.mark.parametrize("fault", ["down", "hanging", "nonsense"])
+def test_a_broken_collector_costs_a_few_log_lines(
+    fault: str, serve: Serving, tiny_bundles: Path, photograph: bytes
+) -> None:
+    hurry = {"OTEL_BSP_SCHEDULE_DELAY": "20", "OTEL_BSP_MAX_QUEUE_SIZE": "8", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "4"}
+    hurry["OTEL_EXPORTER_OTLP_TRACES_TIMEOUT"] = "0.1"  # seconds
+    with broken_collector(fault) as endpoint:
+        with serve(tiny_bundles, VITRINE_TRACES_ENDPOINT=endpoint, **hurry) as running, httpx.Client() as client:
+            deadline = time.monotonic() + 30
+            while not any("Failed to export" in line for line in running.lines):
+                assert time.monotonic() < deadline
+                client.post(f"{running.url}/classify", content=photograph, timeout=5).raise_for_status()
+            for _ in range(100):
+                client.post(f"{running.url}/classify", content=photograph, timeout=5).raise_for_status()
+        assert running.process.returncode == 0
+    complaints = [line for line in running.lines if "[INFO]" not in line and "[" in line]
+    assert len(complaints) <= 4, "".join(complaints)
+    assert "Traceback" not in "".join(running.lines)

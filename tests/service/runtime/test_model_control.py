@@ -37,6 +37,14 @@ def bundles(tiny_bundles: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundles, tmp_path / "bundles"))
 
 
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """The folder that the workers share."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE
     while not condition():
@@ -180,8 +188,7 @@ def unload(control: ModelControl, name: str, seconds: float = DEADLINE) -> None:
     asyncio.run(control.unload(name, seconds=seconds))
 
 
-def test_a_failed_change_is_not_published(bundles: Path, tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
+def test_a_failed_change_is_not_published(bundles: Path, shared: Path) -> None:
     control = ModelControl(Repository(bundles), shared)
     before = (shared / "models").read_bytes()
     with pytest.raises(UnknownModelError):
@@ -192,15 +199,13 @@ def test_a_failed_change_is_not_published(bundles: Path, tmp_path: Path) -> None
     control.close()
 
 
-def test_a_starting_worker_follows_changes_made_meanwhile(
-    bundles: Path, tmp_path: Path, new_version: NewVersion
-) -> None:
-    first = ModelControl(Repository(bundles), tmp_path / "shared")
+def test_a_starting_worker_follows_changes_made_meanwhile(bundles: Path, shared: Path, new_version: NewVersion) -> None:
+    first = ModelControl(Repository(bundles), shared)
     late = Repository(bundles)  # loaded before the changes
     new_version(bundles / "colours" / "1", "2")
     load(first, "colours")
     unload(first, "squares")
-    second = ModelControl(late, tmp_path / "shared")
+    second = ModelControl(late, shared)
     assert [bundle.manifest.version for bundle in late.versions("colours")] == ["1", "2"]
     assert list(late.bundles) == ["colours"]
     first.close()
@@ -208,8 +213,7 @@ def test_a_starting_worker_follows_changes_made_meanwhile(
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", b"cut"])
-def test_a_damaged_state_stops_nobody_and_is_written_anew(damage: bytes, bundles: Path, tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
+def test_a_damaged_state_stops_nobody_and_is_written_anew(damage: bytes, bundles: Path, shared: Path) -> None:
     control = ModelControl(Repository(bundles), shared)
     unload(control, "colours")
     file = shared / "models"
@@ -225,8 +229,7 @@ def test_a_damaged_state_stops_nobody_and_is_written_anew(damage: bytes, bundles
     control.close()
 
 
-def test_a_change_that_cannot_be_written_is_refused(bundles: Path, tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
+def test_a_change_that_cannot_be_written_is_refused(bundles: Path, shared: Path) -> None:
     repository = Repository(bundles)
     control = ModelControl(repository, shared)
     before = (shared / "models").read_bytes()
@@ -253,10 +256,9 @@ def held(shared: Path) -> Iterator[None]:
 
 
 def test_a_worker_that_does_not_follow_is_named_and_a_dead_one_is_forgotten(
-    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitrine.service.runtime.model_control._LOCK_SECONDS", 0.2)
-    shared = tmp_path / "shared"
     first, second = Repository(bundles), Repository(bundles)
     control, idle = ModelControl(first, shared), ModelControl(second, shared)
     reused = shared / f"worker-{os.getpid()}-1-abc"  # an earlier process had this process id
@@ -275,8 +277,7 @@ def test_a_worker_that_does_not_follow_is_named_and_a_dead_one_is_forgotten(
     control.close()
 
 
-def test_a_change_that_takes_too_long_takes_effect_as_a_whole_later(bundles: Path, tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
+def test_a_change_that_takes_too_long_takes_effect_as_a_whole_later(bundles: Path, shared: Path) -> None:
     repository = Repository(bundles)
     control = ModelControl(repository, shared)
     message = r"model 'colours': expected to change it in 0\.2 s, found it unfinished; it may still take effect"
@@ -292,9 +293,9 @@ def test_a_change_that_takes_too_long_takes_effect_as_a_whole_later(bundles: Pat
     control.close()
 
 
-def test_a_change_fails_only_if_its_own_model_is_behind(bundles: Path, tmp_path: Path) -> None:
+def test_a_change_fails_only_if_its_own_model_is_behind(bundles: Path, shared: Path) -> None:
     """Here, one worker starts while the files of another model are damaged."""
-    shared, graph = tmp_path / "shared", bundles / "colours" / "1" / "model.onnx"
+    graph = bundles / "colours" / "1" / "model.onnx"
     sound = Repository(bundles)
     control = ModelControl(sound, shared)
     content = graph.read_bytes()
@@ -339,6 +340,7 @@ def test_workers_converge_after_any_interleaving(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
         root = Path(shutil.copytree(slow_bundle, Path(folder) / "bundles"))
         shared, source = Path(folder) / "shared", root / "slow" / "1"
+        shared.mkdir()
 
         def start() -> tuple[Repository, ModelControl]:
             repository = Repository(root, state=read_state(shared))

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from vitrine.service.runtime.workers import is_child
 
 WAIT = 20.0  # seconds
@@ -98,6 +100,25 @@ def test_a_worker_ends_when_its_parent_is_killed_even_if_it_is_stopped(tmp_path:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert not folder.exists()
+
+
+@pytest.mark.parametrize("fault", ["removed", "limited"])
+def test_a_worker_whose_heartbeat_cannot_be_written_is_not_silent(fault: str, tmp_path: Path, root: Path) -> None:
+    folder = tmp_path / "missing" if fault == "removed" else tmp_path
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n" if fault == "limited" else ""
+    watcher, _ = start(WATCHER, tmp_path, root)
+    assert watcher.stdout is not None
+    assert watcher.stdout.readline() == "\n"
+    other, _ = start(limit + WORKER, folder, root)
+    stopped, pid = start(WORKER, tmp_path, root)
+    try:
+        stopped.send_signal(signal.SIGSTOP)
+        assert watcher.stdout.readline() == f"{pid}\n"  # and no other
+        assert other.poll() is None
+    finally:
+        for process in (watcher, other, stopped):
+            process.kill()
+            process.wait()
 
 
 def test_only_living_children_count() -> None:
