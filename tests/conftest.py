@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +28,9 @@ SERVING_PYTHON = ROOT / ".venv" / "bin" / "python"  # without torch; made by `ma
 SERVING = (SERVING_PYTHON, "-m", "vitrine")
 SLOW_FIXTURES = {"chromium", "classifier_run", "detector_run"}
 COLOURS = {"blue": (30, 60, 200), "green": (40, 170, 60), "red": (200, 40, 30)}
+
+hypothesis.settings.register_profile("tests", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("tests")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks are tiny: a second thread costs more than it gives
 # Nothing may touch the user's home or leave files behind, not even while tests are collected.

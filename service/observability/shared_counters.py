@@ -136,10 +136,10 @@ def read_shared_counters(folder: Path) -> dict[int, Numbers]:
     Those that have ended are added up under `ENDED`. What is missing or damaged is left out.
     """
     while True:
-        state = _state(folder / _ENDED_FILE)
+        before = _content(folder / _ENDED_FILE)
         ended, included = _read_ended(folder)
         read = [(pid, _read(file)) for file, pid in _worker_files(folder) if file.name not in included]
-        if _state(folder / _ENDED_FILE) == state:  # else files may have been added to it since they were read
+        if _content(folder / _ENDED_FILE) == before:  # else files may have been added to it since they were read
             break
     counters = {pid: add_up(numbers for other, numbers in read if other == pid) for pid in {pid for pid, _ in read}}
     return {**counters, ENDED: add_up([ended, counters.get(ENDED, {})])}
@@ -200,12 +200,16 @@ def _read_ended(folder: Path) -> tuple[Numbers, set[str]]:
     return {key: ended[key] for key in ended if key not in included}, {key[-1] for key in included}
 
 
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
 def _read(file: Path) -> Numbers:
     """Read a file as far as it is whole."""
-    try:
-        content = file.read_bytes()
-    except OSError:
-        return {}
+    content = _content(file)
     numbers: Numbers = {}
     for start in range(0, len(content) - _USED.size, _BLOCK):
         block = content[start : start + _BLOCK]
@@ -238,15 +242,6 @@ def _write(file: Path, numbers: Mapping[Key, Sequence[float]]) -> None:
     partial = file.with_suffix(".partial")
     partial.write_bytes(b"".join(counters._blocks))
     partial.replace(file)
-
-
-def _state(file: Path) -> tuple[int, int] | None:
-    """Return what tells a file apart from the one before it; None without a file."""
-    try:
-        stat = file.stat()
-    except OSError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns
 
 
 @contextlib.contextmanager
