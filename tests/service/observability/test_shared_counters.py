@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -60,9 +61,9 @@ def apply(counters: SharedCounters, updates: list[tuple[str, Key, float]]) -> No
 
 def worker_that_ended(folder: Path, pid: int, count: int) -> Path:
     """Write the file of a process that has ended, whose id may be in use again."""
-    before = set(folder.iterdir())
-    SharedCounters(folder).add(REQUESTS, count)
-    (made,) = set(folder.iterdir()) - before
+    elsewhere = Path(tempfile.mkdtemp(dir=folder.parent))  # a reader must not see it under its present name
+    SharedCounters(elsewhere).add(REQUESTS, count)
+    (made,) = elsewhere.iterdir()
     random_part = made.name.rpartition("-")[2]
     return made.rename(folder / f"{pid}-1-{random_part}")
 
