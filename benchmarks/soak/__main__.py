@@ -106,7 +106,7 @@ async def _sample(server: Server, kinds: list[Kind], end: float, out: Path) -> l
         for number in itertools.count(1):
             await asyncio.sleep(start + number * _SAMPLE_SECONDS - time.perf_counter())
             used = await asyncio.to_thread(usage, server.pid)
-            row = {"seconds": number * _SAMPLE_SECONDS, "memory": round(used.memory, 1)}
+            row = {"seconds": round(time.perf_counter() - start, 1), "memory": round(used.memory, 1)}
             row |= {"files": used.files, "threads": used.threads}
             for kind in kinds:
                 latencies, kind.latencies = kind.latencies, []
