@@ -192,6 +192,7 @@ def test_clients_that_vanish_leave_nothing_behind(narrow: Any, photograph: bytes
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_three_thousand_clients_that_vanish(narrow: Any, photograph: bytes) -> None:
     vanish(narrow, 3_000, photograph)
 

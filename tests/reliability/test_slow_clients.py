@@ -22,7 +22,7 @@ HASTY = {
     "VITRINE_KEEP_ALIVE_SECONDS": "5",
     "VITRINE_TIMEOUT_SECONDS": "10",
 }
-CUT_OFF_SECONDS = 30.0  # the deadlines, and room for a busy machine
+CUT_OFF_SECONDS = 120.0  # the deadlines, and room for a busy machine
 HEAD = b"POST /classify HTTP/1.1\r\nHost: vitrine\r\n"
 
 
