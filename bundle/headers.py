@@ -22,6 +22,7 @@ MAX_EXIF_BYTES = 2**20  # a JPEG's segment has 64 kB
 MAX_TAGS = 1_024  # of a TIFF directory, as libtiff's time is quadratic in unknown ones; photographs have less than 200
 MAX_TAG_VALUES = 2**20  # numbers in a TIFF directory, 50 ns each
 MAX_TAG_FRACTIONS = 2**15  # rational numbers, 3 µs each
+MAX_RUN_LENGTH_PIXELS = 2**21  # of a BMP, which Pillow decodes in Python, at up to 1.5 µs each
 MAX_TILE_PIXELS = 2**22  # 2048 x 2048; of a tile that is larger than four times its image
 MAX_CODED = 3  # pixels of an AVIF's frames, per pixel of `max_pixels`: colours, alpha, and the margins of tiles
 MAX_BYTES_PER_PIXEL = 12  # of memory, per pixel of `max_pixels`, besides `BASE_BYTES`
@@ -275,10 +276,15 @@ def _check_gif(data: bytes, max_pixels: int) -> None:
 # BMP ------------------------------------------------------------------------------------------------------------------
 
 
+_RUN_LENGTHS = (1, 2)  # compression of 8 and of 4 bits per pixel
+
+
 def _check_bmp(data: bytes, max_pixels: int) -> None:
     (header_size,) = struct.unpack_from("<I", data, 14)
     width, height = struct.unpack_from("<HH" if header_size == 12 else "<ii", data, 18)
     check_size(abs(width), abs(height), max_pixels)
+    if header_size > 12 and struct.unpack_from("<I", data, 30)[0] in _RUN_LENGTHS:
+        _bound(abs(width * height), MAX_RUN_LENGTH_PIXELS, "run-length-encoded pixels")
 
 
 # TIFF -----------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ one timer, which looks once per second what it is waiting for; requests themselv
 
 import asyncio
 import logging
+import re
 import resource
 from collections import Counter
 from contextlib import suppress
@@ -51,6 +52,7 @@ _LINGER_SECONDS = 2.0  # what still arrives after a refusal is dropped: to close
 _SPARE_CONNECTIONS = 64  # connections above the limit that are refused with an answer
 _SPARE_FILES = 128  # file descriptors for everything else
 _BODY_HEADERS = (b"content-length", b"transfer-encoding")
+_HOST = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")  # RFC 3986, section 3.2.2, and a port
 _TLS_HANDSHAKE = b"\x16\x03"
 
 
@@ -208,6 +210,8 @@ class Connection(HttpToolsProtocol):
         lower = name.lower()
         if lower == b"host":
             self._hosts += 1
+            if not _HOST.fullmatch(value.strip()):
+                raise MalformedRequestError("Host", expected="a host and perhaps a port", found=repr(value[:100]))
         elif lower == b"transfer-encoding" and value.strip().lower() != b"chunked":
             raise MalformedRequestError("Transfer-Encoding", expected="chunked", found=repr(value[:100]))
 

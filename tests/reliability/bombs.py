@@ -54,7 +54,7 @@ def bmp(width: int, height: int, bits: int, compression: int, pixels: bytes) -> 
 
 def rle(width: int, height: int, code: bytes, *, four: bool = False, count: int | None = None) -> Bomb:
     repeats = height if count is None else count
-    outcomes = DECODED | ENDED if max(width, height) <= 65_535 else TOO_LARGE
+    outcomes = DECODED | ENDED if width * height <= 2**21 else TOO_LARGE
     bits, compression = (4, 2) if four else (8, 1)
     return Bomb(
         lambda: bmp(width, height, bits, compression, code * repeats + b"\0\1"), outcomes, slow=outcomes != TOO_LARGE
@@ -357,6 +357,10 @@ BOMBS: dict[str, Bomb] = {
     "bmp/rle8, single pixels": rle(7_000, 7_000, b"\1\1", count=5_000_000),
     "bmp/rle4, runs": rle(8_000, 6_250, b"\xff\x12" * 32 + b"\0\0", four=True),
     "bmp/rle4, literals": rle(8_000, 6_250, (b"\0\xfe" + b"\x12" * 127 + b"\0") * 31, four=True, count=2_000),
+    "bmp/rle8, 2 MP of single pixels": rle(1_448, 1_448, b"\1\1" * 1_448 + b"\0\0"),
+    "bmp/rle8, 2 MP of deltas": rle(1_448, 1_448, b"\0\2\1\0" * 1_447 + b"\0\0"),
+    "bmp/rle8, 2 MP, ends of lines": rle(32, 65_535, b"\0\0"),
+    "bmp/rle4, 2 MP of literals": rle(1_448, 1_448, (b"\0\xfe" + b"\x12" * 127 + b"\0") * 6, four=True),
     "bmp/header alone": Bomb(lambda: bmp(7_000, 7_000, 8, 0, b""), BROKEN),
     "jpeg/350 scans, 50 MP": Bomb(lambda: jpeg_scans(7_064, 7_064, 350), TOO_LARGE),
     "jpeg/99 scans, 50 MP": Bomb(lambda: jpeg_scans(7_064, 7_064, 99), TOO_LARGE),
