@@ -32,6 +32,7 @@ _log = logging.getLogger("bentoml.vitrine")
 
 _INTERVAL_SECONDS = 0.1  # between looks at the state
 _LOCK_SECONDS = 15.0  # until a worker no longer waits for another one to release the state
+_LOCK_INTERVAL_SECONDS = 0.01  # between attempts to take it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds until a worker that could not follow tries again; doubled each time
 _STATE_FILE, _POLL_FILE = "models", "polled"
 _MAPPINGS = ("served", "refused", "unloaded")  # of `RepositoryState`
@@ -158,6 +159,7 @@ class ModelControl:
         except OSError as error:  # such as too many open files
             raise UnavailableError(f"models: expected to change them, found: {error}") from error
         self._write_report()
+        time.sleep(2 * _LOCK_INTERVAL_SECONDS)  # a worker that waits for the lock is next, not this one
         return self._number
 
     def _has_news(self) -> bool:
@@ -168,15 +170,20 @@ class ModelControl:
 
     def _follow(self) -> None:
         data = _read(self._state_file)
+        if not self._follow_data(data):
+            self._restore(data)
+
+    def _follow_data(self, data: bytes) -> bool:
+        """Follow the state in a file's content. Return whether it is readable."""
         if data and data == self._seen and not self._is_behind:
-            return
+            return True
         decoded = _decode(data)
         if decoded is None:
-            self._restore(data)
-            return
+            return False
         self._seen, (self._number, state), self._is_behind = data, decoded, True
         _log_changes(self._repository.follow(state))
         self._is_behind = False
+        return True
 
     def _restore(self, unreadable: bytes) -> None:
         """Write the state of this worker, as there is none, or one that is damaged."""
@@ -265,7 +272,9 @@ class ModelControl:
     def _lock(self, lock: int) -> None:
         deadline = time.monotonic() + _LOCK_SECONDS
         while not _try_lock(lock):
-            if time.monotonic() > deadline or self._closing.wait(_INTERVAL_SECONDS / 10):
+            if self._has_news() and self._follow_data(_read(self._state_file)):  # others wait for this worker
+                self._write_report()
+            if time.monotonic() > deadline or self._closing.wait(_LOCK_INTERVAL_SECONDS):
                 found = f"another worker that does so for {_LOCK_SECONDS:.0f} s"
                 raise UnavailableError(f"models: expected to change them, found {found}")
 

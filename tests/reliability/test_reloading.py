@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ SETTINGS = {
     "VITRINE_THREADS": "1",
     "VITRINE_POLL_SECONDS": "0.2",
     "VITRINE_MODEL_CONTROL": "true",
+    "VITRINE_MAX_WAIT_SECONDS": "60",  # also on a machine that is busy otherwise
+    "VITRINE_TIMEOUT_SECONDS": "60",
     "VITRINE_LOG_FORMAT": "json",
 }
 SECONDS = 3.0  # until a change is given up, if workers are stopped
@@ -44,10 +46,16 @@ def repository_path(model: str, operation: str) -> str:
     return f"/v2/repository/models/{model}/{operation}"
 
 
+def matches(found: dict[str, str], expected: dict[str, str]) -> bool:
+    """Whether both have the same keys, and each value found contains the one expected."""
+    return found.keys() == expected.keys() and all(expected[key] in found[key] for key in found)
+
+
 class Requests:
     """Requests to a server, each over a new connection, so that it may reach any worker."""
 
     def __init__(self, server: Any, frog: bytes) -> None:
+        self.bodies: dict[object, object] = {}  # of the last answer of each status, to explain unexpected ones
         self.server, self.frog, self.client = server, frog, Client(int(server.url.rpartition(":")[2]))
 
     async def http(self, method: str, path: str, body: bytes = b"") -> Answer:
@@ -55,7 +63,9 @@ class Requests:
 
     async def status(self, method: str, path: str, body: bytes = b"") -> object:
         try:
-            return (await self.http(method, path, body)).status
+            answer = await self.http(method, path, body)
+            self.bodies[answer.status] = answer.body
+            return answer.status
         except (ConnectionError, asyncio.IncompleteReadError):
             return LOST
 
@@ -69,6 +79,7 @@ class Requests:
         try:
             await self.call(method, request)
         except grpc.aio.AioRpcError as error:
+            self.bodies[error.code().name] = error.details()
             return error.code().name
         return "OK"
 
@@ -129,28 +140,27 @@ class Requests:
             "gRPC: unload": (change("RepositoryModelUnload", "detr-bccd"), {"OK", "NOT_FOUND"}),
         }
 
-    async def index(self) -> list[pb.RepositoryIndexResponse.ModelIndex]:
-        """What the workers serve, once they agree: the system spreads the connections of gRPC over them."""
-        end = time.monotonic() + WAIT
-        while True:
-            answers = await asyncio.gather(
-                *(self.call("RepositoryIndex", pb.RepositoryIndexRequest()) for _ in "x" * 20)
-            )
-            if len(set(answers)) == 1:
-                return list(pb.RepositoryIndexResponse.FromString(answers[0]).models)
-            assert time.monotonic() < end, set(answers)
-            await asyncio.sleep(0.2)
+    async def states(self, models: Sequence[str]) -> list[dict[str, str]]:
+        """State or reason of each version ("name@version") of the models, for several connections.
 
-    async def until_index(self, expected: dict[str, str]) -> None:
-        """Wait until all workers serve versions ("name@version") in these states, or with reasons that contain them."""
-        end = time.monotonic() + WAIT
+        The system spreads connections of gRPC over the workers.
+        """
+        answers = await asyncio.gather(*(self.call("RepositoryIndex", pb.RepositoryIndexRequest()) for _ in range(12)))
+        indices = (pb.RepositoryIndexResponse.FromString(answer).models for answer in answers)
+        return [
+            {f"{entry.name}@{entry.version}": entry.reason or entry.state for entry in index if entry.name in models}
+            for index in indices
+        ]
+
+    async def until_all(self, expected: dict[str, str]) -> None:
+        """Wait until the versions of these models have these states, or such a reason, in all workers."""
+        models, end = [name.partition("@")[0] for name in expected], time.monotonic() + WAIT
         while True:
-            index = await self.index()
-            found = {f"{entry.name}@{entry.version}": entry.reason or entry.state for entry in index}
-            if found.keys() == expected.keys() and all(expected[name] in found[name] for name in found):
+            found = await self.states(models)
+            if all(matches(states, expected) for states in found):
                 return
             assert time.monotonic() < end, (expected, found)
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
 
     @contextmanager
     def repeated(
@@ -167,7 +177,7 @@ class Requests:
             outcomes = seen.setdefault(name, Counter())
             while not done.is_set():
                 outcome = await operation()
-                assert outcome in allowed | extra, (name, outcome)
+                assert outcome in allowed | extra, (name, outcome, self.bodies[outcome])
                 outcomes[outcome] += 1
                 await asyncio.sleep(0.02)
 
@@ -202,20 +212,15 @@ def remove_version(model: Path, version: str) -> None:
 
 READY, UNLOADED, CHANGED = "READY", "unloaded", "its changed folder is refused"
 VIT = "vit-cifar10"
+FIRST, SECOND, THIRD = (f"{VIT}@{version}" for version in "123")
 CHANGES: list[tuple[Callable[[Path], object], dict[str, str]]] = [  # to the folder of a model, and what follows
-    (lambda model: add_version(model, "2"), {"1": READY, "2": READY}),
-    (lambda model: os.truncate(model / "2" / "model.onnx", 1000), {"1": READY, "2": CHANGED}),
-    (lambda model: add_broken_version(model, "3"), {"1": READY, "2": CHANGED, "3": "name, version: expected"}),
-    (lambda model: add_version(model, "2"), {"1": READY, "2": READY, "3": "name, version: expected"}),
-    (lambda model: remove_version(model, "3"), {"1": READY, "2": READY}),
-    (lambda model: remove_version(model, "2"), {"1": READY}),
+    (lambda model: add_version(model, "2"), {FIRST: READY, SECOND: READY}),
+    (lambda model: os.truncate(model / "2" / "model.onnx", 1000), {FIRST: READY, SECOND: CHANGED}),
+    (lambda model: add_broken_version(model, "3"), {FIRST: READY, SECOND: CHANGED, THIRD: "name, version: expected"}),
+    (lambda model: add_version(model, "2"), {FIRST: READY, SECOND: READY, THIRD: "name, version: expected"}),
+    (lambda model: remove_version(model, "3"), {FIRST: READY, SECOND: READY}),
+    (lambda model: remove_version(model, "2"), {FIRST: READY}),
 ]
-
-
-async def versions(requests: Requests) -> dict[str, str]:
-    """State or reason of each version of the model that changes, in the worker that answers."""
-    index = (await requests.http("POST", "/v2/repository/index")).json()
-    return {entry["version"]: entry["reason"] or entry["state"] for entry in index if entry["name"] == VIT}
 
 
 async def stress(requests: Requests, model: Path, seconds: float) -> dict[str, Counter[object]]:
@@ -225,13 +230,8 @@ async def stress(requests: Requests, model: Path, seconds: float) -> dict[str, C
         with requests.repeated(group, seen, set()):
             for change, expected in itertools.cycle(CHANGES):
                 await asyncio.to_thread(change, model)
-                async with asyncio.timeout(WAIT):
-                    while True:
-                        found = await versions(requests)
-                        if found.keys() == expected.keys() and all(expected[key] in found[key] for key in found):
-                            break
-                        await asyncio.sleep(0.05)
-                if time.monotonic() > end and expected == {"1": READY}:
+                await requests.until_all(expected)
+                if time.monotonic() > end and len(expected) == 1:
                     break
     return seen
 
@@ -260,7 +260,7 @@ def test_every_operation_has_its_outcomes_while_models_change(
         async def run() -> dict[str, Counter[object]]:
             seen = await stress(requests, bundles / VIT, seconds)
             assert await requests.status("POST", repository_path("detr-bccd", "load")) == 200
-            await requests.until_index({f"{VIT}@1": READY, "detr-bccd@1": READY})
+            await requests.until_all({FIRST: READY, "detr-bccd@1": READY})
             return seen
 
         seen = asyncio.run(run())
@@ -317,9 +317,9 @@ async def kill_in_the_middle_of_a_change(requests: Requests, workers: Workers, m
     await asyncio.to_thread(add_broken_version, model, "3")
     assert await change in {200, 503, LOST}
     await asyncio.to_thread(workers.until_all_are_ready, ready + 1)
-    await requests.until_index({f"{VIT}@1": READY, f"{VIT}@3": "name, version: expected", "detr-bccd@1": READY})
+    await requests.until_all({FIRST: READY, THIRD: "name, version: expected", "detr-bccd@1": READY})
     await asyncio.to_thread(remove_version, model, "3")
-    await requests.until_index({f"{VIT}@1": READY, "detr-bccd@1": READY})
+    await requests.until_all({FIRST: READY, "detr-bccd@1": READY})
 
 
 async def stop_during_a_change(requests: Requests, workers: Workers) -> None:
@@ -331,7 +331,7 @@ async def stop_during_a_change(requests: Requests, workers: Workers) -> None:
     assert time.monotonic() - start < 10 * SECONDS
     assert await requests.status("POST", "/detect", requests.frog) == 404
     stopped.resume()
-    await requests.until_index({f"{VIT}@1": READY, "detr-bccd@1": UNLOADED})
+    await requests.until_all({FIRST: READY, "detr-bccd@1": UNLOADED})
 
 
 async def kill_all_while_files_are_damaged(requests: Requests, workers: Workers, model: Path) -> None:
@@ -342,7 +342,7 @@ async def kill_all_while_files_are_damaged(requests: Requests, workers: Workers,
     for worker in workers.all:
         worker.kill()
     await asyncio.to_thread(workers.until_all_are_ready, ready + 2)
-    await requests.until_index({f"{VIT}@1": "model.onnx: size: expected", "detr-bccd@1": UNLOADED})
+    await requests.until_all({FIRST: "model.onnx: size: expected", "detr-bccd@1": UNLOADED})
     answer = await requests.http("POST", "/classify", requests.frog)
     assert (answer.status, answer.json()["error"]["code"]) == (503, "invalid_bundle")
     assert "model.onnx: size: expected" in answer.json()["error"]["message"]
@@ -353,7 +353,7 @@ async def kill_all_while_files_are_damaged(requests: Requests, workers: Workers,
     await requests.change("detr-bccd", "load")
     assert await requests.status("POST", "/detect", requests.frog) == 200
     graph.write_bytes(content)
-    await requests.until_index({f"{VIT}@1": READY, "detr-bccd@1": READY})
+    await requests.until_all({FIRST: READY, "detr-bccd@1": READY})
     assert await requests.status("POST", "/classify", requests.frog) == 200
 
 
@@ -365,7 +365,7 @@ async def hold_the_state(requests: Requests, workers: Workers) -> None:
     assert answer.status == 504
     assert answer.json()["error"].endswith("found it unfinished; it may still take effect")
     os.close(lock)
-    await requests.until_index({f"{VIT}@1": UNLOADED, "detr-bccd@1": READY})
+    await requests.until_all({FIRST: UNLOADED, "detr-bccd@1": READY})
     await requests.change(VIT, "load")
 
 
@@ -409,7 +409,7 @@ def test_every_operation_has_its_outcomes_while_workers_are_killed_and_stopped(
                         if time.monotonic() > end and number % len(CHANGES) == len(CHANGES) - 1:
                             break
             assert await requests.status("POST", repository_path("detr-bccd", "load")) == 200
-            await requests.until_index({f"{VIT}@1": READY, "detr-bccd@1": READY})
+            await requests.until_all({FIRST: READY, "detr-bccd@1": READY})
             return seen
 
         seen = asyncio.run(run())
