@@ -107,7 +107,7 @@ print(json.dumps(outcomes))
 
 @pytest.mark.parametrize(
     ("limit", "steps", "step", "resources"),
-    [("RLIMIT_NOFILE", 8, 1, {"file descriptors"}), ("RLIMIT_AS", 40, 600_000, {"memory", "threads"})],
+    [("RLIMIT_NOFILE", 4, 1, {"file descriptors"}), ("RLIMIT_AS", 12, 1_200_000, {"memory", "threads"})],
 )
 def test_a_bundle_that_cannot_be_loaded_for_lack_of_something_is_not_blamed(
     limit: str, steps: int, step: int, resources: set[str], root: Path, tmp_path: Path
