@@ -40,7 +40,7 @@ INFER_ROUTES = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}
 
 @pytest.fixture(scope="module")
 def servers(serve: Serving, tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """URLs of servers: as it comes; with keys; in no time; with clients in control; with files damaged since."""
+    """URLs of servers: plain; with keys; in no time; with clients in control; with files damaged since; limited."""
     damaged = Path(shutil.copytree(tiny_bundles, tmp_path_factory.mktemp("damaged") / "bundles"))
     settings: dict[str, dict[str, str]] = {
         "plain": {},
@@ -48,6 +48,7 @@ def servers(serve: Serving, tiny_bundles: Path, tmp_path_factory: pytest.TempPat
         "hasty": {"VITRINE_TIMEOUT_SECONDS": "1e-6"},
         "controlled": {"VITRINE_MODEL_CONTROL": "true"},
         "damaged": {"VITRINE_MODEL_CONTROL": "true", "VITRINE_BUNDLES": str(damaged)},
+        "limited": {"VITRINE_KEY_RATE": "1e-3"},
     }
     with ExitStack() as stack:
         urls = {
@@ -55,6 +56,7 @@ def servers(serve: Serving, tiny_bundles: Path, tmp_path_factory: pytest.TempPat
         }
         for file in damaged.glob("*/1/model.int8-dynamic.onnx"):
             file.write_bytes(b"x")
+        assert httpx.get(f"{urls['limited']}/models").status_code == 200  # the only one for a quarter of an hour
         yield urls
 
 
@@ -68,7 +70,7 @@ def asked(servers: dict[str, str], method: str, path: str, status: int, photogra
     name = {404: "cats", 200: "squares" if path.endswith("unload") else "colours"}.get(status, "colours")
     target = path.replace("{name}", name).replace("{version}", "1")
     content = {413: bytes(LARGE), 415: b"no image", 422: b"\x89PNG\r\n\x1a\n"}.get(status, photograph)
-    url = servers[{401: "locked", 503: "damaged", 504: "hasty"}.get(status, "plain")]
+    url = servers[{401: "locked", 429: "limited", 503: "damaged", 504: "hasty"}.get(status, "plain")]
     if path in IMAGE_ROUTES:
         query = {400: "?to=1", 404: "?model=cats", 503: "?variant=int8-dynamic"}.get(status, "")
         headers = {"Accept": "text/html"} if status == 406 else {}
@@ -78,7 +80,7 @@ def asked(servers: dict[str, str], method: str, path: str, status: int, photogra
         text = {400: b"{}", 413: content}.get(status, json.dumps(document).encode())
         return httpx.post(url + target, content=text, timeout=60)
     if "/repository/" in path:
-        if status not in (401, 403, 503):
+        if status not in (401, 403, 429, 503):
             url = servers["controlled"]
         return httpx.post(url + target, content={400: b"[]", 413: content}.get(status, b""), timeout=60)
     return httpx.request(method, url + target)
