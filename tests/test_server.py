@@ -48,7 +48,7 @@ def servers(serve: Serving, tiny_bundles: Path, tmp_path_factory: pytest.TempPat
         "hasty": {"VITRINE_TIMEOUT_SECONDS": "1e-6"},
         "controlled": {"VITRINE_MODEL_CONTROL": "true"},
         "damaged": {"VITRINE_MODEL_CONTROL": "true", "VITRINE_BUNDLES": str(damaged)},
-        "limited": {"VITRINE_KEY_RATE": "1e-3"},
+        "limited": {"VITRINE_KEY_RATE": "1e-3", "VITRINE_METRICS_NEED_KEY": "true"},
     }
     with ExitStack() as stack:
         urls = {
