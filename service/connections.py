@@ -274,6 +274,8 @@ class Connection(HttpToolsProtocol):
                 raise self._refusal
             return message
 
+        cycle: Any = getattr(send, "__self__", None)  # uvicorn's own state of this request
+
         async def send_unless_closed(message: Message) -> None:
             try:
                 if not self.transport.is_closing():
@@ -281,6 +283,8 @@ class Connection(HttpToolsProtocol):
             except RuntimeError:
                 if not self.transport.is_closing():  # it may have been closed while `send` waited for the client
                     raise
+            if self.transport.is_closing() and not cycle.response_complete:
+                cycle.disconnected = True  # else uvicorn logs an unfinished response as our fault
 
         await self._call_app(scope, receive_or_raise, send_unless_closed)
 
