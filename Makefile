@@ -16,10 +16,10 @@ serve: $(SERVE)/installed  ## serve the bundles on port 3000 (installs what serv
 	@$(SERVE)/bin/vitrine serve
 
 test: $(SERVE)/installed $(DEV)/installed $(NODE)/node_modules/.package-lock.json browser  ## run every test
-	$(DEV)/bin/python -m pytest -n 2 --dist loadfile
+	$(DEV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-fast: $(SERVE)/installed $(DEV)/installed  ## run the tests that train nothing and open no browser (under 2 minutes)
-	$(DEV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not soak"
+	$(DEV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "not slow and not soak"
 
 soak: $(SERVE)/installed $(DEV)/installed  ## run the long tests of reliability, and measure docs/operations.md (1.5 hours)
 	$(DEV)/bin/pip install --quiet --disable-pip-version-check -r tests/reliability/atheris.txt

@@ -112,6 +112,10 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, make_norm: type[
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), make_norm(out_channels))
 
 
+# On CPUs without AVX-512, oneDNN 3.12 (PyTorch 2.13) writes beyond the weights' gradient of a strided 1 x 1 convolution
+# of fewer channels: training crashes.
+_MIN_WIDTH = 8
+
 _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
 
 
@@ -151,6 +155,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
+        if width < _MIN_WIDTH:
+            raise ValueError(f"width of a ResNet: expected at least {_MIN_WIDTH}, found {width}")
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = _NORMS[config.norm](width)
         self.relu = nn.ReLU()

@@ -357,8 +357,7 @@ def _operation_paths() -> Json:
 
 
 def _probe(operation_id: str, tag: str, summary: str) -> Json:
-    ok = _response("Yes.", _TEXT_CONTENT if tag == "operation" else None)  # BentoML's probes have a body
-    return _operation(operation_id, tag, summary, ok, (500, 503), security=[{}])  # needs no key
+    return _operation(operation_id, tag, summary, _response("Yes."), (500, 503), security=[{}])  # needs no key
 
 
 # BentoML serves the files of Swagger UI under /static_content; its own page would also load a tag manager.

@@ -12,7 +12,7 @@ TINY: dict[str, dict[str, Any]] = {
     "vit": {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
     "mlp_mixer": {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1},
     "resnetv2": {"image_size": 8, "layers": [1], "width_factor": 0.5, "stem": "small"},
-    "resnet": {"image_size": 8, "layers": [1], "width": 4},
+    "resnet": {"image_size": 8, "layers": [1], "width": 8},
     "detr": {"embed_dim": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "backbone_layers": [1, 1]},
 }
 

@@ -20,7 +20,7 @@ TINY: dict[str, Any] = {
     "feedforward_dim": 16,
     "dropout": 0.0,
     "backbone_layers": (1, 1),
-    "backbone_width": 4,
+    "backbone_width": 8,
 }
 
 # With the 91 classes of the published weights, including frozen convolutions; the small one is this project's.
@@ -315,7 +315,7 @@ def test_recording_covers_every_layer_and_does_not_change_predictions(queries: A
 
 
 def test_query_with_a_box_attends_to_its_box_first() -> None:
-    network, record = Detr(DetrConfig(**{**TINY, "num_queries": 4}, queries="boxes")).eval(), list[Tensor]()
+    network, record = make(num_queries=4, queries="boxes"), list[Tensor]()
     for block in network.decoder:
         nn.init.zeros_(block.multihead_attn.q_proj.weight)  # only the prior remains
     network(*images(1, 128, 128), record)
@@ -323,7 +323,7 @@ def test_query_with_a_box_attends_to_its_box_first() -> None:
     weights = record[1][0].mean(dim=0).reshape(4, 16, 16)
     fractions = (torch.arange(16) + 0.5) / 16
     looked = torch.stack((weights.sum(dim=1) @ fractions, weights.sum(dim=2) @ fractions), dim=-1)
-    assert (looked - centres).abs().max() < 0.1
+    assert (looked - centres).abs().max() < 0.15
 
 
 @pytest.mark.parametrize("unused", [0, 2])

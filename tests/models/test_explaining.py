@@ -20,7 +20,7 @@ DETR = {
     "decoder_layers": 2,
     "feedforward_dim": 16,
     "backbone_layers": (1, 1),
-    "backbone_width": 4,
+    "backbone_width": 8,
 }
 CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT with a class token": ("vit", VIT),

@@ -36,7 +36,7 @@ def seed() -> None:
 
 def make(layers: tuple[int, ...] = (1, 1, 2), **settings: Any) -> ResNet:
     """A narrow network as after training: its norms do not map zero to zero."""
-    network = ResNet(ResNetConfig(layers, 4, **settings)).eval()
+    network = ResNet(ResNetConfig(layers, 8, **settings)).eval()
     randomise_norms(network)
     return network
 
@@ -78,11 +78,11 @@ def test_every_published_number_belongs_to_a_variant() -> None:
 def test_stride_and_width(
     layers: tuple[int, ...], stride: int, height: int, width: int, block: Any, dilation: bool
 ) -> None:
-    config = ResNetConfig(layers, 4, block, dilation=dilation)
+    config = ResNetConfig(layers, 8, block, dilation=dilation)
     assert config.stride == (stride // 2 if dilation else stride)
     network = ResNet(config).eval()
     features = network(torch.randn(2, 3, height, width), torch.tensor([[height, width]] * 2))
-    assert network.num_features == 4 * 2 ** (len(layers) - 1) * (4 if block == "bottleneck" else 1)
+    assert network.num_features == 8 * 2 ** (len(layers) - 1) * (4 if block == "bottleneck" else 1)
     grid = math.ceil(height / config.stride), math.ceil(width / config.stride)
     assert features.shape == (2, network.num_features, *grid)
 
@@ -148,7 +148,7 @@ def test_frozen_norm_does_not_change_in_training() -> None:
 
 
 def test_batch_norm_and_frozen_norm_have_the_same_names() -> None:
-    batch, frozen = (ResNet(ResNetConfig((1, 1), 4, norm=norm)).state_dict().keys() for norm in ("batch", "frozen"))
+    batch, frozen = (ResNet(ResNetConfig((1, 1), 8, norm=norm)).state_dict().keys() for norm in ("batch", "frozen"))
     assert {name for name in batch if "num_batches_tracked" not in name} == set(frozen)
 
 
@@ -157,7 +157,7 @@ def test_dilation_changes_no_parameters_name_or_shape(block: Any) -> None:
     shapes = [
         {
             name: value.shape
-            for name, value in ResNet(ResNetConfig((1, 1, 2), 4, block, dilation=dilation)).state_dict().items()
+            for name, value in ResNet(ResNetConfig((1, 1, 2), 8, block, dilation=dilation)).state_dict().items()
         }
         for dilation in (False, True)
     ]
@@ -241,3 +241,8 @@ def test_thawed_norm_equals_frozen_norm() -> None:
     thaw_frozen_norm(network)
     assert not any(isinstance(module, FrozenBatchNorm) for module in network.modules())
     torch.testing.assert_close(network(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_too_narrow_to_train_everywhere_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^width of a ResNet: expected at least 8, found 7$"):
+        ResNet(ResNetConfig((1, 1), width=7))

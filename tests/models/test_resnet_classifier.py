@@ -18,7 +18,7 @@ PARAMETERS = {
 
 def make(**settings: Any) -> ResNetClassifier:
     torch.manual_seed(0)
-    return ResNetClassifier(ResNetClassifierConfig(**{"num_classes": 3, "layers": (1, 1), "width": 4, **settings}))
+    return ResNetClassifier(ResNetClassifierConfig(**{"num_classes": 3, "layers": (1, 1), "width": 8, **settings}))
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
@@ -46,7 +46,7 @@ def test_logits_are_the_head_of_averaged_features(block: Any, height: int, width
 def test_backbone_is_that_of_a_detr(block: Any) -> None:
     """A classifier's backbone weights load into a detector by name and shape."""
     classifier = make(block=block)
-    shape = {"backbone_layers": (1, 1), "backbone_width": 4, "backbone_block": block}
+    shape = {"backbone_layers": (1, 1), "backbone_width": 8, "backbone_block": block}
     detector = Detr(DetrConfig(num_classes=2, embed_dim=8, num_heads=2, **shape))
     ours, theirs = (
         {name: value.shape for name, value in network.state_dict().items() if name.startswith("backbone.")}

@@ -25,7 +25,7 @@ def make_detector(**settings: Any) -> ServedDetector:
             decoder_layers=2,
             feedforward_dim=16,
             backbone_layers=(1, 1),
-            backbone_width=4,
+            backbone_width=8,
             **settings,
         )
     )

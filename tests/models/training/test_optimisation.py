@@ -20,7 +20,7 @@ from vitrine.models.training.optimisation import (
 from vitrine.models.training.recipe import Recipe
 from vitrine.models.training.registry import load_recipe
 
-TINY = ("model.embed_dim=16", "model.num_heads=2", "model.dropout=0.1", "model.backbone_width=4")
+TINY = ("model.embed_dim=16", "model.num_heads=2", "model.dropout=0.1", "model.backbone_width=8")
 
 
 def named_groups(network: nn.Module, recipe: Recipe) -> dict[tuple[float, float], set[str]]:

@@ -13,7 +13,7 @@ from vitrine.models.training.registry import load_recipe
 from vitrine.models.training.warm_start import load_initial_weights
 
 VIT = ("model.embed_dim=16", "model.depth=2", "model.num_heads=2")
-DETR = ("model.embed_dim=16", "model.num_heads=2", "model.backbone_width=4", "model.backbone_layers=[1, 1]")
+DETR = ("model.embed_dim=16", "model.num_heads=2", "model.backbone_width=8", "model.backbone_layers=[1, 1]")
 
 
 def saved(run: Path, name: str, labels: list[str], *changes: str) -> Checkpoint:
@@ -63,7 +63,7 @@ def test_positions_are_interpolated(tmp_path: Path) -> None:
 
 
 def test_detector_takes_a_classifiers_backbone(tmp_path: Path) -> None:
-    changes = ("model.layers=[1, 1]", "model.width=4", "model.image_size=32")
+    changes = ("model.layers=[1, 1]", "model.width=8", "model.image_size=32")
     source = saved(tmp_path / "run", "resnet_imagenette", ["a", "b"], *changes)
     recipe = load_recipe("detr_bccd", DETR)
     network = build_model(recipe.architecture, recipe.model, 3)

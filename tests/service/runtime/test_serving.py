@@ -99,7 +99,7 @@ def test_a_stopped_server_leaves_no_files(
         assert httpx.post(f"{running.url}/classify", content=photograph).status_code == 200
         (folder,) = tmp_path.glob("vitrine-*")
         assert len(list(folder.glob("*/graph.onnx"))) == 2  # one per bundle, shared by all sessions and workers
-        wait_until(lambda: len(list(folder.glob("*.numbers"))) == 2)  # one per worker
+        wait_until(lambda: len(list(folder.glob("*.counters"))) == 2)  # one per worker
     assert running.process.returncode == 0
     assert not list(tmp_path.glob("vitrine-*"))
 

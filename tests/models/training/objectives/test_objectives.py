@@ -39,7 +39,7 @@ OBJECTS = DetectionData(
 ORIGINAL_SIZES = torch.tensor([[200, 100], [40, 80]])
 CONFIG = DetrConfig(
     2, num_queries=4, queries="boxes", query_groups=2, denoising=3, embed_dim=16, num_heads=2, encoder_layers=1,
-    decoder_layers=2, feedforward_dim=16, backbone_layers=(1, 1), backbone_width=4,
+    decoder_layers=2, feedforward_dim=16, backbone_layers=(1, 1), backbone_width=8,
 )  # fmt: skip
 
 
