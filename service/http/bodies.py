@@ -77,6 +77,8 @@ class BodyLease:
 
     def release(self) -> None:
         """Return all bytes to the budget."""
+        if not self._held:
+            return
         budget = self._budget
         budget.used -= self._held
         budget.by_sender[self._sender] -= self._held

@@ -8,7 +8,7 @@ from one sender; the tags and the clock are virtual time, which passes more slow
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Generic, NamedTuple, TypeVar
@@ -51,6 +51,7 @@ class _Item(NamedTuple, Generic[T]):
 
 @dataclass(slots=True)
 class _Flow(Generic[T]):
+    weight: float
     items: deque[_Item[T]] = field(default_factory=deque)
     tag: float = 0.0  # of the last item taken
     tag_before: float = 0.0
@@ -64,33 +65,45 @@ class FairQueue(Generic[T]):
         """Args: number of items up to which every flow may grow; above it, only flows below their share may."""
         self._max_length = max_length
         self._flows: dict[FlowKey, _Flow[T]] = {}  # those with items, and those that have used their share in advance
-        self._kinds: dict[str, set[Kind]] = {}  # of each sender's flows with items
+        self._active: dict[FlowKey, _Flow[T]] = {}  # those with items
+        self._weights: dict[str, float] = {}  # of each sender's active flows, added up
         self._length = 0
+        self.backlog = 0.0  # cost of all items
         self._time = 0.0  # virtual
         self._max_flows = _MIN_FLOWS
 
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def is_long(self) -> bool:
+        """Whether flows may not grow beyond their share any more."""
+        return self._length >= self._max_length
+
     def push(self, value: T, key: FlowKey, cost: float) -> None:
         """Append an item to its flow."""
-        flow = self._flows.setdefault(key, _Flow())
-        self._kinds.setdefault(key.sender, set()).add(key.kind)
+        flow = self._flows.get(key)
+        if flow is None:
+            flow = self._flows[key] = _Flow(key.kind.weight)
+        if not flow.items:
+            self._active[key] = flow
+            self._weights[key.sender] = self._weights.get(key.sender, 0.0) + flow.weight
         flow.items.append(_Item(self._time, cost, value))
         flow.backlog += cost
+        self.backlog += cost
         self._length += 1
 
     def pop(self, accept: Callable[[Kind], bool] = lambda kind: True) -> tuple[FlowKey, T] | None:
         """Remove and return the next item of an accepted kind, with its flow; None if there is none."""
-        accepted = (key for key in self.active() if accept(key.kind))
-        tag, key = min(((self._next_tag(key), key) for key in accepted), key=itemgetter(0), default=(0.0, None))
+        tags = ((self._next_tag(key, flow), key) for key, flow in self._active.items() if accept(key.kind))
+        tag, key = min(tags, key=itemgetter(0), default=(0.0, None))
         if key is None:
             return None
-        flow = self._flows[key]
+        flow = self._active[key]
         item = flow.items.popleft()
         flow.tag_before, flow.tag = flow.tag, tag
-        self._time += item.cost / len(self._kinds)
-        self._removed(key, item)
+        self._time += item.cost / len(self._weights)
+        self._removed(key, flow, item)
         return key, item.value
 
     def put_back(self, value: T, taken_from: FlowKey, key: FlowKey, cost: float) -> None:
@@ -101,26 +114,25 @@ class FairQueue(Generic[T]):
 
     def remove(self, value: T, key: FlowKey) -> None:
         """Remove an item, if it is still in the queue."""
-        flow = self._flows.get(key)
+        flow = self._active.get(key)
         item = next((item for item in flow.items if item.value is value), None) if flow else None
         if flow is not None and item is not None:
             flow.items.remove(item)
-            self._removed(key, item)
+            self._removed(key, flow, item)
 
-    def active(self) -> Iterator[FlowKey]:
-        """Yield the flows that have items."""
-        return (FlowKey(sender, kind) for sender, kinds in self._kinds.items() for kind in kinds)
+    def active(self) -> Collection[FlowKey]:
+        """Return the flows that have items."""
+        return self._active.keys()
 
     def ahead(self, key: FlowKey) -> tuple[int, float]:
         """Return how many items would be taken before a new one of the flow, and their cost."""
         own = self._flows.get(key)
         passing = 0.0  # virtual time
         if own:
-            passing = max(0.0, own.tag - self._time) + (own.backlog / self._share(key) if own.items else 0.0)
+            passing = max(0.0, own.tag - self._time) + (own.backlog / self._share(key, own) if own.items else 0.0)
         count, cost = 0, 0.0
-        for other in self.active():
-            flow = self._flows[other]
-            part = flow.backlog if flow is own else min(flow.backlog, passing * self._share(other))
+        for other, flow in self._active.items():
+            part = flow.backlog if flow is own else min(flow.backlog, passing * self._share(other, flow))
             cost += part
             count += round(len(flow.items) * part / flow.backlog) if flow.backlog else len(flow.items)
         return count, cost
@@ -130,35 +142,36 @@ class FairQueue(Generic[T]):
 
         A flow below its share of the queue always has room, so that no sender can fill the queue for the others.
         """
-        own = self._flows.get(key)
-        flows = sum(map(len, self._kinds.values()))
-        return self._length >= self._max_length and len(own.items if own else ()) * (flows + 1) >= self._max_length
+        own = self._active.get(key)
+        return self.is_long and len(own.items if own else ()) * (len(self._active) + 1) >= self._max_length
 
-    def _share(self, key: FlowKey) -> float:
-        """Share of a flow in the time of its sender."""
-        return key.kind.weight / sum(kind.weight for kind in self._kinds[key.sender])
+    def _share(self, key: FlowKey, flow: _Flow[T]) -> float:
+        """Share of an active flow in the time of its sender."""
+        return flow.weight / self._weights[key.sender]
 
-    def _next_tag(self, key: FlowKey) -> float:
-        flow = self._flows[key]
+    def _next_tag(self, key: FlowKey, flow: _Flow[T]) -> float:
         item = flow.items[0]
-        return max(item.arrival, flow.tag) + item.cost / self._share(key)
+        return max(item.arrival, flow.tag) + item.cost / self._share(key, flow)
 
-    def _removed(self, key: FlowKey, item: _Item[T]) -> None:
-        flow, kinds = self._flows[key], self._kinds[key.sender]
+    def _removed(self, key: FlowKey, flow: _Flow[T], item: _Item[T]) -> None:
         flow.backlog -= item.cost
+        self.backlog -= item.cost
         self._length -= 1
         if not flow.items:
             flow.backlog = 0.0  # drop rounding errors
-            kinds.remove(key.kind)
-            if not kinds:
-                del self._kinds[key.sender]
+            del self._active[key]
+            weights = [flow.weight for other, flow in self._active.items() if other.sender == key.sender]
+            if weights:
+                self._weights[key.sender] = sum(weights)
+            else:
+                del self._weights[key.sender]
             self._forget()
 
     def _forget(self) -> None:
         """Forget the flows without items whose share has passed, or all if nothing waits."""
         if not self._length:
             self._flows.clear()
-            self._time = 0.0
+            self._time = self.backlog = 0.0
         elif len(self._flows) > self._max_flows:
             self._flows = {key: flow for key, flow in self._flows.items() if flow.items or flow.tag > self._time}
             self._max_flows = max(_MIN_FLOWS, 2 * len(self._flows))

@@ -123,6 +123,11 @@ class Scheduler:
         """Number of images, or batches of them, that have been started since the scheduler exists."""
         return self._batch_number
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether so much waits that there may be no room for another image."""
+        return self._queue.is_long or (bool(self._queue) and self._seconds(self._queue.backlog) > self._max_wait)
+
     def longest_running(self) -> float:
         """Return for how many seconds the oldest running batch has been running; 0 if none is."""
         with self._lock:
@@ -139,7 +144,7 @@ class Scheduler:
         Raises:
             OverloadedError: the queue is full, or its expected duration exceeds the maximum wait.
         """
-        if not self._queue or not bundles:
+        if not bundles:
             return
         cheapest = min((bundle.profile or _UNMEASURED).seconds for bundle in bundles)
         magnitude = Kind.of(None, _SECONDS_PER_IMAGE + cheapest + size * _SECONDS_PER_BYTE).magnitude
@@ -159,10 +164,16 @@ class Scheduler:
 
         An error in a variable of the frame that raises it would be a reference cycle, which keeps the request's body.
         """
+        if not self.is_loaded:
+            return None
         waiting, cost = self._queue.ahead(flow)
-        seconds = cost * self._slowdown / len(self._threads)
+        seconds = self._seconds(cost)
         is_full = self._queue.is_full(flow) or (waiting > 0 and seconds > self._max_wait)
         return (len(self._queue), seconds) if is_full else None
+
+    def _seconds(self, cost: float) -> float:
+        """Return the expected time in which the threads do work of this cost."""
+        return cost * self._slowdown / len(self._threads)
 
     async def throttle_refusal(self) -> None:
         """Wait until another request may be refused: not at all, unless refusals are very frequent."""

@@ -51,6 +51,8 @@ class Serving:
         Raises:
             OverloadedError: see `Scheduler.check_capacity`.
         """
+        if not self.scheduler.is_loaded:
+            return
         bundles = self.repository.bundles.values()
         possible = [b for b in bundles if b.manifest.task is task or b.manifest.name == name]
         size = request.headers.get("content-length", "")
