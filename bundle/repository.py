@@ -20,7 +20,7 @@ from typing import TypeVar
 from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
 from vitrine.bundle.exhaustion import naming_exhaustion
 from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_file
-from vitrine.bundle.manifest import Manifest, Precision, Task
+from vitrine.bundle.manifest import MANIFEST_FILE, Manifest, Precision, Task
 from vitrine.bundle.predictors import make_predictor
 from vitrine.bundle.profile import measure_profile
 from vitrine.bundle.runtime import CPU, OnnxNetwork
@@ -233,11 +233,13 @@ class Repository:
         if variant is bundle.variant:
             return bundle
         loaded = self._snapshot.loaded.get(bundle.path)
-        if loaded is None or loaded.bundle is not bundle:  # replaced since the lookup
-            return self._load_variant(bundle.path, variant)
+        if loaded is None:  # removed since the lookup
+            return self._load_variant(bundle, variant)
+        if loaded.bundle is not bundle:  # replaced
+            return self.variant(loaded.bundle, precision)
         with loaded.loading:
             if variant not in loaded.variants:
-                loaded.variants[variant] = self._load_variant(bundle.path, variant)
+                loaded.variants[variant] = self._load_variant(bundle, variant)
             return loaded.variants[variant]
 
     def index(self) -> list[ModelState]:
@@ -428,9 +430,14 @@ class Repository:
             _check_fingerprint(path, version)
         return _LoadedBundle(bundle, version.fingerprint, time.monotonic() - start)
 
-    def _load_variant(self, path: Path, variant: Precision) -> Bundle:
+    def _load_variant(self, bundle: Bundle, variant: Precision) -> Bundle:
+        path = bundle.path
         with _refusals(path):
-            return self._with_profile(load_bundle(path, variant=variant, providers=self._providers, cache=self._cache))
+            loaded = load_bundle(path, variant=variant, providers=self._providers, cache=self._cache)
+            if loaded.manifest != bundle.manifest:
+                found = "another one since; load the model again"
+                raise BundleError(path, MANIFEST_FILE, expected="that of the bundle that is served", found=found)
+            return self._with_profile(loaded)
 
     def _with_profile(self, bundle: Bundle) -> Bundle:
         if self._cores is None:

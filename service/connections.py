@@ -108,7 +108,8 @@ class Connection(HttpToolsProtocol):
         self.ws_protocol_class = None
         self.timeout_keep_alive = 0  # `_watch` closes idle connections
         self._phase, self._since = _Phase.IDLE, self.loop.time()
-        self._began = False  # a request has begun in the bytes that are being parsed
+        self._advanced = False  # a request, a chunk or a part of a body has begun in the bytes that are being parsed
+        self._running: Any = None  # uvicorn's state of the request that is being answered
         self._header_count = self._header_bytes = self._unfinished_bytes = self._hosts = 0
         self._body_bytes = self._chunks = self._requests = 0
         self._refusal: VitrineError | None = None  # set: nothing is parsed any more
@@ -138,10 +139,13 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         super().connection_lost(exc)
+        if self._running is not None:  # uvicorn tells only the last request of the pipeline
+            self._running.disconnected = True
+            self._running.message_event.set()
         self._timer.cancel()
         self.pipeline.clear()
         del self._timer, self.app, self.cycle  # no reference cycles: the garbage collector hardly ever runs
-        self._refusal = self.timeout_keep_alive_task = None
+        self._refusal = self._running = self.timeout_keep_alive_task = None
         self._unsent.pop(self, None)
         self._by_client[self._address] -= 1
         if not self._by_client[self._address]:
@@ -160,9 +164,9 @@ class Connection(HttpToolsProtocol):
             cause = error.__context__  # raised by one of the methods below
             self._refuse(cause if isinstance(cause, VitrineError) else _malformed(data, error, self._requests))
         else:
-            if self._phase is _Phase.HEADERS:
-                self._unfinished_bytes += 0 if self._began else len(data)
-                self._began = False
+            if self._phase is not _Phase.IDLE:
+                self._unfinished_bytes = 0 if self._advanced else self._unfinished_bytes + len(data)
+                self._advanced = False
                 if self._unfinished_bytes > MAX_URL_BYTES + MAX_HEADER_BYTES:
                     self._refuse(HeadersTooLargeError(limit=MAX_HEADER_BYTES, unit="bytes"))
 
@@ -186,7 +190,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start the deadline of the headers."""
         super().on_message_begin()
-        self._phase, self._since, self._began = _Phase.HEADERS, self.loop.time(), True
+        self._phase, self._since, self._advanced = _Phase.HEADERS, self.loop.time(), True
         self._header_count = self._header_bytes = self._unfinished_bytes = self._hosts = 0
         self._body_bytes = self._chunks = 0
 
@@ -238,6 +242,7 @@ class Connection(HttpToolsProtocol):
 
     def on_chunk_header(self) -> None:
         """Count the chunks: millions of a byte each would keep the event loop busy."""
+        self._advanced = True
         self._chunks += 1
         if self._chunks > MAX_SMALL_CHUNKS + self._body_bytes / MIN_CHUNK_BYTES:
             expected = f"chunks of at least {MIN_CHUNK_BYTES} bytes on average"
@@ -245,6 +250,7 @@ class Connection(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Pass on a part of the body."""
+        self._advanced = True
         self._body_bytes += len(body)
         super().on_body(body)
 
@@ -274,7 +280,8 @@ class Connection(HttpToolsProtocol):
                 raise self._refusal
             return message
 
-        cycle: Any = getattr(send, "__self__", None)  # uvicorn's own state of this request
+        cycle: Any = getattr(send, "__self__", None)
+        self._running = cycle
 
         async def send_unless_closed(message: Message) -> None:
             try:

@@ -195,8 +195,10 @@ class SlowRequestError(VitrineError):
 
     code = "too_slow"
 
-    def __init__(self, part: str, seconds: float, received: int) -> None:
-        super().__init__(f"{part}: expected sooner, found {received} bytes in {seconds:.1f} s")
+    def __init__(self, part: str, seconds: float, received: int | None = None) -> None:
+        """Args: what has not arrived within so many seconds, and how many bytes of it have, if that is known."""
+        found = "a part at most" if received is None else f"{received} bytes"
+        super().__init__(f"{part}: expected sooner, found {found} in {seconds:.1f} s")
 
 
 class TooManyConnectionsError(VitrineError):

@@ -8,11 +8,13 @@ from dataclasses import astuple
 import orjson
 from starlette.responses import Response
 
+from vitrine.bundle.errors import ParameterError
 from vitrine.service.errors import ErrorAnswer, NotAcceptableError
 from vitrine.service.http.schemas import ImageClassification, ImageDetections
 
 JSON, CSV, PNG, JPEG = "application/json", "text/csv", "image/png", "image/jpeg"
 CLASSIFICATION_COLUMNS = ("label", "class_id", "probability")
+_MAX_ACCEPT = 1000  # characters
 DETECTION_COLUMNS = ("label", "class_id", "score", "x_min", "y_min", "x_max", "y_max")
 
 
@@ -21,10 +23,13 @@ def negotiate(accept: str | None, offered: Sequence[str]) -> str:
 
     Raises:
         NotAcceptableError: the client accepts none of them.
+        ParameterError: the header is too long.
     """
-    if not (accept or "").strip():
+    accept = (accept or "").strip()
+    if not accept:
         return offered[0]
-    assert accept is not None
+    if len(accept) > _MAX_ACCEPT:
+        raise ParameterError("Accept", expected=f"at most {_MAX_ACCEPT} characters", found=len(accept))
     ranges = [_media_range(part) for part in accept.split(",")]
     best, best_quality = "", 0.0
     for media_type in offered:

@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import Any
 
@@ -135,13 +135,14 @@ def log_request(record: RequestRecord, status: str, seconds: float) -> None:
 
 def flush_requests() -> None:
     """Write the lines of all buffered requests."""
-    records = [_log_record(*request) for request in _buffer]
-    _buffer.clear()
+    requests, _buffer[:] = _buffer[:], []
+    records = [_log_record(*request) for request in requests]
     for handler in logging.getLogger("bentoml").handlers:
         if not isinstance(handler, logging.StreamHandler):
             continue
         lines = [handler.format(record) + handler.terminator for record in records if handler.filter(record)]
-        with handler.lock or nullcontext():
+        # Where lines cannot be written (a full disk, a closed pipe), requests are answered nevertheless.
+        with handler.lock or nullcontext(), suppress(OSError, ValueError):
             handler.stream.write("".join(lines))
             handler.flush()
 

@@ -17,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from vitrine.bundle.errors import BundleError, ParameterError, ResourceError, UnknownModelError, VitrineError
-from vitrine.service.errors import STATUS, TIMEOUT, BodiesError, find_exhaustion
+from vitrine.service.errors import STATUS, TIMEOUT, BodiesError, SlowRequestError, find_exhaustion
 from vitrine.service.http.bodies import BodyBudget, BodyLease, off_loop
 from vitrine.service.observability.middleware import request_id, track_request
 from vitrine.service.observability.request_record import RequestRecord
@@ -41,6 +41,7 @@ from vitrine.service.open_inference.inference import (
     tensor_to_bytes,
 )
 from vitrine.service.runtime.serving import Serving
+from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")
 
@@ -54,7 +55,9 @@ _MAX_PENDING = (
 )
 _MAX_METADATA = 16 * 1024  # bytes of a call's metadata; above it some calls are refused, above twice as much all
 _MAX_OTHER_CALLS = 256  # at a time, besides those that may wait in the queue
+_PROMPT_SECONDS = 0.25  # in which a message usually arrives
 _IDLE_MILLISECONDS = 5 * 60 * 1000  # after which a connection without calls is closed
+_KEEPALIVE_MILLISECONDS = 30_000  # between pings to a connection with calls; one that has vanished is closed
 _GRACE_SECONDS = 30.0  # grace period for calls in progress at shutdown
 
 CODES = {
@@ -66,6 +69,7 @@ CODES = {
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: grpc.StatusCode.INVALID_ARGUMENT,
     HTTPStatus.UNPROCESSABLE_ENTITY: grpc.StatusCode.INVALID_ARGUMENT,
     HTTPStatus.TOO_MANY_REQUESTS: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    HTTPStatus.REQUEST_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     HTTPStatus.SERVICE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     HTTPStatus.GATEWAY_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
@@ -124,12 +128,12 @@ def _varint(raw: bytes, position: int) -> tuple[int, int]:
 
 def _recorded(
     method: Callable[["InferenceServicer", Any, RequestRecord], Awaitable[Response]],
-) -> Callable[["InferenceServicer", bytes, Context], Awaitable[Response]]:
+) -> Callable[["InferenceServicer", object, Context], Awaitable[Response]]:
     """Check the key of a call, parse its message and record it; an error has the same message as over HTTP."""
     route, request_type = f"/{SERVICE}/{method.__name__}", getattr(pb, f"{method.__name__}Request")
 
     @wraps(method)
-    async def call(servicer: "InferenceServicer", raw: bytes, context: Context) -> Response:
+    async def call(servicer: "InferenceServicer", _: object, context: Context) -> Response:
         serving = servicer.serving
         metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
         record = RequestRecord(
@@ -139,13 +143,14 @@ def _recorded(
             client=_client(context.peer()),
             request_id=request_id(metadata.get("x-request-id")),
         )
-        lease = BodyLease(servicer.budget, record.sender)
+        lease = None
         code, message = grpc.StatusCode.INTERNAL, "an unexpected error; see the server's log"
         with grpc_span(serving.settings, route, metadata), track_request(record):
             try:
                 record.key = serving.keys.check(metadata.get("authorization"), metadata.get("x-api-key"))
                 serving.limit.check(record.sender)
-                lease.add(len(raw))
+                lease = BodyLease(servicer.budget, record.sender)
+                raw = await _receive(context, serving.settings, lease)
                 record.bytes_in = len(raw)
                 request = await off_loop(len(raw), _parse_message, request_type, raw)
                 del raw  # it has been copied
@@ -171,7 +176,8 @@ def _recorded(
                 record_spans(serving.settings, record)
                 return response
             finally:
-                lease.release()
+                if lease is not None:
+                    lease.release()
             record.status = code.name
             record_spans(serving.settings, record)
             await context.abort(code, message)
@@ -180,17 +186,46 @@ def _recorded(
     return call
 
 
+async def _receive(context: Context, settings: Settings, lease: BodyLease) -> bytes:
+    """Receive the message of a call. One that takes long to arrive counts as if it had as many bytes as are allowed.
+
+    Raises:
+        BodiesError: the messages in progress take too many bytes.
+        SlowRequestError: it does not arrive in time.
+        ParameterError: there is none.
+    """
+    reading = asyncio.ensure_future(context.read())
+    try:
+        await asyncio.wait({reading}, timeout=_PROMPT_SECONDS)
+        if not reading.done():
+            lease.add(settings.max_body_bytes)
+            await asyncio.wait({reading}, timeout=settings.receive_seconds)
+            if not reading.done():
+                raise SlowRequestError("message", _PROMPT_SECONDS + settings.receive_seconds)
+            lease.release()
+        raw = reading.result()
+    finally:
+        reading.cancel()
+    if not isinstance(raw, bytes):
+        raise ParameterError("message", expected="one", found="none")
+    lease.add(len(raw))
+    return raw
+
+
 def _client(peer: str) -> str:
     """Return a peer's address and port as over HTTP; gRPC writes ipv4:127.0.0.1:80 and ipv6:%5B::1%5D:80."""
     return unquote(peer).partition(":")[2].replace("[", "").replace("]", "")
 
 
-async def _check_empty(raw: bytes, context: Context) -> None:
+async def _check_empty(servicer: "InferenceServicer", context: Context) -> None:
     """Check the message of a probe, which is not recorded."""
+    lease = BodyLease(servicer.budget, "")
     try:
-        _parse_message(pb.ServerLiveRequest, raw)
-    except ParameterError as error:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        _parse_message(pb.ServerLiveRequest, await _receive(context, servicer.serving.settings, lease))
+    except VitrineError as error:
+        await context.abort(CODES[STATUS[type(error)]], str(error))
+    finally:
+        lease.release()
 
 
 class InferenceServicer:
@@ -199,14 +234,14 @@ class InferenceServicer:
     def __init__(self, serving: Serving) -> None:
         self.serving, self.budget = serving, BodyBudget(serving.settings.max_bodies_bytes)
 
-    async def ServerLive(self, raw: bytes, context: Context) -> pb.ServerLiveResponse:
+    async def ServerLive(self, _: object, context: Context) -> pb.ServerLiveResponse:
         """Whether no computing thread is stuck, and no worker silent."""
-        await _check_empty(raw, context)
+        await _check_empty(self, context)
         return pb.ServerLiveResponse(live=not self.serving.find_trouble())
 
-    async def ServerReady(self, raw: bytes, context: Context) -> pb.ServerReadyResponse:
+    async def ServerReady(self, _: object, context: Context) -> pb.ServerReadyResponse:
         """Whether the server can handle requests. (It starts only when all models are loaded.)"""
-        await _check_empty(raw, context)
+        await _check_empty(self, context)
         return pb.ServerReadyResponse(ready=not self.serving.find_trouble())
 
     @_recorded
@@ -346,13 +381,16 @@ async def grpc_server(serving: Serving) -> AsyncIterator[None]:
         ("grpc.max_metadata_size", _MAX_METADATA),
         ("grpc.absolute_max_metadata_size", 2 * _MAX_METADATA),
         ("grpc.max_connection_idle_ms", _IDLE_MILLISECONDS),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
         ("grpc.max_receive_message_length", settings.max_body_bytes + _MESSAGE_OVERHEAD),
         ("grpc.max_send_message_length", -1),
     ]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=settings.max_queue + _MAX_OTHER_CALLS)
     servicer = InferenceServicer(serving)
-    handlers = {  # they get the bytes of a message: gRPC would parse it on the event loop
-        method: grpc.unary_unary_rpc_method_handler(
+    # They read the bytes of the message themselves: gRPC would wait for it without a deadline before it calls them, and
+    # parse it on the event loop. On the wire, a call with one message is the same.
+    handlers = {
+        method: grpc.stream_unary_rpc_method_handler(
             getattr(servicer, method), response_serializer=lambda response: response.SerializeToString()
         )
         for method in pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name

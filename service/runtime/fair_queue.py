@@ -140,10 +140,17 @@ class FairQueue(Generic[T]):
     def is_full(self, key: FlowKey) -> bool:
         """Whether there is no room for another item of the flow.
 
-        A flow below its share of the queue always has room, so that no sender can fill the queue for the others.
+        In a long queue, a flow below its part of its sender's share still has room, so that no sender can fill the
+        queue for the others, until the queue is twice as long.
         """
+        if not self.is_long:
+            return False
+        senders = len({key.sender, *self._weights})
+        flows = len({key, *(other for other in self._active if other.sender == key.sender)})
         own = self._active.get(key)
-        return self.is_long and len(own.items if own else ()) * (len(self._active) + 1) >= self._max_length
+        return (
+            self._length >= 2 * self._max_length or len(own.items if own else ()) * senders * flows >= self._max_length
+        )
 
     def _share(self, key: FlowKey, flow: _Flow[T]) -> float:
         """Share of an active flow in the time of its sender."""

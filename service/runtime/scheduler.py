@@ -40,6 +40,7 @@ _BUCKET_SIZE = 64  # pixels; images whose sizes round up to the same multiple ma
 _MAX_REFUSALS_PER_SECOND = 200  # clients that retry at once would otherwise monopolize the event loop
 _MAX_REFUSAL_DELAY = 1.0  # seconds
 _INITIAL_SLOWDOWN = 1.5  # measured time of an image relative to its expected cost
+_MAX_SLOWDOWN = 10.0  # of an image; a single one says little
 _SLOWDOWN_DECAY = 0.95  # weight of the previous slowdown in the moving average
 _UNMEASURED = ExecutionProfile(0.0)
 _SECONDS_PER_BYTE = 10e-9  # of an encoded photograph, to decode it at the resolution that the network needs
@@ -253,12 +254,14 @@ class Scheduler:
                 self._running[number] = start = time.monotonic()
             try:
                 results = self._process(jobs)
-            finally:
-                with self._lock:
-                    del self._running[number]
-                    self._end_limited(jobs)
-            slowdown = (time.monotonic() - start) / sum(job.cost for job in jobs)
-            self._slowdown = _SLOWDOWN_DECAY * self._slowdown + (1 - _SLOWDOWN_DECAY) * slowdown
+            except Exception as error:  # such as no memory to report another error
+                results = [(job, None, error.with_traceback(None)) for job in jobs]
+            with self._lock:
+                del self._running[number]
+                self._end_limited(jobs)
+            if all(error is None for _, _, error in results):
+                slowdown = min(_MAX_SLOWDOWN, (time.monotonic() - start) / sum(job.cost for job in jobs))
+                self._slowdown = _SLOWDOWN_DECAY * self._slowdown + (1 - _SLOWDOWN_DECAY) * slowdown
             self._results += results
             loop = jobs[0].future.get_loop()
             del jobs, results  # they hold images; this thread may wait long for the next
@@ -297,7 +300,8 @@ class Scheduler:
                 job = found[1]
                 self._limited += job.flow.kind.limited
                 delays_nobody = not self._queue
-            if not job.future.done() and (delays_nobody or job.is_measured or not self._is_larger(job)):
+            is_larger = not (job.is_measured or job.future.done()) and self._is_larger(job)
+            if not job.future.done() and (delays_nobody or not is_larger):
                 return job
             with self._lock:
                 self._end_limited([job])
@@ -399,7 +403,7 @@ def _pixels(job: _Job) -> int:
 
 def without_frames(error: AnyError) -> AnyError:
     """Remove the frames from an error, and its causes; those of a bug stay as text, for the log."""
-    if not isinstance(error, VitrineError):
+    if not isinstance(error, VitrineError) and not hasattr(error, "__notes__"):
         error.add_note("".join(traceback.format_exception(error)))
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

@@ -78,7 +78,10 @@ class Workers:
             was_stopped = now - checked > self._silent_seconds / 2  # like the others, maybe: let them beat first
             checked = now
             if not was_stopped and not self._closed.is_set():
-                self._update_silent(now)
+                try:
+                    self._update_silent(now)
+                except Exception:  # such as no memory; this thread must see the parent end
+                    _log.exception("looking for silent workers failed")
         _log.warning("process %d, which started the workers, is gone: worker %d ends", self._parent, os.getpid())
         shutil.rmtree(self._folder, ignore_errors=True)
         end_within(ORPHAN_SECONDS)

@@ -144,6 +144,19 @@ def test_variants_are_loaded_on_first_use(root: Path) -> None:
         repository.variant(bundle, "fp16-weights")
 
 
+def test_a_variant_is_one_of_the_bundle_that_is_served_not_of_what_lies_in_its_place_since(root: Path) -> None:
+    repository = Repository(root)
+    bundle = repository.get("colours")
+    manifest = root / "colours" / "2" / "manifest.json"
+    document = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**document, "labels": [label.upper() for label in document["labels"]]}))
+    with pytest.raises(BundleError, match=r"manifest\.json: expected that of the bundle that is served, found another"):
+        repository.variant(bundle, "int8-dynamic")
+    repository.refresh()
+    renamed = repository.variant(bundle, "int8-dynamic")  # looked up before the change
+    assert renamed.manifest.labels == repository.get("colours").manifest.labels != bundle.manifest.labels
+
+
 def test_refresh_loads_new_and_drops_removed_versions(root: Path) -> None:
     repository = Repository(root)
     assert repository.refresh() == []

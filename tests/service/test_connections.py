@@ -27,8 +27,11 @@ CHUNKED = b"POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n
 WAIT = 10.0  # seconds
 
 
+left: list[bytes] = []  # the queries of clients that have left `/wait`
+
+
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """`/echo` answers with the size of the body, `/large` with many bytes, the others at once."""
+    """`/echo` answers with the size of the body, `/large` with many bytes, `/wait` never, the others at once."""
     if scope["type"] != "http":
         return
     request = Request(scope, receive)
@@ -42,6 +45,11 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
             return
         except VitrineError as error:
             response = vitrine_error_response(scope, error)
+    if scope["path"] == "/wait":
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.append(scope["query_string"])
+        return
     await response(scope, receive, send)
 
 
@@ -178,6 +186,8 @@ REFUSED = [
     (CHUNKED + b"5\r\nhello!!\r\n0\r\n\r\n", 400, "bad_request", "found Expected LF after chunk data"),
     (CHUNKED + b"1\r\na\r\n" * 2000, 400, "bad_request", "body: expected chunks of at least 256 bytes on average"),
     (CHUNKED + b"0\r\n" + b"A: b\r\n" * 200, 431, "headers_too_large", "expected at most 100 headers"),
+    (CHUNKED + b"0\r\nA: " + b"b" * 2_000_000, 431, "headers_too_large", "expected at most 32768 bytes"),
+    (CHUNKED + b"5\r\nhello\r\n5;" + b"a" * 2_000_000, 431, "headers_too_large", "expected at most 32768 bytes"),
 ]
 
 
@@ -255,6 +265,19 @@ def test_pipelined_requests_are_answered_in_order_and_limited() -> None:
         for i in range(17):
             assert (await client.answer())[2] == {"path": f"/{i}"}
         assert await client.closed()
+
+    run(test)
+
+
+def test_a_request_with_others_in_the_pipeline_notices_that_its_client_has_left() -> None:
+    async def test(connect: Connect) -> None:
+        client = await connect()
+        client.send(request(b"/") + request(b"/wait?first") + request(b"/wait?second"))
+        assert (await client.answer())[2] == {"path": "/"}
+        client.writer.transport.abort()
+        async with asyncio.timeout(WAIT):
+            while b"first" not in left:
+                await asyncio.sleep(0.01)
 
     run(test)
 

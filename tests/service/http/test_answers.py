@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitrine.bundle.errors import ParameterError
 from vitrine.service.errors import NotAcceptableError
 from vitrine.service.http.answers import negotiate
 
@@ -38,6 +39,12 @@ def test_the_preferred_media_type_is_chosen(accept: str | None, chosen: str) -> 
 def test_no_acceptable_media_type_is_an_error(accept: str) -> None:
     with pytest.raises(NotAcceptableError, match="Accept: expected one of application/json, text/csv"):
         negotiate(accept, OFFERED)
+
+
+def test_a_long_accept_header_is_refused() -> None:
+    assert negotiate("*/*" + ",a" * 498, OFFERED) == OFFERED[0]
+    with pytest.raises(ParameterError, match="Accept: expected at most 1000 characters, found 1003"):
+        negotiate("*/*" + ",a" * 500, OFFERED)
 
 
 @given(st.text(max_size=60))

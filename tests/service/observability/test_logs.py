@@ -1,5 +1,7 @@
 """Log lines of real servers."""
 
+import errno
+import io
 import json
 import logging
 import re
@@ -21,6 +23,7 @@ import tritonclient.utils
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vitrine.service.observability import logs
 from vitrine.service.observability.logs import JsonFormatter, TextFormatter, _log_record
 from vitrine.service.observability.request_record import RequestRecord
 from vitrine.service.settings import hash_key
@@ -226,6 +229,23 @@ SENT = [
     b"GET /models HTTP/1.1\r\nX-API-Key: \x9b2Jforged\r\nAuthorization: Bearer \x85\r\n",
 ]
 FORM = b'--x\r\nContent-Disposition: form-data; name="\x1b[2J\xe2\x80\xa8"; filename="%0a"\r\n\r\n1\r\n--x--\r\n'
+
+
+class FullDisk(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_requests_are_answered_although_their_lines_cannot_be_written() -> None:
+    handler, logger = logging.StreamHandler(FullDisk()), logging.getLogger("bentoml")
+    logger.addHandler(handler)
+    try:
+        for _ in range(2):
+            logs._buffer.append((RequestRecord(), "200", 0.0, 0.0))
+            logs.flush_requests()
+            assert not logs._buffer
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_hostile_requests_leave_one_line_each(serve: Serving, tiny_bundles: Path) -> None:

@@ -73,6 +73,7 @@ def test_durations_do_not_depend_on_the_clock_of_the_day(monkeypatch: pytest.Mon
         ("", "::1:5", "::/64"),
         ("", "2001:db8::7%eth0:5", "2001:db8::/64"),
         ("", "2001:db8:0:1::7:5", "2001:db8:0:1::/64"),
+        ("", "::ffff:192.0.2.7:5", "192.0.2.7"),  # IPv4 on a socket for both
         ("", "no address:5", "no address"),
         ("", "", ""),
     ],

@@ -4,7 +4,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -385,6 +387,39 @@ def test_a_message_that_would_take_many_times_its_size_is_refused(
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     expected = "message: expected at most 1048576 bytes besides raw_input_contents, in at most 1000 fields, "
     assert error.value.details() == expected + found
+
+
+def start_without_end(channel: grpc.Channel, name: str, metadata: Sequence[tuple[str, str]] = ()) -> grpc.Future:
+    """Start a call whose message does not arrive."""
+    endless = threading.Event()
+    call = channel.stream_unary(f"/{SERVICE}/{name}").future(iter(endless.wait, True), metadata=metadata)
+    call.add_done_callback(lambda _: endless.set())
+    return call
+
+
+@pytest.mark.parametrize("name", ["ModelInfer", "ServerLive"])
+def test_a_call_without_a_message(name: str, channel: grpc.Channel) -> None:
+    with pytest.raises(grpc.RpcError) as error:
+        channel.stream_unary(f"/{SERVICE}/{name}")(iter(()))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.value.details() == "message: expected one, found none"
+
+
+def test_messages_that_do_not_arrive_hold_nobody_up(serve: Serving, tiny_bundles: Path) -> None:
+    limits = {"VITRINE_RECEIVE_SECONDS": "2", "VITRINE_MAX_BODIES_BYTES": str(50 * 1024 * 1024)}
+    with (
+        serve(tiny_bundles, VITRINE_API_KEYS="a-key-of-the-tests-1", **limits) as running,
+        grpc.insecure_channel(running.grpc) as channel,
+    ):
+        stranger = start_without_end(channel, "ModelInfer")
+        assert stranger.exception(timeout=30).code() is grpc.StatusCode.UNAUTHENTICATED
+        key = [("x-api-key", "a-key-of-the-tests-1")]
+        calls = [start_without_end(channel, "ModelInfer", key) for _ in range(4)]
+        codes = Counter(call.exception(timeout=30).code() for call in calls)
+        assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED: 1, grpc.StatusCode.UNAVAILABLE: 3}
+        assert raw_method(channel, "ModelReady")(
+            service_pb2.ModelReadyRequest(name="colours").SerializeToString(), metadata=key
+        )
 
 
 def test_metadata_has_a_bound(channel: grpc.Channel) -> None:

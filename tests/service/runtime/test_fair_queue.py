@@ -259,9 +259,9 @@ def test_work_that_is_put_back_has_not_used_its_first_flow() -> None:
     assert order[-6:] == ["large"] * 6
 
 
-def test_capacity_is_shared_by_all_flows() -> None:
-    """With n other flows, one may hold a share of 1 / (n + 1) of a full queue."""
-    for others, length, room in ((1, 10, 4), (1, 9, 3), (2, 10, 3), (4, 10, 2)):
+def test_capacity_is_shared_by_all_senders() -> None:
+    """With n other senders, one may hold a share of 1 / (n + 1) of a full queue."""
+    for others, length, room in ((1, 10, 5), (1, 9, 5), (2, 10, 4), (4, 10, 2)):
         queue: FairQueue[str] = FairQueue(length)
         for i in range(length):
             queue.push("x", key(f"other{i % others}", 1.0), 1.0)
@@ -270,6 +270,28 @@ def test_capacity_is_shared_by_all_flows() -> None:
             queue.push("x", key("new", 1.0), 1.0)
             admitted += 1
         assert admitted == room
+
+
+def test_the_kinds_of_a_sender_share_its_part_of_a_full_queue() -> None:
+    queue: FairQueue[str] = FairQueue(64)
+    for i in range(64):
+        queue.push("x", key("greedy", 2.0 ** (i % 8)), 1.0)
+    assert all(queue.is_full(key("greedy", 2.0**i)) for i in range(8))
+    admitted = 0
+    while not queue.is_full(key("modest", 1.0)):
+        queue.push("x", key("modest", 1.0), 1.0)
+        admitted += 1
+    assert admitted == 32  # whatever the number of the other's kinds
+
+
+def test_many_senders_cannot_make_the_queue_longer_than_twice_its_length() -> None:
+    queue: FairQueue[str] = FairQueue(8)
+    admitted = 0
+    for i in range(100):
+        if not queue.is_full(key(f"sender {i}", 1.0)):
+            queue.push("x", key(f"sender {i}", 1.0), 1.0)
+            admitted += 1
+    assert admitted == 16
 
 
 def test_a_flow_that_used_its_share_in_advance_waits_for_it() -> None:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -508,6 +509,48 @@ def test_a_network_that_is_slower_than_at_load_makes_the_queue_longer() -> None:
                 await scheduler.run(Value(1), bundle, RequestRecord())
 
     with scheduling(max_wait=0.003) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_neither_expensive_nor_broken_images_change_what_others_are_expected_to_take() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle = bundle_of(Doubling(), 10.0)
+
+        async def expected_seconds() -> int:
+            first, result = await occupied(scheduler, bundle)
+            (waiting,) = start_all(scheduler.run(Value(2), bundle, RequestRecord()))
+            await asyncio.sleep(0)
+            with pytest.raises(OverloadedError) as refused:
+                scheduler.check_capacity("", [bundle])
+            first.may_end.set()
+            await asyncio.gather(result, waiting)
+            return refused.value.retry_after
+
+        before = await expected_seconds()
+        for _ in range(50):
+            with pytest.raises(ValueError, match="no"):
+                await scheduler.run(Value(1, fail), bundle, RequestRecord())
+        assert await expected_seconds() == pytest.approx(before, abs=3)
+        cheap = bundle_of(Doubling(), 0.0)
+        for _ in range(50):  # small files that hold large images, as their headers tell
+            await scheduler.run(Value(1, partial(time.sleep, 0.01), seconds=0.01), cheap, RequestRecord())
+        assert await expected_seconds() <= 2 * before
+
+    with scheduling(max_wait=1.0) as scheduler:
+        asyncio.run(scenario(scheduler))
+
+
+def test_a_thread_outlives_an_error_in_the_handling_of_another() -> None:
+    async def scenario(scheduler: Scheduler) -> None:
+        bundle, record = bundle_of(Doubling()), RequestRecord()
+        record.stages = None  # type: ignore[assignment]
+        for _ in range(3):
+            with pytest.raises(AttributeError):
+                await scheduler.run(Value(1), bundle, record)
+        assert await scheduler.run(Value(2), bundle, RequestRecord()) == 4
+        assert scheduler.longest_running() == 0
+
+    with scheduling() as scheduler:
         asyncio.run(scenario(scheduler))
 
 
