@@ -130,18 +130,18 @@ def test_variants_of_an_imported_run_need_data(classifier_run: Path, colours: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_export_leaves_no_partial_bundle(
-    number: signal.Signals, detector_run: Path, tmp_path: Path
+    number: signal.Signals, classifier_run: Path, tmp_path: Path
 ) -> None:
     bundles = tmp_path / "bundles"
-    command = [sys.executable, "-m", "vitrine", "export", str(detector_run), "--out", str(bundles / "squares" / "1")]
+    command = [sys.executable, "-m", "vitrine", "export", str(classifier_run), "--out", str(bundles / "colours" / "1")]
     process = subprocess.Popen(command)
-    while not list(bundles.glob(".export-*/squares/1/model.onnx")):
+    while not list(bundles.glob(".export-*/colours/1/model.onnx")):
         with pytest.raises(subprocess.TimeoutExpired):  # still running
             process.wait(timeout=0.05)
     process.send_signal(number)
     assert process.wait(timeout=60) == (128 + number if number is signal.SIGTERM else -number)
     assert find_bundles(bundles) == []
-    assert not (bundles / "squares").exists()
+    assert not (bundles / "colours").exists()
     assert bool(list(bundles.iterdir())) == (number is signal.SIGKILL)
 
 

@@ -41,7 +41,7 @@ NETWORKS: dict[str, tuple[str, dict[str, object], tuple[int, int]]] = {
         (32, 64),
     ),
     "ResNet": ("resnet", {"image_size": 32, "layers": (1, 1), "width": 8}, (32, 32)),
-    "DETR with denoising": (
+    "DETR with query boxes": (
         "detr",
         {**TINY_DETR, "backbone_layers": (1, 1), "queries": "boxes", "denoising": 2, "query_groups": 2},
         (64, 96),
@@ -59,7 +59,6 @@ NETWORKS: dict[str, tuple[str, dict[str, object], tuple[int, int]]] = {
         },
         (64, 96),
     ),
-    "DETR with query boxes": ("detr", {**TINY_DETR, "backbone_layers": (1, 1), "queries": "boxes"}, (64, 96)),
 }
 
 

@@ -111,6 +111,7 @@ def change(url: str, operation: str, model: str = "colours") -> tuple[int, str]:
     return response.status_code, response.json()["error"] if response.content else ""
 
 
+@pytest.mark.soak
 def test_a_server_outlives_its_temporary_folder(
     serve: Serving, tiny_bundles: Path, photograph: bytes, small_tmpfs: Path
 ) -> None:

@@ -369,6 +369,7 @@ async def hold_the_state(requests: Requests, workers: Workers) -> None:
     await requests.change(VIT, "load")
 
 
+@pytest.mark.soak
 def test_workers_agree_after_every_fault(serve: Serving, root: Path, bundles: Path) -> None:
     with serve(bundles, **FAULTS) as server:
         requests, workers = Requests(server, (root / "examples" / "frog.jpg").read_bytes()), Workers(server)

@@ -145,12 +145,12 @@ def test_torchrun_restarts_a_failed_job_where_it_was(
     torchrun: Torchrun, read_until: ReadUntil, colours: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    changes = [*VIT, "epochs=60", "batch_size=8", "evaluate_every=60"]
+    changes = [*VIT, "epochs=20", "batch_size=8", "evaluate_every=20"]
     job = torchrun(["vit_cifar10", "--data", str(colours), "--out", str(run), *changes], "--max-restarts=1")
     read_until(job, "epoch 2/")
     os.kill(next(pid for pid in children(job.pid) if "vitrine" in command(pid)), signal.SIGKILL)
     finished(job)
-    assert load_checkpoint(run).progress.epoch == 60
+    assert load_checkpoint(run).progress.epoch == 20
 
 
 def children(pid: int) -> list[int]:

@@ -156,8 +156,8 @@ def test_detector_learns(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("vit_cifar10", (*VIT, "epochs=30", "deterministic=true", "augmentation.mixup=0.2")),
-        ("vit_cifar10", (*VIT, "epochs=30", "ema=0.9", "cache=disk", "workers=1")),
+        ("vit_cifar10", (*VIT, "epochs=12", "deterministic=true", "augmentation.mixup=0.2")),
+        ("vit_cifar10", (*VIT, "epochs=12", "ema=0.9", "cache=disk", "workers=1")),
         ("detr_bccd", (*DETR, "epochs=16", "model.denoising=1")),
     ],
     ids=["vit", "vit, averaged, from disk", "detr"],
@@ -188,7 +188,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 def test_sigterm_saves_within_an_epoch(data: Path, tmp_path: Path, read_until: ReadUntil) -> None:
-    changes = ("epochs=1", "batch_size=1", "model.depth=40", "evaluate_every=1")
+    changes = ("epochs=1", "batch_size=1", "model.depth=20", "evaluate_every=1")
     job = command("vit_cifar10", data, tmp_path / "run", *VIT, *changes, "--resume")
     read_until(job, "there is no run")  # just before the first step
     job.send_signal(signal.SIGTERM)
