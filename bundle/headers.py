@@ -17,6 +17,7 @@ MAX_EDGE = 65_535  # pixels; JPEG's limit. A pointer per row and buffers per col
 MAX_CHUNKS = 100_000  # chunks, segments, blocks, strips or tiles, at about 5 µs each; 20 MB of PNG in 1 kB have 20,000
 MAX_SCANS = 100  # of a JPEG, as in libtiff; progressive ones have about 10
 MAX_SCANNED_SAMPLES_PER_PIXEL = 60  # scans x samples, per pixel of `max_pixels`: 3 seconds at 50 megapixels
+ARITHMETIC_COST = 5  # times that of Huffman coding: it decides about each sample anew in each scan
 MAX_PADDING = 65_536  # bytes between the segments of a JPEG, which Pillow skips one by one
 MAX_EXIF_BYTES = 2**20  # a JPEG's segment has 64 kB
 MAX_TAGS = 1_024  # of a TIFF directory, as libtiff's time is quadratic in unknown ones; photographs have less than 200
@@ -67,15 +68,16 @@ def check(data: bytes, form: str, *, max_pixels: int) -> bytes:
 
     Raises:
         ImageTooLargeError: a limit of this module or `max_pixels` is exceeded.
-        UndecodableImageError: the structure of an AVIF is broken, or a BigTIFF is big-endian.
+        UndecodableImageError: the structure is broken in a way that decoders would read differently or refuse, or a
+            BigTIFF is big-endian.
     """
     try:
         if form == "PNG":
             return _check_png(data)
         _CHECKS[form](data, max_pixels)
-    except (struct.error, IndexError):  # the decoder finds the end at the same place
-        if form == "AVIF":
-            raise UndecodableImageError("its boxes are broken") from None
+    except (struct.error, IndexError):  # the decoder finds the end at the same place, or may go on
+        if form in ("AVIF", "TIFF"):
+            raise UndecodableImageError("its headers are broken") from None
     return data
 
 
@@ -117,6 +119,12 @@ class _Frame(NamedTuple):
     components: int
     samples: int  # of all components, padded to whole blocks
     progressive: bool
+    arithmetic: bool
+
+    @property
+    def scan_cost(self) -> int:
+        """What a scan of all components takes, in samples of Huffman coding."""
+        return self.samples * (ARITHMETIC_COST if self.arithmetic else 1)
 
 
 def _check_jpeg(data: bytes, max_pixels: int) -> None:
@@ -144,7 +152,9 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
         if segments > MAX_CHUNKS:
             _bound(segments, MAX_CHUNKS, "segments")
         if marker in _FRAME_MARKERS:
-            frame = _read_frame(data, position, marker)
+            if frame is not None:  # Pillow would collect the components of all, and libjpeg refuse the second
+                raise UndecodableImageError("it has two frame headers")
+            frame = _read_frame(data, marker, position)
             check_size(frame.width, frame.height, max_pixels)
         elif marker == 0xE1 and data.startswith(b"Exif\0\0", position + 2):
             exif += length
@@ -153,41 +163,52 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
     if frame is None:
         return
     memory: float = _CONVERTED_BYTES * frame.width * frame.height
-    if frame.progressive or data[position + 2] < frame.components:
-        _check_scans(data, position - 2, len(data), frame.samples, max_pixels)
+    has_several_scans = frame.progressive or data[position + 2] < frame.components
+    if has_several_scans:
         coefficients = _COEFFICIENT_BYTES * frame.samples
         memory = max(memory, _IMAGE_BYTES * frame.width * frame.height + coefficients)
     _check_memory(memory, max_pixels)
+    if has_several_scans:
+        _check_scans(data, position - 2, len(data), frame.scan_cost, max_pixels)
 
 
-def _read_frame(data: bytes, position: int, marker: int) -> _Frame:
+def _read_frame(data: bytes, marker: int, position: int) -> _Frame:
     """Read a frame header, which begins with its length at `position`."""
-    height, width, components = struct.unpack_from(">HHB", data, position + 3)
+    length, height, width, components = struct.unpack_from(">HxHHB", data, position)
+    if length != 8 + 3 * components:  # Pillow would go on to its end, which libjpeg refuses
+        raise UndecodableImageError("its frame header has a wrong length")
     across = down = 1
     blocks = 0
     for factors in data[position + 9 : position + 8 + 3 * components : 3]:  # of each component
         horizontal, vertical = factors >> 4, factors & 15
         across, down, blocks = max(across, horizontal), max(down, vertical), blocks + horizontal * vertical
     samples = -(-width // (8 * across)) * -(-height // (8 * down)) * blocks * 64
-    return _Frame(width, height, components, samples, marker & 3 == 2)
+    return _Frame(width, height, components, samples, progressive=marker & 3 == 2, arithmetic=bool(marker & 8))
 
 
-def _check_scans(data: bytes, start: int, end: int, samples: int, max_pixels: int) -> int:
-    """Check the number of scans between `start` and `end`, and return it, or a larger one that is still allowed."""
-    limit = min(MAX_SCANS, MAX_SCANNED_SAMPLES_PER_PIXEL * max_pixels // max(samples, 1) + 1)
-    most = data.count(b"\xff\xda", start, end)
-    if most <= limit:
-        return most
-    scans = segments = 0  # others may lie in thumbnails and further images: follow the markers to the end of this one
+def _segments(data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Walk over the segments of an image, also between its scans: the marker of each, and where its length is."""
+    count = 0
     while (found := _NEXT_MARKER.search(data, start, end)) and (marker := data[found.start() + 1]) != _END:
         start = found.end()
         if marker in _LONE_MARKERS or marker == 1:
             continue
-        segments += 1
+        count += 1
+        _bound(count, MAX_CHUNKS, "segments")
+        yield marker, start
+        start += max(struct.unpack_from(">H", data, start)[0], 2)
+
+
+def _check_scans(data: bytes, start: int, end: int, scan_cost: int, max_pixels: int) -> int:
+    """Check the number of scans between `start` and `end`, and return it, or a larger one that is still allowed."""
+    limit = min(MAX_SCANS, MAX_SCANNED_SAMPLES_PER_PIXEL * max_pixels // max(scan_cost, 1) + 1)
+    most = data.count(b"\xff\xda", start, end)
+    if most <= limit:
+        return most
+    scans = 0  # others may lie in thumbnails and further images: follow the markers to the end of this one
+    for marker, _ in _segments(data, start, end):
         scans += marker == _SCAN
         _bound(scans, limit, "scans")
-        _bound(segments, MAX_CHUNKS, "segments")
-        start += max(struct.unpack_from(">H", data, start)[0], 2)
     return scans
 
 
@@ -292,27 +313,29 @@ def _check_bmp(data: bytes, max_pixels: int) -> None:
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS_PER_STRIP, _PLANES = 256, 257, 258, 259, 277, 278, 284
 _STRIPS, _STRIP_BYTES, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES = 273, 279, 322, 323, 324, 325
 _PARTS = {_STRIPS: "strips", _STRIP_BYTES: "strips", _TILES: "tiles", _TILE_BYTES: "tiles"}
-_DIRECTORIES = (34665, 34853, 40965)  # of EXIF, GPS and interoperability, which Pillow reads, too
+_EXIF, _GPS, _INTEROPERABILITY = 34665, 34853, 40965  # directories that Pillow reads, too; the last is within EXIF
 _JPEG_COMPRESSION = 7
-_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 16: "Q", 17: "q"}  # integer types
+_NUMBERS = {1: "B", 3: "H", 4: "L", 6: "b", 7: "B", 8: "h", 9: "l", 13: "L", 16: "Q", 17: "q"}  # integer types
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8}  # in bytes
-_BYTE_TYPES = (1, 2, 6, 7)
+_BYTE_TYPES = (1, 2, 7)  # which Pillow keeps as bytes
 _FRACTION_TYPES = (5, 10)
 
 
 class _Directory:
-    """The tags of a TIFF's directory of images."""
+    """The tags of a TIFF's directory; of one that is cut off those before the end, as Pillow reads it."""
 
     def __init__(self, data: bytes, offset: int, endian: str, *, big: bool) -> None:
         self._data, self._endian = data, endian
+        self._tags: dict[int, list[tuple[int, int, int]]] = {}  # type, count, and where the values begin
+        position = offset + (8 if big else 2)
+        if offset < 0 or position > len(data):
+            return
         (count,) = struct.unpack_from(endian + ("Q" if big else "H"), data, offset)
         _bound(count, MAX_TAGS, "tags")
         entry = struct.Struct(endian + ("HHQ" if big else "HHL"))
         inline = 8 if big else 4
-        self._tags: dict[int, tuple[int, int, int]] = {}  # type, count, and where the values begin
         numbers = fractions = 0
-        position = offset + (8 if big else 2)
-        for _ in range(count):
+        for _ in range(min(count, (len(data) - position) // (entry.size + inline))):
             tag, kind, values = entry.unpack_from(data, position)
             place = position + entry.size
             if values * _SIZES.get(kind, 0) > inline:
@@ -321,62 +344,75 @@ class _Directory:
                 _bound(values, MAX_CHUNKS, _PARTS[tag])
             fractions += values if kind in _FRACTION_TYPES else 0
             numbers += 0 if kind in _BYTE_TYPES else values
-            self._tags.setdefault(tag, (kind, values, place))
+            _bound(fractions, MAX_TAG_FRACTIONS, "rational numbers in tags")
+            _bound(numbers, MAX_TAG_VALUES, "numbers in tags")
+            self._tags.setdefault(tag, []).append((kind, values, place))
             position += entry.size + inline
-        _bound(fractions, MAX_TAG_FRACTIONS, "rational numbers in tags")
-        _bound(numbers, MAX_TAG_VALUES, "numbers in tags")
+
+    def _entry(self, tag: int) -> tuple[int, int, int]:
+        entries = self._tags.get(tag, [(0, 0, 0)])
+        if len(entries) > 1:  # Pillow takes the first that is whole, libtiff the first
+            raise UndecodableImageError(f"it has the tag {tag} twice")
+        return entries[0]
 
     def count(self, tag: int) -> int:
-        return self._tags.get(tag, (0, 0, 0))[1]
+        return self._entry(tag)[1]
 
     def values(self, tag: int) -> tuple[int, ...]:
-        """Return the numbers of a tag; none if it is absent or does not have integers."""
-        kind, count, place = self._tags.get(tag, (0, 0, 0))
-        if kind not in _NUMBERS or place > len(self._data):
+        """Return the numbers of a tag, at most `MAX_CHUNKS`; none if it has no integers, or not all are there."""
+        kind, count, place = self._entry(tag)
+        if kind not in _NUMBERS or place + count * _SIZES[kind] > len(self._data):
             return ()
-        return struct.unpack_from(f"{self._endian}{count}{_NUMBERS[kind]}", self._data, place)
+        return struct.unpack_from(f"{self._endian}{min(count, MAX_CHUNKS)}{_NUMBERS[kind]}", self._data, place)
 
     def value(self, tag: int, default: int) -> int:
         return next(iter(self.values(tag)), default)
 
 
 def _check_tiff(data: bytes, max_pixels: int) -> None:
+    if len(data) < 16:  # not even a header, which Pillow says
+        return
     endian = "<" if data.startswith(b"II") else ">"
     big = b"+" in data[2:4]
     if big and endian == ">":
         raise UndecodableImageError("a BigTIFF of big-endian byte order is not supported; save it as TIFF")
     (offset,) = struct.unpack_from(endian + ("Q" if big else "L"), data, 8 if big else 4)
     tags = _Directory(data, offset, endian, big=big)
-    for tag in _DIRECTORIES:
-        if place := tags.value(tag, 0):
-            try:
-                _Directory(data, place, endian, big=big)
-            except struct.error:
-                continue  # Pillow ignores it
+    nowhere = len(data)
+    _Directory(data, tags.value(_GPS, nowhere), endian, big=big)
+    exif = _Directory(data, tags.value(_EXIF, nowhere), endian, big=big)
+    if tags.count(_INTEROPERABILITY):  # else Pillow does not look for it
+        _Directory(data, exif.value(_INTEROPERABILITY, nowhere), endian, big=big)
     width, height = tags.value(_WIDTH, 0), tags.value(_HEIGHT, 0)
     check_size(width, height, max_pixels)
     if not (width and height):
         return
     samples = max(tags.value(_SAMPLES, 1), tags.count(_BITS))
     planes = samples if tags.value(_PLANES, 1) == 2 else 1
-    tiled = bool(tags.count(_TILES)) and not (tags.value(_COMPRESSION, 1) == 1 and tags.count(_STRIPS))
+    compression = tags.value(_COMPRESSION, 1)
+    if compression == 1:  # read by Pillow
+        tiled = not tags.count(_STRIPS)
+    else:  # by libtiff, to which the places of strips are those of tiles, too
+        tiled = tags.count(_TILE_WIDTH) + tags.count(_TILE_HEIGHT) > 0
+        if tags.count(_STRIPS) and tags.count(_TILES):
+            raise UndecodableImageError("it has both strips and tiles")
     if tiled:
-        places, sizes = _TILES, _TILE_BYTES
         part_width, part_height = max(tags.value(_TILE_WIDTH, width), 1), max(tags.value(_TILE_HEIGHT, height), 1)
         limit = max(MAX_TILE_PIXELS, 4 * width * height)
         if part_width * part_height > limit:
             raise ImageTooLargeError(limit=limit, unit="pixels per tile", found=f"{part_width} x {part_height}")
     else:
-        places, sizes = _STRIPS, _STRIP_BYTES
         part_width, part_height = width, min(max(tags.value(_ROWS_PER_STRIP, height), 1), height)
     parts = -(-width // part_width) * -(-height // part_height) * planes
-    _bound(parts, MAX_CHUNKS, _PARTS[places])
+    _bound(parts, MAX_CHUNKS, "tiles" if tiled else "strips")
     part = part_width * part_height * (samples // planes)  # in samples
     _bound(parts * part_width * part_height // planes, 2 * max_pixels + MAX_TILE_PIXELS, "pixels in tiles")
     loading = _IMAGE_BYTES * width * height + part * max(1, *tags.values(_BITS), 1) / 8
     _check_memory(max(_CONVERTED_BYTES * width * height, loading), max_pixels)
-    if tags.value(_COMPRESSION, 1) == _JPEG_COMPRESSION:
-        _check_jpeg_parts(data, tags.values(places), tags.values(sizes), part, max_pixels)
+    if compression == _JPEG_COMPRESSION:
+        places = tags.values(_STRIPS) + tags.values(_TILES)
+        sizes = tags.values(_STRIP_BYTES) + tags.values(_TILE_BYTES)
+        _check_jpeg_parts(data, places, sizes, part, max_pixels)
 
 
 def _check_jpeg_parts(
@@ -384,34 +420,44 @@ def _check_jpeg_parts(
 ) -> None:
     """Check the scans of a TIFF's strips or tiles, which have `samples` samples each."""
     scanned = searched = 0
-    for place, size in zip(places, sizes, strict=False):
-        searched += min(size, len(data))
+    for index, place in enumerate(places):
+        size = sizes[index] if index < len(sizes) else 0
+        end = min(place + size, len(data)) if size else len(data)  # libtiff guesses one that is not given
+        searched += max(end - place, 0)
         _bound(searched, 4 * len(data), "bytes in strips that overlap")
-        scans = _check_scans(data, place, place + size, samples, max_pixels)
-        scanned += scans * samples if scans > 1 else 0
+        if data.count(b"\xff\xda", place, end) < 2:
+            continue
+        frames = (_read_frame(data, *found) for found in _segments(data, place, end) if found[0] in _FRAME_MARKERS)
+        cost = max((frame.scan_cost for frame in frames), default=samples)
+        scans = _check_scans(data, place, end, cost, max_pixels)
+        scanned += scans * cost if scans > 1 else 0
         _bound(scanned, MAX_SCANNED_SAMPLES_PER_PIXEL * max_pixels, "samples in scans")
 
 
 # AVIF -----------------------------------------------------------------------------------------------------------------
 
 _CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0, b"moov": 0, b"trak": 0, b"mdia": 0, b"minf": 0, b"stbl": 0}
+_OWNERS = (b"meta", b"stbl")  # boxes that have tables of items or samples
+_TABLES = (b"iloc", b"idat", b"stsz", b"stco", b"co64")  # one of each in an owner, and only one of the last two
+_MAX_OWNERS = 9  # the picture's `meta`, and both of four tracks
 _SAMPLES_PER_PIXEL = {0: 3, 2: 2, 3: 1.5}
 _SEQUENCE_HEADER, _FRAME_HEADER, _FRAME = 1, 3, 6  # types of AV1's units (OBU)
 
 
 class _Box(NamedTuple):
-    """A box of ISO media: its kind, and where its content lies."""
+    """A box of ISO media: its kind, where its content lies, and where the innermost of `_OWNERS` around it begins."""
 
     kind: bytes
     start: int
     end: int
+    owner: int
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[_Box]:
-    """Walk over the boxes between `start` and `end`, and those inside; what follows the last whole box is ignored."""
-    pending, count = [(start, end)], 0
+def _boxes(data: bytes) -> Iterator[_Box]:
+    """Walk over the boxes, and those inside; what follows the last whole box is ignored."""
+    pending, count = [(0, len(data), 0)], 0
     while pending:
-        start, end = pending.pop()
+        start, end, owner = pending.pop()
         while start + 8 <= end:
             size, kind = struct.unpack_from(">I4s", data, start)
             content = start + 8
@@ -425,11 +471,12 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[_Box]:
                 raise UndecodableImageError(f"its box {kind!r} does not fit")
             count += 1
             _bound(count, MAX_CHUNKS, "boxes")
-            yield _Box(kind, content, following)
+            yield _Box(kind, content, following, owner)
+            inner = content if kind in _OWNERS else owner
             if kind == b"iinf":
-                pending.append((content + (8 if data[content] else 6), following))
+                pending.append((content + (8 if data[content] else 6), following, inner))
             elif kind in _CONTAINERS:
-                pending.append((content + _CONTAINERS[kind], following))
+                pending.append((content + _CONTAINERS[kind], following, inner))
             start = following
 
 
@@ -438,46 +485,62 @@ def _check_avif(data: bytes, max_pixels: int) -> None:
 
     The boxes may state another size than the frames that they contain, and libavif decodes those first.
     """
-    pixels = inside = 0
+    pixels = 0
     sample_bytes = 0.0
-    coded_items: set[int] = set()
-    locations: list[tuple[int, bool, int, int]] = []
-    offsets, sizes = [], []
-    for kind, start, end in _boxes(data, 0, len(data)):
+    kinds: set[tuple[int, int, bytes]] = set()  # of items: their owner, number and kind
+    tables: dict[int, dict[bytes, _Box]] = {}  # by owner and kind
+    for box in _boxes(data):
+        kind, start, _, owner = box
         if kind == b"ispe":
             width, height = struct.unpack_from(">II", data, start + 4)
             check_size(width, height, max_pixels)
             pixels = max(pixels, width * height)
         elif kind == b"infe":
             number, _, item = struct.unpack_from(">IH4s" if data[start] >= 3 else ">HH4s", data, start + 4)
-            if item == b"av01":
-                coded_items.add(number)
+            kinds.add((owner, number, item))
         elif kind == b"av1C":
             subsampling, wide = data[start + 2] >> 2 & 7, data[start + 2] >> 6 & 1  # subsampling: grey, across, down
             sample_bytes = max(sample_bytes, _SAMPLES_PER_PIXEL.get(subsampling, 1) * (1 + wide))
-        elif kind == b"idat":
-            inside = start
-        elif kind == b"iloc":
-            locations += _locations(data[start:end])
-        elif kind == b"stsz":
-            size, count = struct.unpack_from(">II", data, start + 4)
-            _bound(count, MAX_CHUNKS, "frames")
-            sizes.append(size or (struct.unpack_from(">I", data, start + 12)[0] if count else 0))
-        elif kind in (b"stco", b"co64"):
-            offsets.append(struct.unpack_from(">I" if kind == b"stco" else ">Q", data, start + 8)[0])
-    items: dict[int, bytes] = {}
+        elif kind in _TABLES:
+            kind = b"stco" if kind == b"co64" else kind
+            own = tables.setdefault(owner, {})
+            if kind in own:
+                raise UndecodableImageError(f"it has two boxes {kind!r} where one may be")
+            own[kind] = box
+    _bound(len(tables), _MAX_OWNERS, "tables of items and tracks")
+    items: dict[tuple[int, int], bytes] = {}
+    tracks = []
     total = 0
-    for number, in_idat, offset, length in locations:
-        if number in coded_items:
+    for owner, own in tables.items():
+        if b"stsz" in own and b"stco" in own:
+            tracks.append(_first_sample(data, own[b"stsz"], own[b"stco"]))
+        if b"iloc" not in own:
+            continue
+        inside = own[b"idat"].start if b"idat" in own else len(data)
+        for number, in_idat, offset, length in _locations(data[own[b"iloc"].start : own[b"iloc"].end]):
+            is_coded, is_exif = ((owner, number, kind) in kinds for kind in (b"av01", b"Exif"))
+            if not (is_coded or is_exif):
+                continue
             offset += inside if in_idat else 0
-            content = data[offset : offset + length if length else len(data)]
-            items[number] = items.get(number, b"") + content
-            total += len(items[number])
+            content = items.get((owner, number), b"") + data[offset : offset + length if length else len(data)]
+            total += len(content)
             _bound(total, 4 * len(data), "bytes in items that overlap")
-    tracks = [data[offset : offset + size] for offset, size in zip(offsets, sizes, strict=False)]
-    _bound(len(tracks), 4, "tracks")
-    coded = max(_coded_pixels(items.values(), max_pixels), _coded_pixels(tracks, max_pixels))
+            if is_exif:
+                _bound(len(content), MAX_EXIF_BYTES, "bytes of EXIF")
+            items[owner, number] = content
+    pictures = (content for item, content in items.items() if (*item, b"av01") in kinds)
+    coded = max(_coded_pixels(pictures, max_pixels), _coded_pixels(tracks, max_pixels))
     _check_memory(_AVIF_BYTES * pixels + sample_bytes * coded, max_pixels)
+
+
+def _first_sample(data: bytes, sizes: _Box, places: _Box) -> bytes:
+    """Return the first sample of a track, which is its first picture."""
+    size, count = struct.unpack_from(">II", data, sizes.start + 4)
+    _bound(count, MAX_CHUNKS, "frames")
+    if not size and count:
+        (size,) = struct.unpack_from(">I", data, sizes.start + 12)
+    (place,) = struct.unpack_from(">Q" if places.kind == b"co64" else ">I", data, places.start + 8)
+    return data[place : place + size]
 
 
 def _locations(box: bytes) -> Iterator[tuple[int, bool, int, int]]:
@@ -496,6 +559,7 @@ def _locations(box: bytes) -> Iterator[tuple[int, bool, int, int]]:
 
     count = 0
     for _ in range(number(wide)):
+        count += 1
         item = number(wide)
         in_idat = version > 0 and number(2) & 15 == 1
         number(2)  # the file
@@ -504,7 +568,7 @@ def _locations(box: bytes) -> Iterator[tuple[int, bool, int, int]]:
             if version > 0:
                 number(index_size)
             count += 1
-            _bound(count, MAX_CHUNKS, "parts of items")
+            _bound(count, MAX_CHUNKS, "items and their parts")
             yield item, in_idat, base + number(offset_size), number(length_size)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from vitrine.bundle import headers
-from vitrine.bundle.errors import ImageError, ImageTooLargeError
+from vitrine.bundle.errors import ImageError, ImageTooLargeError, UndecodableImageError
 from vitrine.bundle.images import MAX_PIXELS, decode
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,6 +61,15 @@ def test_other_data_is_not_identified(data: bytes) -> None:
     assert headers.identify(data) is None
 
 
+def exif(*, thumbnail: bytes) -> Image.Exif:
+    """EXIF with directories of its own, and a thumbnail in one of its tags."""
+    result = Image.Exif()
+    result[0x010F] = "maker"
+    result.get_ifd(0x8769).update({0x829A: 0.5, 0x927C: thumbnail, 0xA005: {1: "R98"}})
+    result.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
+    return result
+
+
 ORDINARY = {
     **{form: encode(picture(), form) for form in FORMATS},
     "one pixel": encode(picture(1, 1), "PNG"),
@@ -80,6 +89,12 @@ ORDINARY = {
     "AVIF with alpha": encode(picture().convert("RGBA"), "AVIF"),
     "AVIF of frames": encode(picture(), "AVIF", save_all=True, append_images=[picture().rotate(180)] * 20),
     "AVIF with trailing bytes": encode(picture(), "AVIF") + b"trailing bytes",
+    "AVIF with EXIF": encode(picture(), "AVIF", exif=exif(thumbnail=b"")),
+    "AVIF of frames with EXIF": encode(
+        picture(), "AVIF", save_all=True, append_images=[picture()] * 3, exif=exif(thumbnail=b"")
+    ),
+    "JPEG with a thumbnail": encode(picture(), "JPEG", exif=exif(thumbnail=encode(picture(), "JPEG"))),
+    "TIFF with EXIF": encode(picture(), "TIFF", exif=exif(thumbnail=b"")),
     "large AVIF": encode(Image.new("RGB", (6_000, 4_000)), "AVIF", speed=10),
     "TIFF of many strips": encode(Image.new("L", (8, 60_000)), "TIFF", tiffinfo={278: 1}),
     "TIFF of pages": encode(picture(), "TIFF", save_all=True, append_images=[picture()] * 20),
@@ -189,6 +204,29 @@ def test_scans_do_not_hide_behind_a_false_end() -> None:
     scan = segment(0xFE, b"\xff\xd9") + segment(0xDA, b"\1\1\0\1\x3f\0") + b"\0"
     with pytest.raises(ImageTooLargeError, match="at most 100 scans are accepted, found 101"):
         check(data[:start] + scan * 200 + data[start:])
+
+
+def test_jpeg_of_two_frame_headers() -> None:
+    data = encode(picture(), "JPEG")
+    start = data.index(b"\xff\xc0")
+    header = data[start : start + 19]
+    assert check(data[:start] + header + data[start + 19 :]) == data
+    with pytest.raises(UndecodableImageError, match="it has two frame headers"):
+        check(data[:start] + header + data[start:])
+
+
+def test_jpeg_with_a_long_frame_header() -> None:
+    data = encode(picture(), "JPEG")
+    start = data.index(b"\xff\xc0") + 2
+    longer = struct.pack(">H", 20) + data[start + 2 : start + 17] + b"\1\x11\0"
+    with pytest.raises(UndecodableImageError, match="its frame header has a wrong length"):
+        check(data[:start] + longer + data[start + 17 :])
+
+
+def test_avif_of_two_tables() -> None:
+    data = encode(picture(), "AVIF").replace(b"hdlr", b"idat").replace(b"pitm", b"idat")
+    with pytest.raises(UndecodableImageError, match="it has two boxes b'idat'"):
+        check(data)
 
 
 def test_memory_is_estimated() -> None:

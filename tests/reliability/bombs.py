@@ -108,6 +108,15 @@ def many_exif_segments() -> bytes:
     return jpeg_with(b"".join(segment(0xE1, b"Exif\0\0" + bytes(65_000)) for _ in range(250)))
 
 
+def repeated_frame_headers() -> bytes:
+    """Frame headers of 64 kB each."""
+    return jpeg_with(segment(0xC0, struct.pack(">BHHB", 8, 64, 64, 3) + bytes((1, 0x11, 0)) * 21_800) * 300)
+
+
+def arithmetic(scans: int) -> bytes:
+    return jpeg_start(7_064, 7_064, marker=0xCA) + jpeg_scan(0, 0) + jpeg_scan(1, 63) * (scans - 1) + b"\xff\xd9"
+
+
 def mpo(frames: int) -> bytes:
     image = Image.new("RGB", (16, 16), "red")
     return encode(image, "MPO", save_all=True, append_images=[image] * (frames - 1))
@@ -244,19 +253,19 @@ def strips(count: int, *, compression: int = 1, big: bool = False) -> bytes:
     )
 
 
-def tile(width: int, height: int, tile_width: int, tile_height: int, *, compression: int = 8, planes: int = 1) -> bytes:
+def tile(width: int, height: int, tile_width: int, tile_height: int, **more: tuple[int, list[int]]) -> bytes:
     packed = zlib.compress(bytes(min(tile_width * tile_height, 2**24)), 9)
     count = -(-width // tile_width) * -(-height // tile_height)
     return tiff(
         grey(
             width,
             height,
-            compression,
-            t284=(3, [planes]),
+            8,
             t322=(4, [tile_width]),
             t323=(4, [tile_height]),
             t324=(4, [16] * count),
             t325=(4, [len(packed)] * count),
+            **more,
         ),
         packed,
     )
@@ -266,6 +275,37 @@ def one_strip(width: int, height: int, packed: bytes, compression: int, **more: 
     return tiff(
         grey(width, height, compression, t273=(4, [16]), t278=(4, [height]), t279=(4, [len(packed)]), **more), packed
     )
+
+
+def hidden_tile(count: int) -> bytes:
+    """Tiles that the file calls strips, all at the same place, each far larger than the image."""
+    packed = zlib.compress(bytes(2**26), 9)
+    places, sizes = (4, [16] * count), (4, [len(packed)] * count)
+    return tiff(grey(16, 65_535, 8, t273=places, t279=sizes, t322=(4, [2**22]), t323=(4, [16])), packed)
+
+
+def jpeg_strip(picture: bytes, *, sizes: dict[int, tuple[int, list[int]]]) -> bytes:
+    """A TIFF of one strip, whose size `sizes` states or not."""
+    return tiff(grey(7_064, 7_064, 7, t273=(4, [16]), t278=(4, [7_064])) | sizes, picture)
+
+
+FRACTIONS = 2_000_000
+DIRECTORIES = 8 + 8 * FRACTIONS  # where those of `fractions` begin, 200 bytes each
+
+
+def fractions(*directories: list[tuple[int, int, int, int]], missing: int = 0) -> bytes:
+    """A TIFF with these tags in its directories, of which the first is the image's.
+
+    The last one has many fractions, too, and ends with the file, where tags may be missing.
+    """
+    plain = [(256, 4, 1, 4), (257, 4, 1, 4), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+    every = [[*plain, *directories[0]], *directories[1:]]
+    every[-1] = [*every[-1], (282, 5, FRACTIONS, 8)]
+    data = b"II*\0" + struct.pack("<L", DIRECTORIES) + struct.pack("<LL", 1, 1) * FRACTIONS
+    for index, entries in enumerate(every):
+        data = data.ljust(DIRECTORIES + 200 * index, b"\0") + struct.pack("<H", len(entries) + missing)
+        data += b"".join(struct.pack("<HHLL", *entry) for entry in entries)
+    return data
 
 
 def shared_jpeg_strips(scans: int) -> bytes:
@@ -343,6 +383,43 @@ def avif(stated: tuple[int, int], content: bytes, *, items: int = 1) -> bytes:
     return ftyp + meta(offset) + box(b"mdat", content)
 
 
+HUGE = sequence_header(16_384, 16_384) + av1_unit(6, bytes(20))  # a frame
+
+
+def avif_exif(size: int) -> bytes:
+    """An AVIF whose EXIF has `size` bytes."""
+    content = exif([(271, 2, size - 26, 26)], tail=bytes(size - 26))
+    return encode(Image.new("RGB", (64, 64), "red"), "AVIF", exif=content)
+
+
+def avif_decoy() -> bytes:
+    """An AVIF with a huge frame in `idat`, before which a harmless one lies in another `idat`."""
+    location = struct.pack(">HHHHII", 1, 1, 0, 1, 0, len(HUGE))  # number, in `idat`, file, parts; place and size
+    meta = (
+        box(b"iloc", b"\x44\x00" + struct.pack(">H", 1) + location, 1)
+        + box(b"iinf", struct.pack(">H", 1) + box(b"infe", struct.pack(">HH4sB", 1, 0, b"av01", 0), 2), 0)
+        + box(b"idat", HUGE)
+    )
+    decoy = box(b"moov", box(b"idat", av1_unit(2, b"") * 10))
+    return box(b"ftyp", b"avif\0\0\0\0avifmif1miaf") + decoy + box(b"meta", meta, 0)
+
+
+def track(*tables: bytes) -> bytes:
+    return box(b"trak", box(b"mdia", box(b"minf", box(b"stbl", b"".join(tables)))))
+
+
+def avif_tracks() -> bytes:
+    """An AVIF with a huge frame in a track, before another track that has a size and no place."""
+    ftyp = box(b"ftyp", b"avis\0\0\0\0avis")
+
+    def moov(place: int) -> bytes:
+        sizes, places = struct.pack(">III", 0, 1, len(HUGE)), struct.pack(">II", 1, place)
+        real = track(box(b"stsz", sizes, 0), box(b"stco", places, 0))
+        return box(b"moov", real + track(box(b"stsz", bytes(8), 0)))
+
+    return ftyp + moov(len(ftyp) + len(moov(0)) + 8) + box(b"mdat", HUGE)
+
+
 def avif_frames(count: int) -> bytes:
     image = Image.new("RGB", (64, 64), "red")
     return encode(image, "AVIF", save_all=True, append_images=[image] * (count - 1), speed=10)
@@ -377,9 +454,12 @@ BOMBS: dict[str, Bomb] = {
     "jpeg/arithmetic coding, 50 MP": Bomb(
         lambda: jpeg_start(7_064, 7_064, marker=0xC9) + jpeg_scan(0, 63) + b"\xff\xd9", DECODED | ENDED, slow=True
     ),
-    "jpeg/arithmetic coding, 350 scans": Bomb(
-        lambda: jpeg_start(7_064, 7_064, marker=0xCA) + jpeg_scan(0, 0) + jpeg_scan(1, 63) * 350 + b"\xff\xd9",
-        TOO_LARGE,
+    "jpeg/arithmetic coding, 350 scans": Bomb(lambda: arithmetic(351), TOO_LARGE),
+    "jpeg/arithmetic coding, 14 scans": Bomb(lambda: arithmetic(14), TOO_LARGE),
+    "jpeg/arithmetic coding, 13 scans": Bomb(lambda: arithmetic(13), DECODED | ENDED, slow=True),
+    "jpeg/300 frame headers of 64 kB": Bomb(repeated_frame_headers, BROKEN),
+    "jpeg/a frame header of 64 kB": Bomb(
+        lambda: jpeg_with(segment(0xC0, struct.pack(">BHHB", 8, 64, 64, 3) + bytes(65_000))), BROKEN
     ),
     "jpeg/restarts": Bomb(
         lambda: jpeg_with(segment(0xDD, b"\0\1")) + b"".join(bytes((0xFF, 0xD0 + i % 8)) for i in range(500_000)),
@@ -464,6 +544,10 @@ BOMBS: dict[str, Bomb] = {
     ),
     "tiff/one huge tile": Bomb(lambda: tile(16, 16, 32_768, 32_768), TOO_LARGE),
     "tiff/one long tile": Bomb(lambda: tile(16, 16, 1_048_576, 16), TOO_LARGE),
+    "tiff/tiles called strips": Bomb(lambda: hidden_tile(4_096), TOO_LARGE),
+    "tiff/strips and tiles": Bomb(
+        lambda: one_strip(16, 16, zlib.compress(bytes(256)), 8, t324=(4, [16]), t325=(4, [9])), BROKEN
+    ),
     "tiff/a million tiles": Bomb(
         lambda: tiff(
             grey(16_000, 16, 8, t322=(3, [16]), t323=(3, [16]), t324=(4, [16] * 1_000_000), t325=(4, [4] * 1_000_000))
@@ -486,6 +570,26 @@ BOMBS: dict[str, Bomb] = {
     "tiff/orientation of a million fractions": Bomb(
         lambda: tiff(grey(4, 4, t273=(4, [16]), t279=(4, [16]), t274=(5, [1] * 2_000_000)), bytes(16)), TOO_LARGE
     ),
+    "tiff/fractions in a directory that is cut off": Bomb(lambda: fractions([], missing=1), TOO_LARGE),
+    "tiff/one huge tile, and values that are cut off": Bomb(
+        lambda: tile(16, 16, 32_768, 32_768, t40965=(4, [0, 0]))[:-4], TOO_LARGE
+    ),
+    "tiff/fractions in EXIF that is cut off": Bomb(
+        lambda: fractions([(34_665, 4, 1, DIRECTORIES + 200)], [], missing=1), TOO_LARGE
+    ),
+    "tiff/fractions in EXIF of type IFD": Bomb(lambda: fractions([(34_665, 13, 1, DIRECTORIES + 200)], []), TOO_LARGE),
+    "tiff/fractions in the interoperability of EXIF": Bomb(
+        lambda: fractions(
+            [(34_665, 4, 1, DIRECTORIES + 200), (40_965, 4, 1, 0)], [(40_965, 4, 1, DIRECTORIES + 400)], []
+        ),
+        TOO_LARGE,
+    ),
+    "tiff/fractions in the second of two EXIFs": Bomb(
+        lambda: fractions([(34_665, 99, 1, 0), (34_665, 4, 1, DIRECTORIES + 200)], []), BROKEN
+    ),
+    "tiff/EXIF at the start of the file": Bomb(
+        lambda: tiff(grey(4, 4, t273=(4, [16]), t279=(4, [16]), t34665=(4, [0])), bytes(16)), TOO_LARGE
+    ),
     "tiff/bits of four million samples": Bomb(
         lambda: tiff(grey(4, 4, t273=(4, [16]), t279=(4, [16])) | {258: (3, [8] * 4_000_000)}, bytes(16)), TOO_LARGE
     ),
@@ -494,6 +598,16 @@ BOMBS: dict[str, Bomb] = {
         lambda: one_strip(7_000, 7_000, jpeg_scans(7_000, 7_000, 90), 7), ENDED
     ),
     "tiff/strips share a JPEG of 90 scans": Bomb(lambda: shared_jpeg_strips(90), ENDED),
+    "tiff/JPEG of 90 scans without its size": Bomb(
+        lambda: jpeg_strip(jpeg_scans(7_064, 7_064, 90), sizes={}), TOO_LARGE
+    ),
+    "tiff/JPEG of 90 scans with a size of 0": Bomb(
+        lambda: jpeg_strip(jpeg_scans(7_064, 7_064, 90), sizes={279: (4, [0])}), TOO_LARGE
+    ),
+    "tiff/JPEG that ends within a marker": Bomb(
+        lambda: jpeg_strip(jpeg_scans(7_064, 7_064, 2)[:-2], sizes={}) + b"\xff\xc4", BROKEN
+    ),
+    "tiff/JPEG of 14 scans in arithmetic coding": Bomb(lambda: one_strip(7_064, 7_064, arithmetic(14), 7), TOO_LARGE),
     "tiff/deflate, 762 x 65535": Bomb(
         lambda: one_strip(762, 65_535, zlib.compress(bytes(762 * 65_535), 9), 8), DECODED, slow=True
     ),
@@ -515,6 +629,10 @@ BOMBS: dict[str, Bomb] = {
     ),
     "avif/a million units": Bomb(lambda: avif((16, 16), av1_unit(2, b"") * 1_000_000), TOO_LARGE),
     "avif/a million boxes": Bomb(lambda: avif((16, 16), b"") + box(b"free", b"") * 1_000_000, TOO_LARGE),
+    "avif/a decoy before the data": Bomb(avif_decoy, TOO_LARGE),
+    "avif/a decoy after the track": Bomb(avif_tracks, TOO_LARGE),
+    "avif/EXIF of 1 MB": Bomb(lambda: avif_exif(1_000_000), DECODED),
+    "avif/EXIF of 2 MB": Bomb(lambda: avif_exif(2_000_000), TOO_LARGE),
     "avif/sequence": Bomb(lambda: avif_frames(30), DECODED),
     "avif/20 MP": Bomb(lambda: encode(Image.new("RGB", (5_000, 4_000)), "AVIF", speed=10), DECODED, slow=True),
 }
