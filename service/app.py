@@ -5,7 +5,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -38,7 +38,7 @@ from vitrine.service.runtime.model_control import ModelControl, read_state
 from vitrine.service.runtime.scheduler import Scheduler
 from vitrine.service.runtime.serving import Serving, get_serving
 from vitrine.service.runtime.sizing import Sizing
-from vitrine.service.runtime.workers import BEAT_SECONDS, SILENT_SECONDS, Workers, end_within
+from vitrine.service.runtime.workers import BEAT_SECONDS, SILENT_SECONDS, Workers, end_within, perform
 from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
@@ -50,7 +50,6 @@ _SHUTDOWN_SECONDS = 40.0  # longer than gRPC's grace period: after it, a thread 
 _QUEUE_GAUGE_SECONDS = 0.25
 _IDLE_SECONDS = 1.0
 _RELEASE_SECONDS = 30.0
-_DUTY_PAUSE_SECONDS = 1.0  # until a duty that has failed begins again
 _GC_THRESHOLDS = 50_000, 50, 100
 
 
@@ -108,16 +107,6 @@ async def _release_memory(scheduler: Scheduler) -> None:
             await asyncio.to_thread(_release)
 
 
-async def _perform(duty: Callable[[], Awaitable[None]]) -> None:
-    """Perform a duty that never ends; if it fails, such as for want of a thread, log that and begin again."""
-    while True:
-        try:
-            await duty()
-        except Exception:
-            _log.exception("a background duty failed, and begins again")
-        await asyncio.sleep(_DUTY_PAUSE_SECONDS)
-
-
 class _Route(Route):
     """A route that notes its path template in the request's record."""
 
@@ -153,7 +142,7 @@ def create_app(
             partial(_release_memory, scheduler),
             watch_event_loop,
         )
-        tasks = [asyncio.create_task(_perform(duty)) for duty in duties]
+        tasks = [asyncio.create_task(perform(duty)) for duty in duties]
         try:
             async with grpc_server(app.state.serving):
                 metrics.worker_ready()

@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from io import FileIO
 from pathlib import Path
 
@@ -20,6 +21,7 @@ SILENT_SECONDS = 10.0  # after which a worker is reported as stopped or hung
 ORPHAN_SECONDS = 10.0  # for requests in work after the parent has ended
 BEAT_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
+_DUTY_PAUSE_SECONDS = 1.0  # until a duty that has failed begins again
 _SUFFIX = ".heartbeat"
 _TIME = struct.Struct("=d")  # time.monotonic(), whose clock all processes of a machine share
 _PR_SET_PDEATHSIG = 1
@@ -110,6 +112,16 @@ class Workers:
                 else:
                     file.unlink()
         return beats
+
+
+async def perform(duty: Callable[[], Awaitable[None]]) -> None:
+    """Perform a duty of this worker that never ends; if it fails, as for want of a thread, log that and begin again."""
+    while True:
+        try:
+            await duty()
+        except Exception:
+            _log.exception("a duty of this worker failed, and begins again")
+        await asyncio.sleep(_DUTY_PAUSE_SECONDS)
 
 
 def is_child(pid: int, parent: int) -> bool:

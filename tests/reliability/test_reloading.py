@@ -210,7 +210,8 @@ def remove_version(model: Path, version: str) -> None:
     shutil.rmtree(model / f".{version}")
 
 
-READY, UNLOADED, CHANGED = "READY", "unloaded", "its changed folder is refused"
+READY, UNLOADED = "READY", "unloaded"
+CHANGED = "refused: "  # the changed folder, also by a worker that had not loaded it before the change
 VIT = "vit-cifar10"
 FIRST, SECOND, THIRD = (f"{VIT}@{version}" for version in "123")
 CHANGES: list[tuple[Callable[[Path], object], dict[str, str]]] = [  # to the folder of a model, and what follows

@@ -1,5 +1,7 @@
 """Workers: which of them are silent, and what becomes of one whose parent has ended."""
 
+import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vitrine.service.runtime import workers
 from vitrine.service.runtime.workers import is_child
 
 WAIT = 20.0  # seconds
@@ -119,6 +122,22 @@ def test_a_worker_whose_heartbeat_cannot_be_written_is_not_silent(fault: str, tm
         for process in (watcher, other, stopped):
             process.kill()
             process.wait()
+
+
+def test_a_duty_that_fails_is_logged_and_begins_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "_DUTY_PAUSE_SECONDS", 0.0)
+    outcomes = iter([RuntimeError("can't start new thread"), None])
+
+    async def duty() -> None:
+        if error := next(outcomes, asyncio.CancelledError()):
+            raise error
+
+    with caplog.at_level(logging.ERROR, "bentoml.vitrine"), pytest.raises(asyncio.CancelledError):
+        asyncio.run(workers.perform(duty))
+    (record,) = caplog.records
+    assert "can't start new thread" in str(record.exc_info)
 
 
 def test_only_living_children_count() -> None:
