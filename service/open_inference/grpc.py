@@ -219,7 +219,7 @@ def _client(peer: str) -> str:
 
 async def _check_empty(servicer: "InferenceServicer", context: Context) -> None:
     """Check the message of a probe, which is not recorded."""
-    lease = BodyLease(servicer.budget, "")
+    lease = BodyLease(servicer.probe_budget, "")
     try:
         _parse_message(pb.ServerLiveRequest, await _receive(context, servicer.serving.settings, lease))
     except VitrineError as error:
@@ -233,6 +233,7 @@ class InferenceServicer:
 
     def __init__(self, serving: Serving) -> None:
         self.serving, self.budget = serving, BodyBudget(serving.settings.max_bodies_bytes)
+        self.probe_budget = BodyBudget(serving.settings.max_body_bytes)  # its own: probes need no key
 
     async def ServerLive(self, _: object, context: Context) -> pb.ServerLiveResponse:
         """Whether no computing thread is stuck, and no worker silent."""
