@@ -5,10 +5,11 @@ import math
 import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,54 +147,61 @@ def test_any_worker_returns_the_sum_which_keeps_the_counts_of_killed_ones(
         assert value(scrape(running.url), "vitrine_worker_starts", "vitrine_worker_starts_total") == 3
 
 
+@contextmanager
+def constant_load(url: str, image: bytes) -> Iterator[list[Future[list[int]]]]:
+    """Four clients that send one request after the other until the block ends; they return the statuses."""
+    stop = threading.Event()
+
+    def client() -> list[int]:
+        statuses = []
+        while not stop.is_set():
+            statuses.append(httpx.post(f"{url}/classify", content=image, timeout=60).status_code)
+        return statuses
+
+    with ThreadPoolExecutor(4) as pool:
+        try:
+            yield [pool.submit(client) for _ in range(4)]
+        finally:
+            stop.set()
+
+
+def gauges(url: str, *names: str) -> list[float]:
+    families = scrape(url)
+    return [value(families, name, name) for name in names]
+
+
 def test_the_gauges_of_a_killed_worker_are_dropped(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
-    def gauges(url: str) -> list[float]:
-        families = scrape(url)
-        names = ("vitrine_requests_in_flight", "vitrine_running_images", "vitrine_workers")
-        return [value(families, name, name) for name in names]
-
-    with (
-        serve(slow_bundle, VITRINE_WORKERS="2", VITRINE_THREADS="1") as running,
-        ThreadPoolExecutor(4) as pool,
-    ):
-        # enough to keep either worker busy for seconds
-        responses = [
-            pool.submit(httpx.post, f"{running.url}/classify", content=bright(255), timeout=60) for _ in range(4)
-        ]
-        deadline = time.monotonic() + 60
-        while gauges(running.url)[0] != 4:
-            assert time.monotonic() < deadline
-        workers = psutil.Process(running.process.pid).children()
-        max(workers, key=lambda worker: worker.cpu_percent(0.3)).kill()
-        assert any(isinstance(response.exception(), httpx.HTTPError) for response in responses)
-        while gauges(running.url) != [0, 0, 2]:  # the other worker serves until there are two again
+    names = ("vitrine_requests_in_flight", "vitrine_running_images", "vitrine_workers")
+    with serve(slow_bundle, VITRINE_WORKERS="2", VITRINE_THREADS="1") as running:
+        deadline = time.monotonic() + 90
+        with constant_load(running.url, bright(255)) as clients:
+            while gauges(running.url, *names)[1] != 2:
+                assert time.monotonic() < deadline
+            psutil.Process(running.process.pid).children()[0].kill()
+            failed = wait(clients, 60, FIRST_EXCEPTION).done
+            assert all(isinstance(client.exception(0), httpx.HTTPError) for client in failed)
+            assert failed
+        while gauges(running.url, *names) != [0, 0, 2]:  # the other worker serves until there are two again
             assert time.monotonic() < deadline
 
 
 def test_queued_and_rejected_requests_are_exposed(
     serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]
 ) -> None:
-    with (
-        serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="1") as running,
-        ThreadPoolExecutor(4) as pool,
-    ):
-        responses = [
-            pool.submit(httpx.post, f"{running.url}/classify", content=bright(150), timeout=60) for _ in range(4)
-        ]
-        deadline = time.monotonic() + 30
-        while True:
-            families = scrape(running.url)
-            names = ("vitrine_queue_images", "vitrine_running_images", "vitrine_requests_in_flight")
-            if [value(families, name, name) for name in names] == [1, 1, 2]:
-                break
-            assert time.monotonic() < deadline
-        statuses = [response.result().status_code for response in responses]
+    names = ("vitrine_queue_images", "vitrine_running_images")
+    with serve(slow_bundle, VITRINE_THREADS="1", VITRINE_MAX_QUEUE="1") as running:
+        deadline = time.monotonic() + 60
+        with constant_load(running.url, bright(150)) as clients:
+            while gauges(running.url, *names) != [1, 1]:
+                assert time.monotonic() < deadline
+        statuses = [status for client in clients for status in client.result()]
         families = scrape(running.url)
         refused = value(families, "vitrine_rejected", "vitrine_rejected_total", reason="overloaded")
         assert refused == statuses.count(503) >= 1
-        assert value(families, "vitrine_queue_images", "vitrine_queue_images") == 0
+        assert set(statuses) == {200, 503}
+        assert gauges(running.url, *names) == [0, 0]
 
 
 def test_the_dashboard_queries_existing_metrics(root: Path, server: str, photograph: bytes) -> None:
