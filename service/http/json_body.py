@@ -3,10 +3,15 @@
 `orjson` holds the lock (GIL) from the first byte to the last: 20 MB of numbers would stop the event loop for a second,
 even from another thread, and take 40 times their size. What makes an honest document large is taken out of it first, in
 slices: long lists of numbers become arrays (`Numbers`), and long texts stay bytes (`LongText`).
+
+Between slices the thread sleeps for a moment. NumPy gives the lock back several times per slice, but takes it again
+before a thread that waits for it is awake. As the lock has been free, that thread does not insist either, and would
+wait for half a second.
 """
 
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +24,7 @@ from vitrine.bundle.errors import ParameterError
 
 SMALL = 64 * 1024  # bytes; documents up to this size are parsed as a whole
 _SLICE = 64 * 1024  # bytes that are parsed at once, in about a millisecond
+_PAUSE_SECONDS = 1e-4
 _WINDOW = 4096  # bytes
 _MAX_SKELETON = 1024 * 1024  # bytes of a document besides long lists of numbers and long texts
 _MAX_DEPTH = 8  # of nested lists of numbers
@@ -167,9 +173,13 @@ def _list_of_key(document: bytes, start: int, end: int) -> tuple[int, int]:
     stop = min((at for at in (document.find(brace, start, end) for brace in (b"{", b"}")) if at >= 0), default=end)
     stop = document.rfind(b"]", start, stop) + 1
     start = key.end()
-    if stop - start <= _SLICE or document.count(b"[", start, stop) != document.count(b"]", start, stop):
+    if stop - start <= _SLICE or _count(document, b"[", start, stop) != _count(document, b"]", start, stop):
         return 0, 0
     return start, stop
+
+
+def _count(document: bytes, byte: bytes, start: int, stop: int) -> int:
+    return sum(document.count(byte, at, min(at + _MAX_SKELETON, stop)) for at in range(start, stop, _MAX_SKELETON))
 
 
 def _numbers(document: bytes, start: int, stop: int) -> Numbers | None:
@@ -192,6 +202,7 @@ def _numbers(document: bytes, start: int, stop: int) -> Numbers | None:
         arrays.append(array)
         integers = integers and whole
         position = end + 1
+        time.sleep(_PAUSE_SECONDS)
     return Numbers(np.concatenate(arrays), integers)
 
 
@@ -220,8 +231,10 @@ def _is_regular(structure: bytes) -> bool:
         start -= 1
         end = structure.find(b"]" * level, end - 1) + level
         count, rest = divmod(end - start - 1, len(block) + 1)
+        time.sleep(_PAUSE_SECONDS)
         if rest or structure[start + 1 : end - 1] + b"," != (block + b",") * count:
             return False
+        time.sleep(_PAUSE_SECONDS)
         block = structure[start:end]
     return len(block) == len(structure)
 
