@@ -109,6 +109,7 @@ _SCAN = 0xDA
 _END = 0xD9
 _FILL = re.compile(rb"\xff+")
 _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # in entropy-coded data
+_WINDOW = 2**20  # bytes that are searched at once: Python's lock is held meanwhile, for up to 15 ms
 
 
 class _Frame(NamedTuple):
@@ -134,11 +135,15 @@ def _check_jpeg(data: bytes, max_pixels: int) -> None:
     while True:
         first, marker, length = unpack(data, position)
         if first != 0xFF or marker == 0xFF:
-            found = _FILL.search(data, position)
+            limit = min(position + MAX_PADDING + 2, len(data))
+            start = data.find(b"\xff", position, limit)
+            found = _FILL.match(data, start, limit) if start >= 0 else None
+            end = found.end() - 1 if found else limit
+            padding += end - position
+            _bound(padding, MAX_PADDING, "bytes between segments")
             if found is None:
                 return
-            padding += found.end() - 1 - position
-            position = found.end() - 1
+            position = end
             _, marker, length = unpack(data, position)
         position += 2
         is_lone = marker == 0 or marker in _LONE_MARKERS
@@ -186,10 +191,17 @@ def _read_frame(data: bytes, marker: int, position: int) -> _Frame:
     return _Frame(width, height, components, samples, progressive=marker & 3 == 2, arithmetic=bool(marker & 8))
 
 
+def _next_marker(data: bytes, start: int, end: int) -> re.Match[bytes] | None:
+    for at in range(start, end, _WINDOW):
+        if found := _NEXT_MARKER.search(data, at, min(at + _WINDOW + 1, end)):
+            return found
+    return None
+
+
 def _segments(data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Walk over the segments of an image, also between its scans: the marker of each, and where its length is."""
     count = 0
-    while (found := _NEXT_MARKER.search(data, start, end)) and (marker := data[found.start() + 1]) != _END:
+    while (found := _next_marker(data, start, end)) and (marker := data[found.start() + 1]) != _END:
         start = found.end()
         if marker in _LONE_MARKERS or marker == 1:
             continue
@@ -202,7 +214,7 @@ def _segments(data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
 def _check_scans(data: bytes, start: int, end: int, scan_cost: int, max_pixels: int) -> int:
     """Check the number of scans between `start` and `end`, and return it, or a larger one that is still allowed."""
     limit = min(MAX_SCANS, MAX_SCANNED_SAMPLES_PER_PIXEL * max_pixels // max(scan_cost, 1) + 1)
-    most = data.count(b"\xff\xda", start, end)
+    most = sum(data.count(b"\xff\xda", at, min(at + _WINDOW + 1, end)) for at in range(start, end, _WINDOW))
     if most <= limit:
         return most
     scans = 0  # others may lie in thumbnails and further images: follow the markers to the end of this one

@@ -469,6 +469,12 @@ BOMBS: dict[str, Bomb] = {
     "jpeg/a million segments": Bomb(lambda: jpeg_with(segment(0xE5, b"") * 1_000_000), TOO_LARGE),
     "jpeg/fill bytes": Bomb(lambda: jpeg_with(b"\xff" * 19_000_000), TOO_LARGE),
     "jpeg/junk": Bomb(lambda: jpeg_with(segment(0xE5, b"") + b"\1" * 19_000_000), TOO_LARGE),
+    "jpeg/escaped data between scans": Bomb(
+        lambda: jpeg_scans(64, 64, 2, hidden=b"\xff\0" * 9_000_000 + b"\xff\xda" * 101), ENDED
+    ),
+    "jpeg/filled data between scans": Bomb(
+        lambda: jpeg_scans(64, 64, 2, hidden=b"\xff" * 18_000_000 + b"\xff\xda" * 101), ENDED, slow=True
+    ),
     "jpeg/escaped junk": Bomb(lambda: jpeg_with(b"\xff\0" * 9_000_000), TOO_LARGE),
     "jpeg/250 EXIF segments": Bomb(many_exif_segments, TOO_LARGE),
     "jpeg/EXIF of 5000 tags": Bomb(lambda: jpeg_exif(exif([(1_000 + i, 3, 1, 0) for i in range(5_000)])), DECODED),

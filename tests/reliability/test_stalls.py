@@ -18,6 +18,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.reliability.bombs import BOMBS, DECODED
+
 Serving = Callable[..., AbstractContextManager[Any]]
 MIB = 1024 * 1024
 MAX_STALL = 0.05  # seconds
@@ -184,6 +186,20 @@ def test_hostile_bodies_do_not_stop_the_event_loop(name: str, size: int, url: st
 
     def attack() -> None:
         assert send(url, path, body, Content_Type=content_type) in (0, 200, 400, 413, 415, 422)
+
+    check(url, sleeper, attack)
+
+
+REFUSED = {name: bomb for name, bomb in BOMBS.items() if not bomb.slow and not bomb.outcomes & DECODED}
+
+
+@pytest.mark.parametrize("form", sorted({name.partition("/")[0] for name in REFUSED}))
+def test_refused_bombs_do_not_stop_the_event_loop(form: str, url: str, sleeper: Sleeper) -> None:
+    bodies = {name: bomb.make() for name, bomb in REFUSED.items() if name.startswith(f"{form}/")}
+
+    def attack() -> None:
+        statuses = {name: send(url, "/classify", body) for name, body in bodies.items()}
+        assert set(statuses.values()) <= {413, 422}, statuses
 
     check(url, sleeper, attack)
 
