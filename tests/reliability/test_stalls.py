@@ -204,6 +204,17 @@ def test_refused_bombs_do_not_stop_the_event_loop(form: str, url: str, sleeper: 
     check(url, sleeper, attack)
 
 
+@pytest.mark.soak
+def test_images_that_are_decoded_in_python_do_not_stop_the_event_loop(url: str, sleeper: Sleeper) -> None:
+    body = BOMBS["bmp/rle8, 2 MP of single pixels"].make()
+
+    def attack() -> None:
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(lambda _: send(url, "/classify", body), range(4))) <= {413, 503}
+
+    check(url, sleeper, attack)
+
+
 def test_compressed_bodies_do_not_stop_the_event_loop(url: str, sleeper: Sleeper) -> None:
     path, content_type, make = CORPUS["tensor of integers"]
     bodies = [gzip.compress(make(size), 1) for size in (8 * MIB, 200 * MIB)]
