@@ -15,6 +15,7 @@ _FULL_NAMES = {
     "vit": "Vision Transformer",
     "mlp_mixer": "MLP-Mixer",
     "resnetv2": "BiT",
+    "efficientnet": "EfficientNet-Lite",
     "resnet": "ResNet",
     "detr": "DETR",
 }

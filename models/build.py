@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from vitrine.models import detr, mlp_mixer, resnet_classifier, resnetv2, vit
+from vitrine.models import detr, efficientnet, mlp_mixer, resnet_classifier, resnetv2, vit
 
 ARCHITECTURES: dict[str, tuple[type[nn.Module], type[Any]]] = {
     "vit": (vit.ViT, vit.ViTConfig),
     "mlp_mixer": (mlp_mixer.MlpMixer, mlp_mixer.MlpMixerConfig),
     "resnetv2": (resnetv2.ResNetV2, resnetv2.ResNetV2Config),
+    "efficientnet": (efficientnet.EfficientNet, efficientnet.EfficientNetConfig),
     "resnet": (resnet_classifier.ResNetClassifier, resnet_classifier.ResNetClassifierConfig),
     "detr": (detr.Detr, detr.DetrConfig),
 }
@@ -23,6 +24,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         ("vit", vit.VARIANTS),
         ("mlp_mixer", mlp_mixer.VARIANTS),
         ("resnetv2", resnetv2.VARIANTS),
+        ("efficientnet", efficientnet.VARIANTS),
         ("resnet", resnet_classifier.VARIANTS),
         ("detr", detr.VARIANTS),
     )

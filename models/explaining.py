@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitrine.models.attention import attention_rollout
 from vitrine.models.detr import Detr
+from vitrine.models.efficientnet import EfficientNet
 from vitrine.models.resnet_classifier import ResNetClassifier
 from vitrine.models.resnetv2 import ResNetV2
 from vitrine.models.serving import Channels, ServedClassifier, ServedDetector
@@ -50,7 +51,7 @@ class ExplainedViT(ServedClassifier):
 
 
 class ExplainedConvNet(ServedClassifier):
-    """A ResNet or BiT with its class activation maps."""
+    """A ResNet, BiT or EfficientNet with its class activation maps."""
 
     output_names = ("probabilities", "activation")
 
@@ -60,7 +61,7 @@ class ExplainedConvNet(ServedClassifier):
         Returns:
             probabilities [B, K]; activation [B, K, h, w]: the sum over the cells and the head's bias are the logit.
         """
-        network = cast(ResNetV2 | ResNetClassifier, self.network)
+        network = cast(ResNetV2 | ResNetClassifier | EfficientNet, self.network)
         features = network.features(self.normalise(pixels))  # [B, C, h, w]
         logits = network.head(features.mean(dim=(2, 3)))
         height, width = features.shape[-2:]
@@ -100,7 +101,7 @@ def explained(
     """Wrap a network as `models.serving.served` does, with explanations; return None if the network offers none."""
     if isinstance(network, ViT):
         return ExplainedViT(network, mean, std, temperature)
-    if isinstance(network, ResNetV2 | ResNetClassifier):
+    if isinstance(network, ResNetV2 | ResNetClassifier | EfficientNet):
         return ExplainedConvNet(network, mean, std, temperature)
     if isinstance(network, Detr) and network.config.encoder_layers > 0:
         return ExplainedDetector(network, mean, std)

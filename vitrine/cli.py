@@ -145,10 +145,24 @@ def crop_data(
     typer.echo(f"{count:,} objects of {len(data):,} images: {out}")
 
 
+def _print_catalogue(wanted: bool) -> None:
+    if wanted:
+        from vitrine.models.published.catalogue import CATALOGUE
+
+        for weights in CATALOGUE.values():
+            typer.echo(f"{weights.name:<18}  {weights.licence:<10}  {weights.result:<46}  {weights.source}")
+        raise typer.Exit
+
+
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="Published weights: safetensors, .pth, .bin, .npz, or a folder.")],
-    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    weights: Annotated[
+        str,
+        typer.Argument(
+            help="A name in --list, hf:OWNER/NAME, timm:NAME or https://...; or a path: "
+            "safetensors, .pth, .bin, .npz, a folder."
+        ),
+    ],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     variant: Annotated[
         str | None, typer.Option(help="Variant, if the file does not determine it: detr_resnet50_dc5, ...")
@@ -157,13 +171,19 @@ def import_(
     reset_head: Annotated[
         bool, typer.Option("--reset-head", help="Initialise a new, untrained head for --labels.")
     ] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/ and the weights' name).")] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", callback=_print_catalogue, is_eager=True, help="List the names, and exit.")
+    ] = False,
 ) -> None:
     """Turn published weights into a run; KEY=VALUE overrides a setting (image_size=384, preprocessing.crop_pct=1)."""
+    from vitrine.models.published.catalogue import find_weights
     from vitrine.models.published.importing import import_weights
 
-    imported = import_weights(
-        checkpoint, out, variant=variant, labels=labels, reset_head=reset_head, changes=settings or []
-    )
+    name, path, options = find_weights(weights)
+    out = out or Path("runs") / name
+    variant = variant or options.get("variant")
+    imported = import_weights(path, out, variant=variant, labels=labels, reset_head=reset_head, changes=settings or [])
     for note in imported.notes:
         typer.echo(f"  {note}")
     made = imported.checkpoint

@@ -38,6 +38,12 @@ class UnsupportedNetworkError(WeightsError):
         super().__init__(f"{file}: found {network}, which is not supported (key {key})")
 
 
+class UnavailableWeightsError(WeightsError):
+    """Published weights are not installed, cannot be downloaded, or are not those that were published."""
+
+    code = "weights_unavailable"
+
+
 class MismatchError(WeightsError):
     """The file's tensors do not match the network."""
 

@@ -205,7 +205,7 @@ def _match_image_size(layout: Layout, settings: Settings, preprocessing: Classif
     found = preprocessing.input_size
     if input_size(settings) == found:
         return settings
-    if layout.architecture == "resnetv2":  # accepts any size: use the published one
+    if layout.architecture in ("efficientnet", "resnetv2"):  # accept any size: use the published one
         return {**settings, "image_size": found[0] if found[0] == found[1] else found}
     raise ImportSettingError(
         f"preprocessing: input_size: expected the network's {input_size(settings)}, found {found}; "
@@ -229,7 +229,8 @@ def _weights(
     state = _build(layout, settings, len(labels)).state_dict()
     if layout is detr.RESNET:
         new = [name for name in state if not name.startswith("backbone.")]
-    weights = convert(layout, tensors, state, file=file, skip=new)
+    counters = {name: torch.zeros((), dtype=torch.int64) for name in state if name.endswith("num_batches_tracked")}
+    weights = convert(layout, tensors, state, file=file, skip=[*new, *counters]) | counters
     if new:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # importing is reproducible

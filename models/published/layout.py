@@ -84,6 +84,7 @@ class Layout:
         rules: for every tensor of our network.
         settings: infers the network's settings from the shapes in the file and the published `config.json`.
         preprocessing: the family's published defaults, except those that follow from the network's settings.
+        crop_border: pixels by which the resized image is larger than the crop; None: `crop_pct` says so.
         prefixes: possible prefixes of all keys, each with patterns of the keys outside the network that have none.
         aliases: pattern and replacement, from alternative names to those in the rules.
         ignored: patterns of keys that the network does not need.
@@ -99,6 +100,7 @@ class Layout:
     rules: tuple[Rule, ...]
     settings: Callable[[Tensors, Mapping[str, Any]], Settings]
     preprocessing: Mapping[str, Any]
+    crop_border: int | None = None
     head: tuple[str, str] = ("head.weight", "head.bias")
     prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict.fromkeys(_TORCH_PREFIXES, ()))
     aliases: tuple[tuple[str, str], ...] = ()

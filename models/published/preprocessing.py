@@ -107,7 +107,10 @@ def find_preprocessing(layout: Layout, published: Published, settings: Settings)
     fields = dict(layout.preprocessing)
     if layout.architecture != "detr":
         fields["input_size"] = input_size(settings)
-        if max(fields["input_size"]) > _FULL_CROP_ABOVE:
+        if layout.crop_border is not None:
+            edge = min(fields["input_size"])
+            fields["crop_pct"] = edge / (edge + layout.crop_border)
+        elif max(fields["input_size"]) > _FULL_CROP_ABOVE:
             fields["crop_pct"] = 1.0
     return fields, f"the published default of {layout.name}, because the file has none"
 

@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
-from vitrine.models.published import detr, mlp_mixer, resnetv2, vit
+from vitrine.models.published import detr, efficientnet, mlp_mixer, resnetv2, vit
 from vitrine.models.published.errors import UnknownLayoutError, UnsupportedNetworkError
 from vitrine.models.published.files import Tensors
 from vitrine.models.published.layout import Layout
 
-LAYOUTS = (*vit.LAYOUTS, *mlp_mixer.LAYOUTS, *resnetv2.LAYOUTS, *detr.LAYOUTS)
+LAYOUTS = (*vit.LAYOUTS, *mlp_mixer.LAYOUTS, *resnetv2.LAYOUTS, *efficientnet.LAYOUTS, *detr.LAYOUTS)
 
 # Networks that share most of their keys with a supported one, but compute something else.
 UNSUPPORTED_NETWORKS = (
@@ -23,6 +23,7 @@ UNSUPPORTED_NETWORKS = (
     (r"(^|\.)fc_norm\.", "a ViT that averages its patches with an unused class token (as MAE's fine-tuned ones)"),
     (r"\.ls1\.|\.gamma_1$|lambda1$", "a ViT with layer scale (as DINOv2 and DeiT III)"),
     (r"register_tokens|reg_token", "a ViT with register tokens"),
+    (r"\._se_reduce\.|\.se\.conv_reduce\.", "an EfficientNet with squeeze-and-excitation (B0 to B8)"),
     (r"(^|\.)visual\.|^vision_model\.", "the image tower of CLIP"),
     (r"(^|\.)norm_pre\.|\.q_norm\.|(^|\.)rope", "a ViT with further norms or rotary positions"),
     (r"^stages\.\d+\.blocks\.\d+\.norm1\.running_mean", "a ResNetV2 with batch norm"),

@@ -29,6 +29,7 @@ VIT = {"image_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_head
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT with a class token": ("vit", VIT),
     "BiT": ("resnetv2", {"image_size": 32, "layers": (1, 1), "width_factor": 0.5, "stem": "small"}),
+    "EfficientNet": ("efficientnet", {"image_size": 32, "width_factor": 0.25, "depth_factor": 0.5}),
     "ResNet": ("resnet", {"image_size": 32, "layers": (1, 1), "width": 16}),
 }
 BUNDLES = "colours", "squares"  # a trained ViT with average pooling, and a trained DETR

@@ -40,6 +40,7 @@ NETWORKS: dict[str, tuple[str, dict[str, object], tuple[int, int]]] = {
         {**TINY_VIT, "image_size": (32, 64), "norm": "post", "representation_size": 16, "gelu": "tanh"},
         (32, 64),
     ),
+    "EfficientNet": ("efficientnet", {"image_size": (33, 64), "width_factor": 0.25, "depth_factor": 0.5}, (33, 64)),
     "ResNet": ("resnet", {"image_size": 32, "layers": (1, 1), "width": 8}, (32, 32)),
     "DETR with query boxes": (
         "detr",
@@ -87,6 +88,9 @@ def make_module(name: str) -> tuple[ServedClassifier | ServedDetector, tuple[int
     for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_var.fill_(0.1)
     return served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).eval(), size
 
 
@@ -129,8 +133,9 @@ def test_padded_batch_equals_single_images(name: str, batch: int, exported: Call
             np.testing.assert_array_equal(b[i], c[i])
 
 
-def test_batch_norm_is_folded(exported: Callable[[str], Exported], tmp_path: Path) -> None:
-    module, file, size = exported("ResNet")
+@pytest.mark.parametrize("name", ["ResNet", "EfficientNet"])
+def test_batch_norm_is_folded(name: str, exported: Callable[[str], Exported], tmp_path: Path) -> None:
+    module, file, size = exported(name)
     export_graph(module, size, tmp_path / "traced.onnx", optimised=False)
     folded, traced = (
         {node.op_type for node in onnx.load(path).graph.node} for path in (file, tmp_path / "traced.onnx")

@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from vitrine.models import detr, mlp_mixer, resnet_classifier, resnetv2, vit
+from vitrine.models import detr, efficientnet, mlp_mixer, resnet_classifier, resnetv2, vit
 from vitrine.models.build import ARCHITECTURES, VARIANTS, build_model, setting_names
 
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
     "mlp_mixer": {"image_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1},
     "resnetv2": {"image_size": 8, "layers": [1], "width_factor": 0.5, "stem": "small"},
+    "efficientnet": {"image_size": 32, "width_factor": 0.2, "depth_factor": 0.5},
     "resnet": {"image_size": 8, "layers": [1], "width": 8},
     "detr": {"embed_dim": 16, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1, "backbone_layers": [1, 1]},
 }
@@ -65,7 +66,7 @@ def test_every_variant_builds_from_settings_as_a_checkpoint_holds_them(name: str
 
 
 def test_no_two_variants_share_a_name() -> None:
-    modules = (vit, mlp_mixer, resnetv2, resnet_classifier, detr)
+    modules = (vit, mlp_mixer, resnetv2, efficientnet, resnet_classifier, detr)
     assert len(VARIANTS) == sum(len(module.VARIANTS) for module in modules)
 
 

@@ -26,6 +26,7 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ViT with a class token": ("vit", VIT),
     "ViT with an average": ("vit", {**VIT, "global_pool": "avg"}),
     "BiT": ("resnetv2", {"image_size": (16, 24), "layers": (1, 1), "width_factor": 0.5, "stem": "small"}),
+    "EfficientNet": ("efficientnet", {"image_size": (16, 24), "width_factor": 0.25, "depth_factor": 0.5}),
     "ResNet": ("resnet", {"image_size": (16, 24), "layers": (1, 1), "width": 8}),
 }
 DETECTORS = {"learned": DETR, "boxes": {**DETR, "queries": "boxes"}}
@@ -39,6 +40,9 @@ def make_network(architecture: str, settings: dict[str, Any]) -> torch.nn.Module
     for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var.fill_(0.1)
     return network
 
 

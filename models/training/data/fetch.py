@@ -7,14 +7,10 @@ OUT/                the data set, created once it is complete; SOURCE.txt names 
 import csv
 import errno
 import gzip
-import hashlib
-import http.client
 import io
 import os
 import shutil
 import tarfile
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +22,12 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
+from vitrine.models.download import Checksum, DownloadError, download
 from vitrine.models.training.data.classification_layouts import write_packed
 from vitrine.models.training.errors import DataError
 
 _SOURCE_FILE = "SOURCE.txt"
-_TIMEOUT = 30  # seconds without data
-_BLOCK = 2**20  # bytes read at a time
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,10 @@ def fetch(source: Source, out: Path, *, show: bool = True) -> bool:
     work = out.parent / f".{out.name}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
-        files = [_download(archive, work / archive.name, show) for archive in source.archives]
+        files = [
+            download(archive.url, work / archive.name, Checksum("md5", archive.md5), show=show)
+            for archive in source.archives
+        ]
         unpacked = work / "unpacked"
         shutil.rmtree(unpacked, ignore_errors=True)
         unpacked.mkdir()
@@ -93,6 +90,8 @@ def fetch(source: Source, out: Path, *, show: bool = True) -> bool:
         (data / _SOURCE_FILE).write_text(source.description)
         os.replace(data, out)
         shutil.rmtree(work)
+    except DownloadError as error:
+        raise DataError(str(error)) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(f"{work}: the disk is full; make room and fetch again: the download resumes") from error
@@ -100,62 +99,6 @@ def fetch(source: Source, out: Path, *, show: bool = True) -> bool:
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
         raise DataError(f"{source.name}: expected its archives as they are known, found: {error}") from error
     return True
-
-
-def _download(archive: Archive, file: Path, show: bool) -> Path:
-    """Download an archive; retry as long as each attempt makes progress."""
-    if file.exists():
-        return file
-    part = file.with_name(f"{file.name}.part")
-    with tqdm(desc=archive.name, unit="B", unit_scale=True, leave=False, disable=None if show else True) as bar:
-        before = -1
-        while not _receive(archive.url, part, bar):
-            if part.stat().st_size <= before:
-                raise DataError(f"{archive.url}: the connection broke; fetch again: the download resumes")
-            before = part.stat().st_size
-    with part.open("rb") as content:
-        found = hashlib.file_digest(content, "md5").hexdigest()
-    if found != archive.md5:
-        part.unlink()
-        raise DataError(f"{archive.url}: expected the MD5 checksum {archive.md5}, found {found}; the file was removed")
-    return part.replace(file)
-
-
-def _receive(url: str, part: Path, bar: "tqdm[None]") -> bool:
-    """Append the missing bytes of a file; return whether it is complete."""
-    received = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(
-        url, headers={"User-Agent": "vitrine", **({"Range": f"bytes={received}-"} if received else {})}
-    )
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and received:
-            return True
-        raise DataError(f"{url}: expected a file, the server answers {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        cause = getattr(reason, "strerror", None) or reason
-        raise DataError(f"{urlsplit(url).netloc} cannot be reached: {cause}; is this computer online?") from error
-    if response.status != http.client.PARTIAL_CONTENT:
-        received = 0
-    with response, part.open("ab" if received else "wb") as file:
-        length = response.headers.get("Content-Length")
-        total = None if length is None else received + int(length)
-        if total is not None and total - received > shutil.disk_usage(part.parent).free:
-            raise OSError(errno.ENOSPC, "the disk is full")
-        bar.total, bar.n = total, received
-        while True:
-            try:
-                block = response.read(_BLOCK)
-            except (OSError, http.client.HTTPException):
-                return False
-            if not block:
-                return total is None or received == total
-            file.write(block)
-            file.flush()
-            received += len(block)
-            bar.update(len(block))
 
 
 def _unpack(files: Sequence[Path], folder: Path, root: str = "") -> Path:

@@ -1,0 +1,174 @@
+"""EfficientNet-Lite, the pretrained ConvNet that other networks start from.
+
+Tan & Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", table 1 and eq. 3; its blocks
+are the inverted residuals of Sandler et al. 2018, "MobileNetV2", fig. 4. The Lite networks of the same authors (2020)
+have ReLU6 instead of Swish, no squeeze-and-excitation, and a stem, a head and outer stages that are not scaled.
+
+Shapes: B batch, C channels, H x W pixels, h x w cells, K classes.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrine.models.transformer import DropPath
+
+_NORM_EPS, _NORM_MOMENTUM = 1e-3, 0.01  # of the authors' code, in PyTorch's terms
+_CHANNELS_MULTIPLE = 8  # channels are rounded to it
+_STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
+
+
+class Stage(NamedTuple):
+    """Equal blocks, of which the first has the stride."""
+
+    expansion: int
+    kernel: int
+    stride: int
+    channels: int
+    blocks: int
+
+
+# Table 1 of the paper, stages 2 to 8.
+_STAGES = (
+    Stage(1, 3, 1, 16, 1),
+    Stage(6, 3, 2, 24, 2),
+    Stage(6, 5, 2, 40, 2),
+    Stage(6, 3, 2, 80, 3),
+    Stage(6, 5, 1, 112, 3),
+    Stage(6, 5, 2, 192, 4),
+    Stage(6, 3, 1, 320, 1),
+)
+
+
+@dataclass(frozen=True)
+class EfficientNetConfig:
+    """Configuration of an EfficientNet-Lite: factors of the channels and of the number of blocks (eq. 3)."""
+
+    num_classes: int
+    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; the network accepts any size
+    width_factor: float = 1.0
+    depth_factor: float = 1.0
+    dropout: float = 0.0  # of the averaged features
+    drop_path: float = 0.0  # of the last block; it grows linearly from 0
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The scaled stages."""
+        last = len(_STAGES) - 1
+        return tuple(
+            stage._replace(
+                channels=_scale_channels(stage.channels, self.width_factor),
+                blocks=stage.blocks if index in (0, last) else math.ceil(stage.blocks * self.depth_factor),
+            )
+            for index, stage in enumerate(_STAGES)
+        )
+
+
+# The authors' factors and resolutions.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "efficientnet_lite0": {"image_size": 224, "width_factor": 1.0, "depth_factor": 1.0},
+    "efficientnet_lite1": {"image_size": 240, "width_factor": 1.0, "depth_factor": 1.1},
+    "efficientnet_lite2": {"image_size": 260, "width_factor": 1.1, "depth_factor": 1.2},
+    "efficientnet_lite3": {"image_size": 280, "width_factor": 1.2, "depth_factor": 1.4},
+    "efficientnet_lite4": {"image_size": 300, "width_factor": 1.4, "depth_factor": 1.8},
+}
+
+
+def _scale_channels(channels: int, factor: float) -> int:
+    """Return the nearest multiple of eight, but at least nine tenths of the product (as in the authors' code)."""
+    scaled = channels * factor
+    rounded = max(_CHANNELS_MULTIPLE, int(scaled + _CHANNELS_MULTIPLE / 2) // _CHANNELS_MULTIPLE * _CHANNELS_MULTIPLE)
+    return rounded if rounded >= 0.9 * scaled else rounded + _CHANNELS_MULTIPLE
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution without bias, padded as by TensorFlow's "SAME": of an odd number of zeros, the last is behind."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C_in, h, w] -> [B, C_out, h / stride, w / stride] (rounded up)."""
+        if self.stride != (1, 1):  # 2: an even edge has a cell less in front
+            height, width = x.shape[-2:]
+            behind = self.kernel_size[0] // 2
+            x = F.pad(x, (behind - 1 + width % 2, behind, behind - 1 + height % 2, behind))
+        return super().forward(x)
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution, batch norm, and ReLU6 unless it is a linear one."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 1,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = SameConv2d(in_channels, out_channels, kernel, stride, groups)
+        self.norm = nn.BatchNorm2d(out_channels, eps=_NORM_EPS, momentum=_NORM_MOMENTUM)
+        self.act = nn.Identity() if linear else nn.ReLU6()
+
+
+class MBConv(nn.Module):
+    """An inverted residual: 1x1 to expand, depthwise k x k with the stride, 1x1 to project, without an activation."""
+
+    def __init__(self, in_channels: int, stage: Stage, stride: int, drop_path: float) -> None:
+        super().__init__()
+        channels = in_channels * stage.expansion
+        self.expand = ConvNorm(in_channels, channels) if stage.expansion > 1 else nn.Identity()
+        self.depthwise = ConvNorm(channels, channels, stage.kernel, stride, groups=channels)
+        self.project = ConvNorm(channels, stage.channels, linear=True)
+        self.drop_path = DropPath(drop_path)
+        self.residual = stride == 1 and in_channels == stage.channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, h, w] -> [B, channels, h / stride, w / stride] (rounded up)."""
+        out: Tensor = self.project(self.depthwise(self.expand(x)))
+        return x + self.drop_path(out) if self.residual else out
+
+
+class EfficientNet(nn.Module):
+    """Image to class logits: stem, stages of inverted residuals, 1x1 convolution, global average, linear head."""
+
+    def __init__(self, config: EfficientNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = ConvNorm(3, _STEM_CHANNELS, 3, 2)
+        self.blocks = nn.ModuleList()
+        channels, depth = _STEM_CHANNELS, sum(stage.blocks for stage in config.stages)
+        for stage in config.stages:
+            for i in range(stage.blocks):
+                rate = config.drop_path * len(self.blocks) / max(1, depth - 1)
+                self.blocks.append(MBConv(channels, stage, stage.stride if i == 0 else 1, rate))
+                channels = stage.channels
+        self.neck = ConvNorm(channels, _HEAD_CHANNELS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(_HEAD_CHANNELS, config.num_classes)
+        for module in self.modules():
+            if isinstance(module, SameConv2d):  # of each group, unlike PyTorch's own function
+                fan_out = module.kernel_size[0] ** 2 * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> logits [B, K]."""
+        logits: Tensor = self.head(self.dropout(self.features(x).mean(dim=(2, 3))))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> features before global average pooling [B, 1280, h, w]."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        features: Tensor = self.neck(x)
+        return features
