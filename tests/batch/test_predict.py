@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +414,9 @@ def test_ctrl_c_reports_how_to_resume(tiny_bundles: Path, photos: Path, tmp_path
     os.mkfifo(pipe)
     bundle = tiny_bundles / "colours" / "1"
     command = [sys.executable, "-m", "vitrine", "predict", *map(str, (bundle, photos, pipe, "--out", out))]
-    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
+    # Processes that a shell starts in the background, and those that they start, ignore it.
+    obey = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=obey)
     writer = os.open(pipe, os.O_WRONLY)
     while (tmp_path / "r.csv.partial").read_bytes().count(b"\n") < 11:
         assert process.poll() is None

@@ -90,7 +90,7 @@ def make_module(name: str) -> tuple[ServedClassifier | ServedDetector, tuple[int
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
     for part in network.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
-            part.running_var.fill_(0.1)
+            part.running_var.fill_(0.3)
     return served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).eval(), size
 
 

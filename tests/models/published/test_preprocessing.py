@@ -274,6 +274,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Google's BiT (.npz)": {"crop_mode": "squash", "mean": HALF},
     "timm's BiT (resnetv2_*_bit)": {"mean": HALF},
     "Hugging Face's BiT": {"interpolation": "bicubic", "mean": HALF},
+    "EfficientNet-Lite of efficientnet_lite_pytorch": {
+        "crop_pct": 0.875,
+        "mean": [127 / 255] * 3,
+        "std": [128 / 255] * 3,
+    },
     "facebookresearch's DETR": {"shortest_edge": 800, "longest_edge": 1333, "mean": [0.485, 0.456, 0.406]},
     "Hugging Face's DETR": {"shortest_edge": 800, "longest_edge": 1333, "std": [0.229, 0.224, 0.225]},
     "torchvision's or timm's ResNet (the backbone of a new DETR)": {"shortest_edge": 800, "longest_edge": 1333},

@@ -73,6 +73,8 @@ NEIGHBOURS = {
     "CLIP by timm": ("further norms", ("norm_pre.weight", "norm_pre.bias", *VIT_KEYS)),
     "ViT-22B's norms": ("further norms", ("blocks.0.attn.q_norm.weight", *VIT_KEYS)),
     "DINOv3": ("rotary positions", ("rope_embed.periods", *VIT_KEYS)),
+    "Google's EfficientNet-B0": ("squeeze-and-excitation", ("_conv_stem.weight", "_blocks.0._se_reduce.weight")),
+    "timm's EfficientNet-B0": ("squeeze-and-excitation", ("conv_stem.weight", "blocks.0.0.se.conv_reduce.weight")),
     "ResNetV2 with batch norm": (
         "a ResNetV2 with batch norm",
         ("stages.0.blocks.0.norm1.running_mean", "stem.conv.weight", "stages.0.blocks.0.norm1.weight", "norm.weight"),
