@@ -711,3 +711,14 @@ def test_an_encoded_image_tells_its_size_before_it_is_decoded() -> None:
     assert png.pixels == 64 * 48
     assert 0 < jpeg.decode_seconds < png.decode_seconds < 0.001
     assert png.decode().image.tobytes() == image.tobytes()
+
+
+def test_the_time_for_decoding_grows_with_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitrine.bundle.images._BASE_SECONDS", 0.1)
+    size = 2_000, 1_000
+    data = encode(Image.new("P", size), "BMP")
+    start, header = int.from_bytes(data[10:14], "little"), bytearray(data)
+    header[30] = 1  # run lengths, which Pillow decodes in Python
+    body = bytes(header[:start]) + b"\1\0" * (size[0] * size[1])
+    with pytest.raises(ImageTooLargeError, match=r"0\.3 seconds of decoding"):
+        EncodedImage(body).decode()

@@ -158,18 +158,6 @@ def test_loading_and_unloading_are_disabled_by_default(server: str) -> None:
         }
 
 
-def test_livez_reports_a_stuck_thread(serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]) -> None:
-    with serve(slow_bundle, VITRINE_STUCK_SECONDS="0.3") as (url, *_):
-        assert httpx.get(f"{url}/livez").status_code == 200
-        thread = threading.Thread(target=lambda: httpx.post(f"{url}/classify", content=bright(255), timeout=60))
-        thread.start()
-        wait_until(lambda: httpx.get(f"{url}/livez").status_code == 503)
-        for path in ("/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"):
-            assert httpx.get(url + path).status_code == 503
-        thread.join()
-        wait_until(lambda: httpx.get(f"{url}/livez").status_code == 200)
-
-
 def load(control: ModelControl, name: str, seconds: float = DEADLINE) -> None:
     asyncio.run(control.load(name, seconds=seconds))
 

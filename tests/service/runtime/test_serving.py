@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, suppress
@@ -90,6 +91,18 @@ def test_a_request_that_would_wait_too_long_is_refused_before_its_body_is_read(
         assert "overloaded" in response
         for connection in connections:
             connection.close()
+
+
+def test_livez_reports_a_stuck_thread(serve: Serving, slow_bundle: Path, bright: Callable[[int], bytes]) -> None:
+    with serve(slow_bundle, VITRINE_STUCK_SECONDS="0.3") as (url, *_):
+        assert httpx.get(f"{url}/livez").status_code == 200
+        thread = threading.Thread(target=lambda: httpx.post(f"{url}/classify", content=bright(255), timeout=60))
+        thread.start()
+        wait_until(lambda: httpx.get(f"{url}/livez").status_code == 503)
+        for path in ("/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"):
+            assert httpx.get(url + path).status_code == 503
+        thread.join()
+        wait_until(lambda: httpx.get(f"{url}/livez").status_code == 200)
 
 
 def test_a_stopped_server_leaves_no_files(
