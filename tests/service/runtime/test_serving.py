@@ -162,7 +162,7 @@ def test_a_request_ends_at_its_deadline(seconds: float) -> None:
     start = time.monotonic()
     with pytest.raises(TimeoutError):
         within_deadline(forever, seconds)
-    assert time.monotonic() - start >= seconds
+    assert seconds <= time.monotonic() - start < 20  # later, it was that of `within_deadline`
 
 
 @pytest.mark.parametrize("seconds", [0.1, 60])

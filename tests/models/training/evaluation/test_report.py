@@ -196,3 +196,30 @@ def test_the_command(detector_run: Path, tmp_path: Path, run_vitrine: Callable[.
     out = tmp_path / "report.html"
     assert f"report: {out}" in run_vitrine("report", detector_run, "--out", out, "--split", "test")
     assert out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "duration", "per_epoch"),
+    [(80.0, "80 s", "20 s"), (480.0, "8 min", "2 min"), (7200.0, "2.0 h", "30 min")],
+)
+def test_the_facts_of_a_run(
+    seconds: float, duration: str, per_epoch: str, classifier_run: Path, colours: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(classifier_run)
+    assert checkpoint.progress is not None
+    progress = replace(checkpoint.progress, epoch=4, seconds=seconds)
+    for temperature, shown in ((1.0, "1 (not calibrated)"), (1.25, "1.25")):
+        run = tmp_path / str(temperature)
+        run.mkdir()
+        save_checkpoint(replace(checkpoint, progress=progress, temperature=temperature), run)
+        lines = [{**FIRST, "epoch": i + 1, "images_per_second": rate} for i, rate in enumerate((90.0, 1e6, 110.0))]
+        (run / METRICS_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        text = " ".join(Page(write_report(run, data_path=colours, split="test")).text.split())
+        for fact in (
+            f"Epochs 4 of {progress.recipe['epochs']}",
+            f"Training time {duration}",
+            f"Time per epoch {per_epoch}",
+            "Training speed 110 images/s",
+            f"Temperature {shown}",
+        ):
+            assert fact in text
