@@ -21,6 +21,7 @@ from PIL import AvifImagePlugin, Image, features
 
 from vitrine.bundle import headers
 from vitrine.bundle.errors import ImageTooLargeError, UndecodableImageError, UnsupportedImageError
+from vitrine.bundle.machine import let_others_run
 from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Interpolation, Preprocessing
 
 MAX_PIXELS = 50_000_000  # 50 megapixels
@@ -40,8 +41,7 @@ _TIMED_FORMATS = ("PNG", "GIF", "BMP", "TIFF")
 _BASE_SECONDS = 2.0
 _SECONDS_PER_PIXEL = 80e-9
 _UNCHECKED_BYTES, _UNCHECKED_READS = 4096, 32  # the clock is only read after so many, as that takes longer than a read
-_READS_BETWEEN_PAUSES = 1_024  # about a millisecond
-_PAUSE_SECONDS = 1e-4
+_READS_BETWEEN_TURNS = 1_024  # about a millisecond
 
 # Seconds per pixel to decode an image for a network, on average; a JPEG is decoded at a reduced size.
 _JPEG_SECONDS, _OTHER_SECONDS = 5e-9, 25e-9
@@ -184,8 +184,7 @@ def _image_errors(max_pixels: int) -> Iterator[None]:
 class _TimedSource(io.BytesIO):
     """An encoded image whose reading fails once its thread has used its CPU time for decoding.
 
-    Formats that Pillow decodes in Python are read in small pieces. Then the thread sleeps for a moment now and then,
-    so that others, such as an event loop, do not wait for Python's lock behind several such threads.
+    Formats that Pillow decodes in Python are read in small pieces, between which other threads may run.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -199,8 +198,8 @@ class _TimedSource(io.BytesIO):
 
     def read(self, size: int | None = -1) -> bytes:
         self._reads += 1
-        if self._reads % _READS_BETWEEN_PAUSES == 0:
-            time.sleep(_PAUSE_SECONDS)
+        if self._reads % _READS_BETWEEN_TURNS == 0:
+            let_others_run()
         is_due = size is None or size > _UNCHECKED_BYTES or self._reads % _UNCHECKED_READS == 0
         if is_due and time.thread_time() - self._start > self._seconds:
             raise ImageTooLargeError(limit=f"{self._seconds:.1f}", unit="seconds of decoding", found="more")

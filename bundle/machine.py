@@ -8,12 +8,14 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+_PAUSE_SECONDS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -106,3 +108,13 @@ def release_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:
             trim(0)
+
+
+def let_others_run() -> None:
+    """Sleep for a moment, so that other threads, such as an event loop, get Python's lock.
+
+    For loops in Python, or with NumPy on small arrays, about once per millisecond. NumPy gives the lock back for
+    microseconds: a thread that waits for it is awake too late and, as the lock has been free, does not insist on it
+    either. It would wait for half a second. Behind several loops in Python, it would wait for each of them in turn.
+    """
+    time.sleep(_PAUSE_SECONDS)

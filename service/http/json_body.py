@@ -4,14 +4,11 @@
 even from another thread, and take 40 times their size. What makes an honest document large is taken out of it first, in
 slices: long lists of numbers become arrays (`Numbers`), and long texts stay bytes (`LongText`).
 
-Between slices the thread sleeps for a moment. NumPy gives the lock back several times per slice, but takes it again
-before a thread that waits for it is awake. As the lock has been free, that thread does not insist either, and would
-wait for half a second.
+Between slices others may run.
 """
 
 import re
 import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +18,10 @@ import orjson
 from numpy.typing import NDArray
 
 from vitrine.bundle.errors import ParameterError
+from vitrine.bundle.machine import let_others_run
 
 SMALL = 64 * 1024  # bytes; documents up to this size are parsed as a whole
 _SLICE = 64 * 1024  # bytes that are parsed at once, in about a millisecond
-_PAUSE_SECONDS = 1e-4
 _WINDOW = 4096  # bytes
 _MAX_SKELETON = 1024 * 1024  # bytes of a document besides long lists of numbers and long texts
 _MAX_DEPTH = 8  # of nested lists of numbers
@@ -202,7 +199,7 @@ def _numbers(document: bytes, start: int, stop: int) -> Numbers | None:
         arrays.append(array)
         integers = integers and whole
         position = end + 1
-        time.sleep(_PAUSE_SECONDS)
+        let_others_run()
     return Numbers(np.concatenate(arrays), integers)
 
 
@@ -231,10 +228,10 @@ def _is_regular(structure: bytes) -> bool:
         start -= 1
         end = structure.find(b"]" * level, end - 1) + level
         count, rest = divmod(end - start - 1, len(block) + 1)
-        time.sleep(_PAUSE_SECONDS)
+        let_others_run()
         if rest or structure[start + 1 : end - 1] + b"," != (block + b",") * count:
             return False
-        time.sleep(_PAUSE_SECONDS)
+        let_others_run()
         block = structure[start:end]
     return len(block) == len(structure)
 

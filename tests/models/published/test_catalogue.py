@@ -40,8 +40,7 @@ def test_every_entry_says_where_it_is_from(name: str) -> None:
     assert re.fullmatch(r"(pypi|timm|https):\S+", weights.source)
     assert weights.licence
     assert re.search(r"\d (%|AP)", weights.result)
-    assert set(weights.options) <= {"variant"}
-    assert weights.options.get("variant", "detr_resnet50") in VARIANTS
+    assert weights.variant is None or weights.variant in VARIANTS
 
 
 def test_the_catalogue_is_listed(run_vitrine: Callable[..., str]) -> None:
@@ -53,7 +52,7 @@ def test_the_catalogue_is_listed(run_vitrine: Callable[..., str]) -> None:
 def test_paths_stay_paths(tmp_path: Path) -> None:
     file = tmp_path / "mine.pth"
     file.touch()
-    assert find_weights(str(file)) == ("mine", file, {})
+    assert find_weights(str(file)) == ("mine", file, None)
     assert find_weights(str(tmp_path / "missing.pth"))[:2] == ("missing", tmp_path / "missing.pth")
 
 
