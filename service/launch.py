@@ -13,6 +13,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import vitrine
 from vitrine.bundle.errors import VitrineError
@@ -27,6 +28,8 @@ from vitrine.service.settings import Settings, SettingsError
 WORKING_DIRECTORY = "_VITRINE_WORKING_DIRECTORY"
 _SHARED = "_VITRINE_SHARED"
 _GRACE_SECONDS = 5  # for requests in work at shutdown, beyond their own deadline; then they are cancelled
+_LONGEST_ENDPOINT = len("ipc://") + 107  # unix(7)
+_CHECK_SECONDS = 10  # between looks whether the workers live, as in BentoML
 
 _GET_BUNDLES = "`pip install vitrine-bundles` installs some, `vitrine export` writes one"
 
@@ -117,6 +120,24 @@ def check_bundles(settings: Settings) -> list[Identity]:
     return manifests
 
 
+def keep_control_private() -> None:
+    """Let BentoML's arbiter, which starts the workers, be controlled by sockets that only this user can reach.
+
+    BentoML picks two TCP ports and frees them until the arbiter binds them: another process may take one meanwhile,
+    which ends the server with a traceback, and any user of the machine can stop the server through them.
+    """
+    circus: Any = importlib.import_module("bentoml._internal.utils.circus")
+    endpoints = [f"ipc://{shared_folder() / name}" for name in ("control", "events")]
+    if any(len(os.fsencode(endpoint)) > _LONGEST_ENDPOINT for endpoint in endpoints):
+        endpoints = ["tcp://127.0.0.1:*"] * 2  # ports that are chosen when they are bound
+
+    def create(watchers: list[Any], *, threaded: bool = False, **options: Any) -> Any:
+        kind = circus.ThreadedArbiter if threaded else circus.Arbiter
+        return kind(watchers, *endpoints, check_delay=_CHECK_SECONDS, **options)
+
+    circus.create_standalone_arbiter = create
+
+
 def run(settings: Settings, address: str) -> None:
     """Serve until a signal arrives. `address` is the numeric address of the host.
 
@@ -131,4 +152,5 @@ def run(settings: Settings, address: str) -> None:
     sys.argv = ["bentoml", "serve", "vitrine.service.service:vitrine", "--working-dir", str(Path(os.devnull).parent)]
     sys.argv += ["--host", address, "--port", str(settings.port)]
     sys.argv += ["--timeout-graceful-shutdown", str(math.ceil(settings.timeout_seconds) + _GRACE_SECONDS)]
+    keep_control_private()
     runpy.run_module("bentoml", run_name="__main__", alter_sys=True)

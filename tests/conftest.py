@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import NamedTuple
 
 import hypothesis
@@ -58,11 +59,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def find_free_ports() -> tuple[int, int]:
-    """Find two ports that nobody listens on."""
-    with socket.socket() as http, socket.socket() as grpc:
-        http.bind(("127.0.0.1", 0))
-        grpc.bind(("127.0.0.1", 0))
-        return http.getsockname()[1], grpc.getsockname()[1]
+    """Find two ports that nobody listens on, outside the range that the system takes ports of connections from."""
+    found: list[int] = []
+    for port in SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+            if len(found) == 2:
+                break
+    return found[0], found[1]
 
 
 @pytest.fixture

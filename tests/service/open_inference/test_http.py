@@ -300,8 +300,10 @@ def test_a_detectors_pixels_are_bounded_by_its_longest_edge(server: str) -> None
 
 
 def test_the_repository_is_controlled_by_the_client(serve: Serving, tiny_bundles: Path, photograph: bytes) -> None:
-    with serve(tiny_bundles, VITRINE_MODEL_CONTROL="true") as running:
-        client = triton.InferenceServerClient(running.url.removeprefix("http://"))
+    with (
+        serve(tiny_bundles, VITRINE_MODEL_CONTROL="true") as running,
+        triton.InferenceServerClient(running.url.removeprefix("http://")) as client,
+    ):
         assert [(e["name"], e["state"]) for e in client.get_model_repository_index()] == [
             ("colours", "READY"),
             ("squares", "READY"),
