@@ -134,12 +134,21 @@ class MultiHeadAttention(nn.Module):
         Returns:
             [B, N, D].
         """
-        heads = scaled_dot_product_attention(
-            split_heads(self.q_proj(query), self.num_heads),
-            split_heads(self.k_proj(key), self.num_heads),
-            split_heads(self.v_proj(value), self.num_heads),
-            bias,
-            record,
-        )
-        out: Tensor = self.out_proj(merge_heads(heads))
+        return self.attend(query, self.project(key, value), bias, record)
+
+    def project(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the heads of `key` and `value`, [B, M, D] each, that `attend` attends to, [B, H, M, d] each."""
+        return split_heads(self.k_proj(key), self.num_heads), split_heads(self.v_proj(value), self.num_heads)
+
+    def attend(
+        self,
+        query: Tensor,
+        projected: tuple[Tensor, Tensor],
+        bias: Tensor | None = None,
+        record: list[Tensor] | None = None,
+    ) -> Tensor:
+        """As `forward`, to the keys and values of `project`."""
+        heads = split_heads(self.q_proj(query), self.num_heads)
+        attended = scaled_dot_product_attention(heads, *projected, bias, record)
+        out: Tensor = self.out_proj(merge_heads(attended))
         return out

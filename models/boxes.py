@@ -16,6 +16,11 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes as xyxy, [..., 4] each, broadcast over leading axes: [...], in 0..1."""
+    return _intersection_over_union(a, b)[0]
+
+
 def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     """Generalised intersection over union (Rezatofighi et al. 2019, algorithm 1), broadcast over leading axes.
 
@@ -25,14 +30,19 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         [...], in -1..1; 0 for two boxes of zero size at the same point.
     """
+    plain, union = _intersection_over_union(a, b)
+    hull_low = torch.minimum(a[..., :2], b[..., :2])
+    hull_high = torch.maximum(a[..., 2:], b[..., 2:])
+    hull = (hull_high - hull_low).prod(dim=-1)
+    return plain - (hull - union) / hull.clamp(min=torch.finfo(hull.dtype).tiny)
+
+
+def _intersection_over_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the IoU and the area of the union."""
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., 2:], b[..., 2:])
     intersection = (high - low).clamp(min=0).prod(dim=-1)
     area_a = (a[..., 2:] - a[..., :2]).prod(dim=-1)
     area_b = (b[..., 2:] - b[..., :2]).prod(dim=-1)
     union = area_a + area_b - intersection
-    hull_low = torch.minimum(a[..., :2], b[..., :2])
-    hull_high = torch.maximum(a[..., 2:], b[..., 2:])
-    hull = (hull_high - hull_low).prod(dim=-1)
-    tiny = torch.finfo(hull.dtype).tiny
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny), union

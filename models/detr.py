@@ -2,6 +2,9 @@
 
 Backbone, transformer encoder, decoder with N object queries, a class head and a box head: no region proposals, no NMS.
 
+The backbone is a ResNet or an EfficientNet-Lite (`backbone`). With `neck="fusion"`, the decoder attends to a finer
+map, see `models.neck`.
+
 The paper's queries are learned vectors, which need hundreds of epochs to learn where to attend. With `queries="boxes"`,
 each query has a learned reference box: its sine encoding is the query's position, a Gaussian around it biases the
 cross-attention (`models.transformer.SpatialPrior`), and every decoder layer predicts an offset to it and passes the
@@ -13,21 +16,42 @@ Shapes: B batch, H x W pixels, h x w cells of the feature map, M = h w, N querie
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from vitrine.models.efficientnet import VARIANTS as EFFICIENTNETS
+from vitrine.models.efficientnet import EfficientNetBackbone, EfficientNetConfig
+from vitrine.models.neck import FusionNeck
 from vitrine.models.position import grid_points, nearest_valid_cells, sine_2d, valid_cells
 from vitrine.models.resnet import VARIANTS as RESNETS
 from vitrine.models.resnet import Norm, ResNet, ResNetConfig
 from vitrine.models.transformer import DetrDecoderBlock, DetrEncoderBlock, SpatialPrior
 
+BackboneName = Literal[
+    "resnet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "efficientnet_lite3",
+    "efficientnet_lite4",
+]
+
 
 @dataclass(frozen=True)
 class DetrConfig:
-    """Configuration of a DETR. `backbone_*` and `dilation` are the fields of `models.resnet.ResNetConfig`.
+    """Configuration of a DETR.
+
+    `backbone` is a variant of `models.resnet` or `models.efficientnet`, or "resnet" for one with the `backbone_*`
+    settings; these and `dilation` are the fields of `models.resnet.ResNetConfig`.
+    `scores` are a softmax over the classes and "no object" as in the paper, or a sigmoid for each class.
 
     `unused_classes` outputs of the class head have no label: they take part in the softmax but are never predicted
     (the gaps in COCO's category ids). `denoising` is the number of groups of noised objects restored during training.
@@ -36,7 +60,7 @@ class DetrConfig:
     num_classes: int
     unused_classes: int = 0
     num_queries: int = 100
-    queries: Literal["learned", "boxes"] = "learned"
+    queries: Literal["learned", "boxes", "selected"] = "learned"
     query_groups: int = 1
     denoising: int = 0
     embed_dim: int = 256
@@ -45,17 +69,25 @@ class DetrConfig:
     decoder_layers: int = 6
     feedforward_dim: int = 2048
     dropout: float = 0.1
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    neck: Literal["none", "fusion"] = "none"
+    backbone: BackboneName = "resnet"
     backbone_layers: tuple[int, ...] = (2, 2, 2, 2)
     backbone_width: int = 64
     backbone_block: Literal["basic", "bottleneck"] = "basic"
     backbone_norm: Norm = "batch"
     dilation: bool = False
 
-    @property
-    def backbone(self) -> ResNetConfig:
-        """Configuration of the backbone."""
-        return ResNetConfig(
-            self.backbone_layers, self.backbone_width, self.backbone_block, self.backbone_norm, self.dilation
+    def make_backbone(self) -> ResNet | EfficientNetBackbone:
+        """Return a freshly initialised backbone."""
+        if self.backbone in EFFICIENTNETS:
+            return EfficientNetBackbone(EfficientNetConfig(self.num_classes, **EFFICIENTNETS[self.backbone]))
+        if self.backbone in RESNETS:
+            return ResNet(replace(RESNETS[self.backbone], norm=self.backbone_norm, dilation=self.dilation))
+        return ResNet(
+            ResNetConfig(
+                self.backbone_layers, self.backbone_width, self.backbone_block, self.backbone_norm, self.dilation
+            )
         )
 
 
@@ -75,6 +107,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Initial logit of a sigmoid score: most queries see no object (Lin et al. 2017, "Focal Loss", sec. 3.3).
+_RARE = -math.log((1 - 0.01) / 0.01)
+# Logit of what is never chosen, and without effect on a loss.
+_NEVER = -20.0
 # Attention bias of masked queries. Finite, since in an image without objects all queries of a group are masked.
 _MASKED = -1e4
 
@@ -82,14 +118,16 @@ _MASKED = -1e4
 class SetPrediction(TypedDict):
     """Output of one decoder layer: N predictions."""
 
-    pred_logits: Tensor  # [B, N, K + 1], the last class is "no object"
+    pred_logits: Tensor  # [B, N, K + 1], the last class is "no object"; [B, N, K] for sigmoid scores
     pred_boxes: Tensor  # [B, N, 4], cxcywh, fractions of the valid region
 
 
 class DetrOutput(SetPrediction):
     """Output of the last decoder layer, with auxiliary outputs."""
 
-    grid: tuple[int, int]  # (h, w) of the feature map
+    grid: tuple[int, int]  # (h, w) of the memory
+    encoder_grid: tuple[int, int]  # (h, w) of the map that the encoder sees
+    proposals: SetPrediction | None  # of each cell of the memory, M predictions; None outside training or unselected
     aux_outputs: list[SetPrediction]  # of the layers before the last, empty outside training
     denoising: list[SetPrediction]  # of all layers, [B, G n, ...] for the G groups of `Denoising`; empty without it
 
@@ -107,8 +145,8 @@ class _Memory(NamedTuple):
     """Encoder output that the decoder attends to."""
 
     tokens: Tensor  # [B, M, D]
-    positions: Tensor  # [B, M, D]
-    cells: Tensor  # [B, M, 2], (x, y) of each token as fractions of the valid region
+    layers: list[tuple[Tensor, Tensor]]  # keys and values of each decoder layer, [B, heads, M, d] each
+    cells: Tensor  # [B, h, w, 2], (x, y) of each token as fractions of the valid region
     bias: Tensor  # [B, 1, 1, M], minus infinity at padding
 
 
@@ -141,18 +179,26 @@ class Detr(nn.Module):
         for name, minimum in (("num_queries", 1), ("query_groups", 1), ("decoder_layers", 1), ("denoising", 0)):
             if getattr(config, name) < minimum:
                 raise ValueError(f"{name}: expected at least {minimum}, found {getattr(config, name)}")
-        if config.denoising and config.queries != "boxes":
-            raise ValueError(f"denoising={config.denoising} needs queries=boxes, found queries={config.queries}")
-        self.backbone = ResNet(config.backbone)
-        self.input_proj = nn.Conv2d(self.backbone.num_features, dim, kernel_size=1)
+        if config.denoising and config.queries == "learned":
+            raise ValueError(f"denoising={config.denoising} needs queries=boxes or selected, found learned")
+        if config.queries == "selected" and config.query_groups > 1:
+            raise ValueError(f"query_groups={config.query_groups} needs queries=boxes or learned, found selected")
+        self.backbone = config.make_backbone()
+        channels = self.backbone.channels
+        if config.neck == "fusion" and len(channels) < 3:
+            raise ValueError(f"neck=fusion: expected a backbone of at least 3 stages, found {len(channels)}")
+        self.neck = FusionNeck(channels[-3:], dim) if config.neck == "fusion" else None
+        self.input_proj = nn.Conv2d(channels[-1], dim, kernel_size=1)
         shape = (dim, config.num_heads, config.feedforward_dim, config.dropout)
         self.encoder = nn.ModuleList(DetrEncoderBlock(*shape) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DetrDecoderBlock(*shape) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(dim)
         self.query_embed = nn.Embedding(config.num_queries * config.query_groups, dim)
-        self.query_boxes = QueryBoxes(config) if config.queries == "boxes" else None
-        self.class_embed = nn.Linear(dim, config.num_classes + config.unused_classes + 1)
+        self.query_boxes = None if config.queries == "learned" else QueryBoxes(config)
+        outputs = config.num_classes + config.unused_classes + (config.scores == "softmax")
+        self.class_embed = nn.Linear(dim, outputs)
         self.bbox_embed = BoxHead(dim)
+        self.proposals = Proposals(dim, outputs) if config.queries == "selected" else None
         # For comparing padded batches with public implementations: there, padding leaks into the backbone's features,
         # and the feature map's mask is sampled instead of rounded up.
         self.published_padding = False
@@ -171,6 +217,8 @@ class Detr(nn.Module):
             for parameter in part.parameters():
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
+        if self.config.scores == "sigmoid":
+            nn.init.constant_(self.class_embed.bias, _RARE)
 
     def forward(
         self,
@@ -189,38 +237,79 @@ class Detr(nn.Module):
                 decoder layer's cross-attention [B, heads, N, M].
             denoising: objects to restore; needs a network with `denoising` groups.
         """
-        config = self.config
-        features = self.input_proj(self.backbone(images, None if self.published_padding else sizes))  # [B, D, h, w]
-        grid = features.shape[-2:]
+        return self.forward_head(self.forward_features(images, sizes), sizes, images.shape[-2:], record, denoising)
+
+    def forward_features(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
+        """Return the backbone's maps that the rest of the network needs: the last, with a neck the last three.
+
+        Arguments and shapes are those of `forward` and of the backbone.
+        """
+        if isinstance(self.backbone, EfficientNetBackbone) and sizes is None:  # its convolutions see the edge's parity
+            sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), -1)
+        maps = self.backbone(images, None if self.published_padding else sizes)
+        return maps[-1:] if self.neck is None else maps[-3:]
+
+    def forward_head(
+        self,
+        maps: Sequence[Tensor],
+        sizes: Tensor | None,
+        edges: Sequence[int],
+        record: list[Tensor] | None = None,
+        denoising: Denoising | None = None,
+    ) -> DetrOutput:
+        """Detect objects, given the maps of `forward_features`, and the height and width of the padded batch."""
+        config, stride = self.config, self.backbone.strides[-1]
+        features = self.input_proj(maps[-1])  # [B, D, h, w]
+        encoder_grid = grid = features.shape[-2:]
         if sizes is None:
-            valid = features.new_ones((images.shape[0], *grid), dtype=torch.bool)  # [B, h, w]
+            valid = features.new_ones((features.shape[0], *grid), dtype=torch.bool)  # [B, h, w]
         elif self.published_padding:
-            valid = nearest_valid_cells(sizes, images.shape[-2:], grid)
+            valid = nearest_valid_cells(sizes, edges, grid)
         else:
-            valid = valid_cells(sizes, grid, config.backbone.stride)
-        cells = grid_points(valid, 1.0 if self.query_boxes is None else 0.5).flatten(1, 2)  # [B, M, 2]
-        positions = sine_2d(cells, config.embed_dim)  # [B, M, D]
-        bias = torch.zeros_like(valid, dtype=features.dtype).masked_fill(~valid, -math.inf)
-        padding_bias = bias.flatten(1)[:, None, None]  # [B, 1, 1, M]
+            valid = valid_cells(sizes, grid, stride)
+        offset = 1.0 if self.query_boxes is None else 0.5
+        cells, positions, padding_bias = self._locate(valid, offset, features.dtype)
         tokens = features.flatten(2).transpose(1, 2)  # [B, M, D]
         for encoder_block in self.encoder:
             tokens = encoder_block(tokens, positions, padding_bias, record)
-        memory = _Memory(tokens, positions, cells, padding_bias)
+        if self.neck is not None:
+            grid = maps[-2].shape[-2:]
+            if sizes is None:
+                valid = features.new_ones((features.shape[0], *grid), dtype=torch.bool)
+            else:
+                valid = valid_cells(sizes, grid, self.backbone.strides[-2])
+            tokens = self.neck(maps, tokens, valid)
+            cells, positions, padding_bias = self._locate(valid, offset, features.dtype)
+        projected = [block.project_memory(tokens, positions) for block in self.decoder]  # type: ignore[operator]
+        memory = _Memory(tokens, projected, cells, padding_bias)
 
         groups = config.query_groups if self.training else 1
         count = config.num_queries * groups
-        learned = self.query_embed.weight[:count].expand(images.shape[0], -1, -1)  # [B, N, D]
+        learned = self.query_embed.weight[:count].expand(len(tokens), -1, -1)  # [B, N, D]
+        proposals: SetPrediction | None = None
         if self.query_boxes is None:
             layers = self._decode(memory, torch.zeros_like(learned), learned, groups, record=record)
         else:
-            reference = self.query_boxes.boxes[:count].expand(images.shape[0], -1, -1)  # [B, N, 4], logits
+            if self.proposals is not None:
+                reference, proposals = self.proposals(memory, count, config.num_classes)  # [B, N, 4], logits
+            else:
+                assert self.query_boxes.boxes is not None
+                reference = self.query_boxes.boxes[:count].expand(len(tokens), -1, -1)
             layers = self._decode(memory, learned, reference, groups, record=record)
         return {
             **layers[-1],
             "grid": (grid[0], grid[1]),
+            "encoder_grid": (encoder_grid[0], encoder_grid[1]),
+            "proposals": proposals if self.training else None,
             "aux_outputs": layers[:-1] if self.training else [],
             "denoising": [] if denoising is None else self._denoise(memory, denoising),
         }
+
+    def _locate(self, valid: Tensor, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the `cells`, `positions` and `bias` of `_Memory` for the valid cells of a map, bool [B, h, w]."""
+        cells = grid_points(valid, offset)
+        bias = torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, -math.inf)
+        return cells, sine_2d(cells.flatten(1, 2), self.config.embed_dim), bias.flatten(1)[:, None, None]
 
     def _denoise(self, memory: _Memory, noised: Denoising) -> list[SetPrediction]:
         """Return each layer's restored objects, [B, G n, ...].
@@ -256,9 +345,7 @@ class Detr(nn.Module):
             else:
                 query_positions, prior = self.query_boxes(references.sigmoid(), memory.cells, index)
                 bias = prior + memory.bias
-            queries = decoder_block(
-                queries, query_positions, memory.tokens, memory.positions, bias, groups, query_bias, record
-            )
+            queries = decoder_block(queries, query_positions, memory.layers[index], bias, groups, query_bias, record)
             normed = self.decoder_norm(queries)
             box_logits = self.bbox_embed(normed)
             if self.query_boxes is not None:
@@ -269,12 +356,13 @@ class Detr(nn.Module):
 
 
 class QueryBoxes(nn.Module):
-    """A learned reference box per query, which determines where the query attends."""
+    """A reference box per query, learned unless it is selected, which determines where the query attends."""
 
     def __init__(self, config: DetrConfig) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.boxes = nn.Parameter(_grid_of_boxes(config.num_queries).repeat(config.query_groups, 1))
+        boxes = _grid_of_boxes(config.num_queries).repeat(config.query_groups, 1)
+        self.boxes = nn.Parameter(boxes) if config.queries == "boxes" else None
         self.position = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.priors = nn.ModuleList(SpatialPrior(config.num_heads) for _ in range(config.decoder_layers))
         self.embed_dim = dim
@@ -284,7 +372,7 @@ class QueryBoxes(nn.Module):
 
         Args:
             boxes_cxcywh: [B, N, 4], fractions of the image.
-            cells: (x, y) of the memory's cells, [B, M, 2], fractions of the image.
+            cells: (x, y) of the memory's cells, [B, h, w, 2], fractions of the image.
             layer: index of the decoder layer.
 
         Returns:
@@ -293,6 +381,37 @@ class QueryBoxes(nn.Module):
         centres, edges = boxes_cxcywh.split(2, dim=-1)
         encoded = torch.cat((sine_2d(centres, self.embed_dim), sine_2d(edges, self.embed_dim)), dim=-1)  # [B, N, 2 D]
         return self.position(encoded), self.priors[layer](boxes_cxcywh, cells)
+
+
+class Proposals(nn.Module):
+    """Predict classes and a box at each cell of the memory, and select the best boxes as references of the queries."""
+
+    def __init__(self, embed_dim: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embed_dim)
+        self.class_embed = nn.Linear(embed_dim, outputs)
+        self.bbox_embed = BoxHead(embed_dim)
+        nn.init.constant_(self.class_embed.bias, _RARE)
+        for parameter in self.bbox_embed.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, memory: _Memory, count: int, num_classes: int) -> tuple[Tensor, SetPrediction]:
+        """Return the logits of the `count` best boxes [B, N, 4], without gradients, and the M predictions.
+
+        Boxes are offsets to one of a quarter of the image's edges, centred at the cell.
+        """
+        tokens = self.norm(memory.tokens)
+        logits = self.class_embed(tokens)  # [B, M, outputs]
+        cells = memory.cells.flatten(1, 2)
+        start = torch.cat((cells, torch.full_like(cells, 0.25)), dim=-1)
+        boxes = torch.logit(start, eps=1e-3) + self.bbox_embed(tokens)  # [B, M, 4]
+        padding = memory.bias[:, 0, 0, :, None] < 0  # [B, M, 1]
+        logits = logits.masked_fill(padding, _NEVER)
+        boxes = boxes.masked_fill(padding, _NEVER)  # tiny, in the corner
+        scores = logits[..., :num_classes].amax(dim=-1)  # [B, M]
+        best = scores.detach().topk(count, dim=-1).indices[..., None]  # [B, N, 1]
+        selected = boxes.detach().gather(1, best.expand(-1, -1, 4))
+        return selected, {"pred_logits": logits.float(), "pred_boxes": boxes.float().sigmoid()}
 
 
 def _grid_of_boxes(count: int) -> Tensor:

@@ -9,12 +9,14 @@ Shapes: B batch, C channels, H x W pixels, h x w cells, K classes.
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitrine.models.position import level_cells
 from vitrine.models.transformer import DropPath
+from vitrine.models.vit import ViT, ViTConfig
 
 _NORM_EPS, _NORM_MOMENTUM = 1e-3, 0.01  # of the authors' code, in PyTorch's terms
 _CHANNELS_MULTIPLE = 8  # channels are rounded to it
@@ -45,14 +47,23 @@ _STAGES = (
 
 @dataclass(frozen=True)
 class EfficientNetConfig:
-    """Configuration of an EfficientNet-Lite: factors of the channels and of the number of blocks (eq. 3)."""
+    """Configuration of an EfficientNet-Lite: factors of the channels and of the number of blocks (eq. 3).
+
+    `head` "linear" is the published one: a linear layer on averaged features. "vit" is a ViT whose patches are the
+    cells of the feature map (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", sec. 3.1, hybrid architecture),
+    of the `vit_*` settings.
+    """
 
     num_classes: int
-    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; the network accepts any size
+    image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square; a linear head accepts any size
     width_factor: float = 1.0
     depth_factor: float = 1.0
     dropout: float = 0.0  # of the averaged features
     drop_path: float = 0.0  # of the last block; it grows linearly from 0
+    head: Literal["linear", "vit"] = "linear"
+    vit_embed_dim: int = 192
+    vit_depth: int = 2
+    vit_num_heads: int = 3
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -130,20 +141,32 @@ class MBConv(nn.Module):
         self.depthwise = ConvNorm(channels, channels, stage.kernel, stride, groups=channels)
         self.project = ConvNorm(channels, stage.channels, linear=True)
         self.drop_path = DropPath(drop_path)
+        self.stride = stride
         self.residual = stride == 1 and in_channels == stage.channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, in_channels, h, w] -> [B, channels, h / stride, w / stride] (rounded up)."""
-        out: Tensor = self.project(self.depthwise(self.expand(x)))
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Transform features.
+
+        Args:
+            x: [B, in_channels, h, w].
+            valid: bool [B, 1, h, w], the cells that hold image; None if all do.
+
+        Returns:
+            [B, channels, h / stride, w / stride] (rounded up), arbitrary where not valid.
+        """
+        expanded = self.expand(x)
+        out: Tensor = self.project(self.depthwise(expanded if valid is None else expanded * valid))
         return x + self.drop_path(out) if self.residual else out
 
 
-class EfficientNet(nn.Module):
-    """Image to class logits: stem, stages of inverted residuals, 1x1 convolution, global average, linear head."""
+class EfficientNetBackbone(nn.Module):
+    """The stem and the inverted residuals.
+
+    `strides` and `channels` are those of the feature maps, from fine to coarse.
+    """
 
     def __init__(self, config: EfficientNetConfig) -> None:
         super().__init__()
-        self.config = config
         self.stem = ConvNorm(3, _STEM_CHANNELS, 3, 2)
         self.blocks = nn.ModuleList()
         channels, depth = _STEM_CHANNELS, sum(stage.blocks for stage in config.stages)
@@ -152,23 +175,102 @@ class EfficientNet(nn.Module):
                 rate = config.drop_path * len(self.blocks) / max(1, depth - 1)
                 self.blocks.append(MBConv(channels, stage, stage.stride if i == 0 else 1, rate))
                 channels = stage.channels
-        self.neck = ConvNorm(channels, _HEAD_CHANNELS)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(_HEAD_CHANNELS, config.num_classes)
-        for module in self.modules():
-            if isinstance(module, SameConv2d):  # of each group, unlike PyTorch's own function
-                fan_out = module.kernel_size[0] ** 2 * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        self.strides: list[int] = []
+        self.channels: list[int] = []
+        stride = 2
+        for index, stage in enumerate(config.stages):
+            stride *= stage.stride
+            if index + 1 == len(config.stages) or config.stages[index + 1].stride == 2:  # the last at this resolution
+                self.strides.append(stride)
+                self.channels.append(stage.channels)
+        init_filters(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> logits [B, K]."""
-        logits: Tensor = self.head(self.dropout(self.features(x).mean(dim=(2, 3))))
-        return logits
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
+        """Extract feature maps.
+
+        With `sizes`, an image's features do not depend on the padding beside it: padding is reset to zero before every
+        depthwise convolution, and the edges of the batch are rounded up to multiples of the largest stride.
+
+        Args:
+            x: normalised images, float [B, 3, H, W], zero outside their valid regions.
+            sizes: int64 [B, 2], height and width of each valid region; None if there is no padding.
+
+        Returns:
+            For each of `strides`, [B, channels, H / stride, W / stride] (rounded up), zero outside the valid regions.
+        """
+        if sizes is not None:
+            height, width = x.shape[-2:]
+            x = F.pad(x, (0, -width % self.strides[-1], 0, -height % self.strides[-1]))
+        maps = []
+        x, stride = self.stem(x), 2
+        valid = level_cells(sizes, x.shape[-2:], stride)
+        for block in self.blocks:
+            if block.stride == 2:
+                maps.append(x if valid is None else x * valid)
+                x, stride = block(x, valid), 2 * stride
+                valid = level_cells(sizes, x.shape[-2:], stride)
+            else:
+                x = block(x, valid)
+        return [*maps, x if valid is None else x * valid]
+
+
+def init_filters(module: nn.Module) -> None:
+    """Normal filters with variance 2 / fan-out of each group, as in the authors' code."""
+    for part in module.modules():
+        if isinstance(part, SameConv2d):  # PyTorch's own function does not divide by the groups
+            fan_out = part.kernel_size[0] ** 2 * part.out_channels // part.groups
+            nn.init.normal_(part.weight, std=math.sqrt(2 / fan_out))
+
+
+class EfficientNet(nn.Module):
+    """Image to class logits: backbone, then 1x1 convolution, global average and a linear layer, or a ViT."""
+
+    def __init__(self, config: EfficientNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = EfficientNetBackbone(config)
+        channels = self.backbone.channels[-1]
+        self.neck = ConvNorm(channels, _HEAD_CHANNELS)
+        init_filters(self.neck)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head: nn.Linear | ViT
+        if config.head == "linear":
+            self.head = nn.Linear(_HEAD_CHANNELS, config.num_classes)
+        else:
+            size = config.image_size if isinstance(config.image_size, tuple) else (config.image_size,) * 2
+            height, width = (-(-edge // self.backbone.strides[-1]) for edge in size)
+            self.head = ViT(
+                ViTConfig(
+                    config.num_classes,
+                    image_size=(height, width),
+                    patch_size=1,
+                    in_channels=_HEAD_CHANNELS,
+                    embed_dim=config.vit_embed_dim,
+                    depth=config.vit_depth,
+                    num_heads=config.vit_num_heads,
+                    drop_path=config.drop_path,
+                )
+            )
+
+    def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> logits [B, K].
+
+        A ViT's attention weights are appended to `record`.
+        """
+        return self.forward_head(self.forward_features(x), record)
 
     def features(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> features before global average pooling [B, 1280, h, w]."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        features: Tensor = self.neck(x)
+        """Normalised images float [B, 3, H, W] -> feature map [B, 1280, h, w]."""
+        features: Tensor = self.neck(self.backbone(x)[-1])
         return features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> what the head needs: [B, 1280] for a linear head, else `features`."""
+        features = self.features(x)
+        return features.mean(dim=(2, 3)) if isinstance(self.head, nn.Linear) else features
+
+    def forward_head(self, features: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """`forward_features` -> logits [B, K]."""
+        features = self.dropout(features)
+        logits: Tensor = self.head(features) if isinstance(self.head, nn.Linear) else self.head(features, record)
+        return logits

@@ -24,7 +24,7 @@ from vitrine.models.vit import ViT
 
 
 class ExplainedViT(ServedClassifier):
-    """A ViT with its attention."""
+    """A ViT, or an EfficientNet whose head is one, with its attention."""
 
     output_names = ("probabilities", "attention", "rollout")
 
@@ -36,9 +36,9 @@ class ExplainedViT(ServedClassifier):
             (without a class token, the mean over the patches); rollout [B, h, w], the contribution of each patch to
             the classified state: non-negative, sums to one.
         """
-        network = cast(ViT, self.network)
         record: list[Tensor] = []
-        logits = network(self.normalise(pixels), record)
+        logits = self.network(self.normalise(pixels), record)
+        network = cast(ViT, self.network.head if isinstance(self.network, EfficientNet) else self.network)
         weights = torch.stack(record, dim=1)  # [B, L, heads, N, N]
         rollout = attention_rollout(record)  # [B, N, N]
         if network.cls_token is not None:
@@ -63,9 +63,10 @@ class ExplainedConvNet(ServedClassifier):
         """
         network = cast(ResNetV2 | ResNetClassifier | EfficientNet, self.network)
         features = network.features(self.normalise(pixels))  # [B, C, h, w]
-        logits = network.head(features.mean(dim=(2, 3)))
+        head = cast(nn.Linear, network.head)
+        logits = head(features.mean(dim=(2, 3)))
         height, width = features.shape[-2:]
-        cells = F.linear(features.flatten(2).transpose(1, 2), network.head.weight)  # [B, M, K]
+        cells = F.linear(features.flatten(2).transpose(1, 2), head.weight)  # [B, M, K]
         activation = cells.transpose(1, 2).unflatten(-1, (height, width)) / (height * width)
         return self.probabilities(logits), activation
 
@@ -76,30 +77,32 @@ class ExplainedDetector(ServedDetector):
     output_names = ("scores", "class_ids", "boxes", "cross_attention", "encoder_attention")
     output_axes: Mapping[str, tuple[str, ...]] = {
         "cross_attention": ("", "rows", "columns"),
-        "encoder_attention": ("rows", "columns", "rows", "columns"),
+        "encoder_attention": ("encoder_rows", "encoder_columns", "encoder_rows", "encoder_columns"),
     }
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Detect objects and return the attention over the cells of the feature map.
 
         Returns:
-            The outputs of `ServedDetector.forward`, then cross_attention [B, Q, h, w] of each query in the last decoder
-            layer, and encoder_attention [B, h, w, h, w] of each cell in the last encoder layer; both are means over the
-            heads, zero at padding, and sum to one.
+            The outputs of `ServedDetector.forward`, then cross_attention [B, Q, h, w] of each answer's query in the
+            last decoder layer, and encoder_attention [B, h', w', h', w'] of each cell of the encoder's map in its last
+            layer; both are means over the heads, zero at padding, and sum to one.
         """
         record: list[Tensor] = []
         output = self.network(self.normalised(pixels, sizes), sizes, record)
-        grid = output["grid"]
-        cross = record[-1].mean(dim=1).unflatten(-1, grid)  # [B, Q, h, w]
-        encoder = record[self.network.config.encoder_layers - 1].mean(dim=1)  # [B, M, M]
-        return *self.predictions(output), cross, encoder.unflatten(-1, grid).unflatten(1, grid)
+        scores, class_ids, boxes, queries = self.predictions(output)
+        cross = record[-1].mean(dim=1)  # [B, Q, M]
+        cross = cross.gather(1, queries[..., None].expand(-1, -1, cross.shape[-1])).unflatten(-1, output["grid"])
+        grid = output["encoder_grid"]
+        encoder = record[self.network.config.encoder_layers - 1].mean(dim=1)  # [B, M', M']
+        return scores, class_ids, boxes, cross, encoder.unflatten(-1, grid).unflatten(1, grid)
 
 
 def explained(
     network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0
 ) -> ServedClassifier | ServedDetector | None:
     """Wrap a network as `models.serving.served` does, with explanations; return None if the network offers none."""
-    if isinstance(network, ViT):
+    if isinstance(network, ViT) or (isinstance(network, EfficientNet) and isinstance(network.head, ViT)):
         return ExplainedViT(network, mean, std, temperature)
     if isinstance(network, ResNetV2 | ResNetClassifier | EfficientNet):
         return ExplainedConvNet(network, mean, std, temperature)

@@ -94,8 +94,17 @@ class MlpMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images float [B, 3, H, W] -> logits [B, K]."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> averaged tokens [B, D]."""
         x = self.stem(x)  # [B, N, D]
         for block in self.blocks:
             x = block(x)
-        logits: Tensor = self.head(self.norm(x).mean(dim=1))
+        tokens: Tensor = self.norm(x)
+        return tokens.mean(dim=1)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """`forward_features` -> logits [B, K]."""
+        logits: Tensor = self.head(features)
         return logits

@@ -147,6 +147,11 @@ def valid_cells(sizes: Tensor, grid: Sequence[int], stride: int = 1) -> Tensor:
     return rows[:, :, None] & columns[:, None, :]
 
 
+def level_cells(sizes: Tensor | None, grid: Sequence[int], stride: int) -> Tensor | None:
+    """`valid_cells` of a backbone's feature map with a channel axis, bool [B, 1, h, w]; None without sizes."""
+    return None if sizes is None else valid_cells(sizes, grid, stride)[:, None]
+
+
 def nearest_valid_cells(sizes: Tensor, image: Sequence[int], grid: Sequence[int]) -> Tensor:
     """`valid_cells` by nearest-neighbour sampling of the padded image's mask, as in published DETR.
 

@@ -7,14 +7,15 @@ DETR it leaks, as in this network without sizes.
 Shapes: B batch, H x W pixels, C channels, h x w cells of a level.
 """
 
-from collections.abc import Sequence
+import operator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from vitrine.models.position import valid_cells
+from vitrine.models.position import level_cells
 
 
 class FrozenBatchNorm(nn.Module):
@@ -149,7 +150,7 @@ VARIANTS = {
 
 
 class ResNet(nn.Module):
-    """A ResNet without its classifier."""
+    """A ResNet without its classifier. `channels` are those of the stages' feature maps, `strides` their pixels."""
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
@@ -161,9 +162,11 @@ class ResNet(nn.Module):
         self.bn1 = _NORMS[config.norm](width)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.strides = [1 if index == 0 else 2 for index in range(len(config.layers))]  # of each stage
+        self._steps = [1 if index == 0 else 2 for index in range(len(config.layers))]  # strides of each stage
         if config.dilation:
-            self.strides[-1] = 1
+            self._steps[-1] = 1
+        self.strides = [4 * step for step in accumulate(self._steps, operator.mul)]
+        self.channels: list[int] = []
         self.stages = nn.ModuleList()
         block = _BLOCKS[config.block]
         channels = width
@@ -173,42 +176,37 @@ class ResNet(nn.Module):
                 # Dilation starts after the convolution that lost its stride (Yu et al. 2017, "DRN").
                 dilated = config.dilation and index == len(config.layers) - 1
                 dilations = (2 if dilated and i > 0 else 1, 2 if dilated else 1)
-                stride = self.strides[index] if i == 0 else 1
+                stride = self._steps[index] if i == 0 else 1
                 stage.append(block(channels, width * 2**index, stride, dilations, config.norm))
                 channels = block.expansion * width * 2**index
             self.stages.append(stage)
-        self.num_features = channels
+            self.channels.append(channels)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Extract features.
+    def forward(self, x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
+        """Extract feature maps.
 
         Args:
             x: normalised images, float [B, 3, H, W], zero outside their valid regions.
             sizes: int64 [B, 2], height and width of each valid region; None lets padding leak.
 
         Returns:
-            [B, num_features, H / stride, W / stride] (rounded up), zero outside the valid regions.
+            For each stage, [B, channels, H / stride, W / stride] (rounded up), zero outside the valid regions.
         """
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.maxpool(_masked(x, _valid(sizes, x.shape[-2:], 2)))
-        total_stride = 4
-        valid = _valid(sizes, x.shape[-2:], total_stride)
+        x = self.maxpool(_masked(x, level_cells(sizes, x.shape[-2:], 2)))
+        valid = level_cells(sizes, x.shape[-2:], 4)
         x = _masked(x, valid)
-        for stage, stride in zip(self.stages, self.strides, strict=True):
-            total_stride *= stride
-            out_valid = _valid(sizes, [(edge - 1) // stride + 1 for edge in x.shape[-2:]], total_stride)
+        maps = []
+        for stage, step, stride in zip(self.stages, self._steps, self.strides, strict=True):
+            out_valid = level_cells(sizes, [(edge - 1) // step + 1 for edge in x.shape[-2:]], stride)
             for block in cast(nn.ModuleList, stage):
                 x = block(x, valid, out_valid)
                 valid = out_valid
-        return x
-
-
-def _valid(sizes: Tensor | None, grid: Sequence[int], stride: int) -> Tensor | None:
-    """Mask of a level's cells that hold image, bool [B, 1, h, w]."""
-    return None if sizes is None else valid_cells(sizes, grid, stride)[:, None]
+            maps.append(x)
+        return maps
 
 
 def thaw_frozen_norm(network: nn.Module) -> None:

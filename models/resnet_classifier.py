@@ -40,14 +40,22 @@ class ResNetClassifier(nn.Module):
         self.config = config
         self.backbone = ResNet(ResNetConfig(config.layers, config.width, config.block, config.norm))
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(self.backbone.num_features, config.num_classes)
+        self.head = nn.Linear(self.backbone.channels[-1], config.num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images float [B, 3, H, W] -> logits [B, K]."""
-        logits: Tensor = self.head(self.dropout(self.features(x).mean(dim=(2, 3))))
-        return logits
+        return self.forward_head(self.forward_features(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised images float [B, 3, H, W] -> features before global average pooling [B, C, h, w]."""
-        features: Tensor = self.backbone(x)
+        features: Tensor = self.backbone(x)[-1]
         return features
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> averaged features [B, C]."""
+        return self.features(x).mean(dim=(2, 3))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """`forward_features` -> logits [B, K]."""
+        logits: Tensor = self.head(self.dropout(features))
+        return logits

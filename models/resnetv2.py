@@ -124,8 +124,7 @@ class ResNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images float [B, 3, H, W] -> logits [B, K]."""
-        logits: Tensor = self.head(self.features(x).mean(dim=(2, 3)))
-        return logits
+        return self.forward_head(self.forward_features(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised images float [B, 3, H, W] -> features before global average pooling [B, C, h, w]."""
@@ -134,6 +133,15 @@ class ResNetV2(nn.Module):
             x = stage(x)
         x = self.relu(self.norm(x))
         return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> averaged features [B, C]."""
+        return self.features(x).mean(dim=(2, 3))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """`forward_features` -> logits [B, K]."""
+        logits: Tensor = self.head(features)
+        return logits
 
 
 def fold_weight_standardisation(network: nn.Module) -> None:

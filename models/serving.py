@@ -59,7 +59,7 @@ class ServedClassifier(nn.Module):
 
 
 class ServedDetector(nn.Module):
-    """A DETR from pixels to boxes: the best class of each query, never "no object" or an unused class."""
+    """A DETR from pixels to boxes: one for each query, never "no object" or an unused class."""
 
     output_names: tuple[str, ...] = ("scores", "class_ids", "boxes")
     output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes after the batch, "" for fixed sizes
@@ -80,17 +80,30 @@ class ServedDetector(nn.Module):
             scores float [B, N] in 0..1, class_ids int64 [B, N], boxes float [B, N, 4] as xyxy in 0..1 of the
             valid region.
         """
-        return self.predictions(self.network(self.normalised(pixels, sizes), sizes))
+        scores, class_ids, boxes, _ = self.predictions(self.network(self.normalised(pixels, sizes), sizes))
+        return scores, class_ids, boxes
 
     def normalised(self, pixels: Tensor, sizes: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> float [B, 3, H, W], zero outside the valid regions."""
         return self.normalise(pixels) * valid_cells(sizes, pixels.shape[1:3])[:, None]
 
-    def predictions(self, output: DetrOutput) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the network's output as scores, class ids and boxes, see `forward`."""
-        probabilities = torch.softmax(output["pred_logits"], dim=-1)
-        scores, class_ids = probabilities[..., : self.network.config.num_classes].max(dim=-1)  # [B, N] each
-        return scores, class_ids, cxcywh_to_xyxy(output["pred_boxes"]).clamp(0, 1)
+    def predictions(self, output: DetrOutput) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the network's output as scores, class ids and boxes, see `forward`, and the query of each, [B, N].
+
+        With a softmax, each query answers its best class. Sigmoid scores of different classes are independent: the N
+        best pairs of query and class are answered (Zhu et al. 2021, "Deformable DETR").
+        """
+        config, boxes = self.network.config, cxcywh_to_xyxy(output["pred_boxes"]).clamp(0, 1)
+        if config.scores == "softmax":
+            probabilities = torch.softmax(output["pred_logits"], dim=-1)
+            scores, class_ids = probabilities[..., : config.num_classes].max(dim=-1)  # [B, N] each
+            queries = torch.arange(boxes.shape[1], device=boxes.device).expand_as(class_ids)
+            return scores, class_ids, boxes, queries
+        logits = output["pred_logits"][..., : config.num_classes].flatten(1)  # [B, N K]
+        best = logits.topk(boxes.shape[1], dim=-1)
+        queries = torch.div(best.indices, config.num_classes, rounding_mode="trunc")
+        boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        return best.values.sigmoid(), best.indices - queries * config.num_classes, boxes, queries
 
 
 def served(

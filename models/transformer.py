@@ -128,18 +128,18 @@ class SpatialPrior(nn.Module):
 
         Args:
             boxes_cxcywh: reference boxes of the queries, [B, N, 4], fractions of the image.
-            cells: (x, y) of the memory's cells, [B, M, 2], fractions of the image.
+            cells: (x, y) of the memory's cells, [B, h, w, 2], fractions of the image; those of a column share their x,
+                those of a row their y.
 
         Returns:
-            [B, H, N, M], at most 0.
+            [B, H, N, h w], at most 0.
         """
         centre, size = boxes_cxcywh[:, None].split(2, dim=-1)  # [B, 1, N, 2] each
         centre = centre + self.offset[:, None] * size  # [B, H, N, 2]
         deviation = size * self.log_factor.exp()[:, None, None]  # [B, H, N, 2]
-        x, y = cells[:, None, None].unbind(-1)  # [B, 1, 1, M] each
-        x = (x - centre[..., :1]) / deviation[..., :1]  # [B, H, N, M]
-        y = (y - centre[..., 1:]) / deviation[..., 1:]
-        return -(x * x + y * y) / 2
+        x = (cells[:, None, None, 0, :, 0] - centre[..., :1]) / deviation[..., :1]  # [B, H, N, w]
+        y = (cells[:, None, None, :, 0, 1] - centre[..., 1:]) / deviation[..., 1:]  # [B, H, N, h]
+        return ((-y * y / 2)[..., None] + (-x * x / 2)[..., None, :]).flatten(-2)
 
 
 class DetrDecoderBlock(nn.Module):
@@ -156,12 +156,15 @@ class DetrDecoderBlock(nn.Module):
         self.norm3 = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(dropout)
 
+    def project_memory(self, memory: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the encoder's output and its position encoding, [B, M, D] each."""
+        return self.multihead_attn.project(memory + positions, memory)
+
     def forward(
         self,
         x: Tensor,
         query_positions: Tensor,
-        memory: Tensor,
-        positions: Tensor,
+        memory: tuple[Tensor, Tensor],
         bias: Tensor,
         groups: int = 1,
         query_bias: Tensor | None = None,
@@ -171,7 +174,7 @@ class DetrDecoderBlock(nn.Module):
 
         Args:
             x, query_positions: [B, N, D].
-            memory, positions: [B, M, D], the encoder's output and its position encoding.
+            memory: keys and values of the encoder's output, [B, H, M, d] each, by `project_memory`.
             bias: of the cross-attention, broadcastable to [B, H, N, M], minus infinity at padding.
             groups: number of equal groups of the N queries that do not attend to each other.
             query_bias: [B, N], added to the self-attention logits of each key: very negative masks a query.
@@ -188,7 +191,7 @@ class DetrDecoderBlock(nn.Module):
         attended = self.self_attn(query, query, value, query_bias)
         attended = attended.unflatten(0, (batch, groups)).flatten(1, 2)  # [B, N, D]
         x = self.norm1(x + self.dropout(attended))
-        attended = self.multihead_attn(x + query_positions, memory + positions, memory, bias, record)
+        attended = self.multihead_attn.attend(x + query_positions, memory, bias, record)
         x = self.norm2(x + self.dropout(attended))
         x = self.norm3(x + self.dropout(self.linear2(self.dropout(self.linear1(x).relu()))))
         return x

@@ -26,6 +26,7 @@ class ViTConfig:
     num_classes: int
     image_size: int | tuple[int, int] = 224  # pixels, (height, width) if not square
     patch_size: int = 16
+    in_channels: int = 3  # of the image, or of the feature map whose cells are the patches (sec. 3.1, hybrid)
     embed_dim: int = 192
     depth: int = 12
     num_heads: int = 3
@@ -74,12 +75,12 @@ def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int,
 class PatchEmbed(nn.Module):
     """Cut the image into patches and project each linearly: a convolution whose stride is its kernel size (eq. 1)."""
 
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, embed_dim: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_channels, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, N, D]."""
+        """[B, in_channels, H, W] -> [B, N, D]."""
         tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
         return tokens
 
@@ -87,13 +88,13 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """Stride-2 3x3 convolutions, doubling the channels, down to one cell per patch."""
 
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
+    def __init__(self, patch_size: int, embed_dim: int, in_channels: int = 3) -> None:
         super().__init__()
         steps = patch_size.bit_length() - 1
         if patch_size != 2**steps or steps == 0:
             raise ValueError(f"a conv stem needs a patch_size that is a power of two above 1, found {patch_size}")
         layers: list[nn.Module] = []
-        channels = 3
+        channels = in_channels
         if embed_dim % 2 ** (steps - 1):
             raise ValueError(
                 f"embed_dim {embed_dim} is not divisible by {2 ** (steps - 1)} (conv stem of {steps} steps)"
@@ -107,7 +108,7 @@ class ConvStem(nn.Module):
         self.proj = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, N, D]."""
+        """[B, in_channels, H, W] -> [B, N, D]."""
         tokens: Tensor = self.proj(self.conv(x)).flatten(2).transpose(1, 2)
         return tokens
 
@@ -120,7 +121,7 @@ class ViT(nn.Module):
         self.config = config
         dim = config.embed_dim
         stem = {"patch": PatchEmbed, "conv": ConvStem}[config.stem]
-        self.patch_embed = stem(config.patch_size, dim)
+        self.patch_embed = stem(config.patch_size, dim, config.in_channels)
         has_token = config.global_pool == "token"
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if has_token else None
         self.pos_embed = make_positions(config.pos_embed, config.grid, dim, class_token=has_token)
@@ -136,10 +137,14 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> logits [B, K].
+        """Normalised images float [B, in_channels, H, W] -> logits [B, K].
 
         Each block's attention weights are appended to `record`.
         """
+        return self.forward_head(self.forward_features(x, record))
+
+    def forward_features(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        """Normalised images float [B, in_channels, H, W] -> the state that is classified [B, D or representation]."""
         x = self.patch_embed(x)  # [B, N, D]
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, 1 + N, D]
@@ -148,7 +153,12 @@ class ViT(nn.Module):
             x = block(x, record)
         x = self.norm(x)
         x = x[:, 0] if self.cls_token is not None else x.mean(dim=1)  # [B, D]
-        logits: Tensor = self.head(self.pre_logits(x))
+        state: Tensor = self.pre_logits(x)
+        return state
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """`forward_features` -> logits [B, K]."""
+        logits: Tensor = self.head(features)
         return logits
 
 

@@ -60,7 +60,7 @@ app.add_typer(data_app, name="data")
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe in models/training/recipes/.")],
+    recipe: Annotated[str, typer.Argument(help="A name in `vitrine recipes`, or a file: .py or .yaml.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
     data: Annotated[
         Path | None, typer.Option(help="Data set (default: data/ and the end of the recipe's name).")
@@ -72,20 +72,51 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the run folder.")] = False,
 ) -> None:
     """Train a network; KEY=VALUE changes the recipe. Under torchrun, on many processes."""
+    from vitrine.models.published.catalogue import CATALOGUE
+    from vitrine.models.published.importing import import_by_name
     from vitrine.models.training.checkpoint import load_checkpoint
     from vitrine.models.training.evaluation.report import write_report
     from vitrine.models.training.loop import train as run_training
-    from vitrine.models.training.registry import load_recipe
+    from vitrine.models.training.registry import load_recipe, pretrained_weights, recipe_name
 
-    changes = settings or []
+    changes, name = settings or [], recipe_name(recipe)
+    run = out or Path("runs") / name
+    data_path = data or Path("data") / name.rpartition("_")[2]
+    weights = None if start is not None else pretrained_weights(recipe, changes)
+    if weights is not None:
+        if weights not in CATALOGUE:
+            raise VitrineError(f"{recipe}: pretrained: {unknown(weights, list(CATALOGUE))}; or pretrained=null, --from")
+        start = import_by_name(weights, Path("runs"))
     chosen = load_recipe(recipe, changes, None if start is None else load_checkpoint(start))
-    run = out or Path("runs") / recipe
-    data_path = data or Path("data") / recipe.rpartition("_")[2]
     trained = run_training(chosen, data_path, run, resume=resume, start=start, changes=changes)
     assert trained.progress is not None
-    if int(os.environ.get("RANK", "0")) == 0 and trained.progress.epoch == chosen.epochs:  # else it was interrupted
+    if int(os.environ.get("RANK", "0")) == 0 and trained.progress.finished:  # else it was interrupted
         typer.echo(f"trained: {run}")
         typer.echo(f"report: {write_report(run, data_path=data_path)}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str, typer.Argument(help="A recipe, to print its description and settings.")] = "",
+    start: Annotated[
+        Path | None, typer.Option("--from", help="The run to start from, for a recipe that needs one.")
+    ] = None,
+) -> None:
+    """List the recipes of `vitrine train`, or one with its settings."""
+    from vitrine.models.training.checkpoint import load_checkpoint
+    from vitrine.models.training.recipe import flatten
+    from vitrine.models.training.registry import describe_recipes, load_recipe, needs_start, recipe_description
+
+    if not name:
+        typer.echo("\n".join(f"{known:<18}  {description}" for known, description in describe_recipes().items()))
+        return
+    typer.echo(recipe_description(name))
+    if start is None and needs_start(name):
+        typer.echo("Its settings depend on the network: --from RUN prints them.")
+        return
+    chosen = load_recipe(name, [], None if start is None else load_checkpoint(start))
+    for key, value in flatten(chosen.model_dump(mode="json")).items():
+        typer.echo(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
 
 
 @data_app.command("check")

@@ -16,6 +16,7 @@ from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPrepro
 from vitrine.models.build import ARCHITECTURES, VARIANTS, build_model, setting_names
 from vitrine.models.position import interpolate_positions
 from vitrine.models.published import detr
+from vitrine.models.published.catalogue import find_weights
 from vitrine.models.published.errors import ImportSettingError, WeightsError, validated
 from vitrine.models.published.files import Tensors, is_file, open_weights, sha256
 from vitrine.models.published.labels import choose_labels
@@ -42,6 +43,19 @@ class ImportResult:
     checkpoint: Checkpoint
     parameters: int
     notes: list[str]  # assumptions, and files that were not used
+
+
+def import_by_name(name: str, runs: Path) -> Path:
+    """Return the run with published weights, `runs`/`name`; import it if it is not there.
+
+    Raises:
+        WeightsError: as `find_weights` and `import_weights`.
+    """
+    run = runs / name
+    if not is_file(run / CHECKPOINT_FILE):
+        found = find_weights(name)
+        import_weights(found.path, run, variant=found.variant)
+    return run
 
 
 def import_weights(

@@ -2,6 +2,8 @@
 
 runs/<name>/checkpoint.pt             architecture, preprocessing, labels, weights; training state or origin
 runs/<name>/checkpoint.previous.pt    the previous checkpoint
+runs/<name>/weights.best.pt           with keep=best: the weights of the best epoch so far
+runs/<name>/weights.last.pt           those of the last epoch, once the checkpoint has the best
 runs/<name>/metrics.jsonl             one line per epoch
 """
 
@@ -25,6 +27,8 @@ from vitrine.models.training.recipe import Recipe, read_recipe
 
 CHECKPOINT_FILE = "checkpoint.pt"
 PREVIOUS_FILE = "checkpoint.previous.pt"
+BEST_FILE = "weights.best.pt"
+LAST_FILE = "weights.last.pt"
 METRICS_FILE = "metrics.jsonl"
 _FORMAT = 3
 
@@ -36,6 +40,14 @@ class WarmStart:
     run: str  # name of its folder
     sha256: str  # of its checkpoint
     fresh: list[str]  # weights that were not loaded: a head for other labels
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best epoch so far, by the metric of `GATE_METRIC`."""
+
+    epoch: int  # from 1
+    value: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class Progress:
     job: str = ""  # torchrun job, whose restarts resume without --resume
     step: int = 0  # steps done in the current epoch
     sums: dict[str, float] = field(default_factory=dict)  # of the loss and its parts over these steps
+    best: Best | None = None
+    finished: bool = False
     weights: dict[str, torch.Tensor] | None = None  # trained weights, if the checkpoint's are their moving average
 
     def read_recipe(self) -> Recipe:
@@ -144,8 +158,35 @@ def _to_dict(part: Progress | Origin | None) -> dict[str, Any] | None:
     if part is None:
         return None
     plain = dict(vars(part))
-    start = plain.get("start")
-    return plain if start is None else {**plain, "start": asdict(start)}
+    return {name: asdict(value) if isinstance(value, WarmStart | Best) else value for name, value in plain.items()}
+
+
+def save_weights(weights: dict[str, torch.Tensor], file: Path) -> None:
+    """Write weights atomically.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
+    partial = file.with_suffix(".partial")
+    try:
+        torch.save(weights, partial)
+        partial.replace(file)
+    except (OSError, RuntimeError) as error:  # torch reports disk errors as RuntimeError
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: the weights could not be written: {error}") from error
+
+
+def load_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Read what `save_weights` wrote.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        weights: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises almost any type on broken bytes
+        raise CheckpointError(f"{file}: expected weights, found something else: {_first_line(error)}") from error
+    return weights
 
 
 def load_checkpoint(run: Path) -> Checkpoint:
@@ -189,8 +230,12 @@ def load_checkpoint(run: Path) -> Checkpoint:
 
 
 def _progress(content: dict[str, Any]) -> Progress:
-    start = content.pop("start")
-    return Progress(**content, start=None if start is None else WarmStart(**start))
+    start, best = content.pop("start"), content.pop("best", None)
+    return Progress(
+        **content,
+        start=None if start is None else WarmStart(**start),
+        best=None if best is None else Best(**best),
+    )
 
 
 def _hint(run: Path) -> str:

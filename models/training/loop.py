@@ -8,10 +8,12 @@ an uninterrupted one.
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,25 +24,32 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vitrine.bundle.manifest import GATE_METRIC
 from vitrine.models.build import build_model
 from vitrine.models.training.augmentation.augment import NOISE
 from vitrine.models.training.checkpoint import (
+    BEST_FILE,
     CHECKPOINT_FILE,
+    LAST_FILE,
     METRICS_FILE,
     PREVIOUS_FILE,
+    Best,
     Checkpoint,
     Progress,
     checkpoint_sha256,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
+    save_weights,
 )
-from vitrine.models.training.data.dataset import ClassificationData, DetectionData
+from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
 from vitrine.models.training.data.layouts import load_training_splits
 from vitrine.models.training.data.loading import ImageCache
 from vitrine.models.training.distributed import ProcessGroup, job_id, process_group
 from vitrine.models.training.errors import DataError, DivergedError, RecipeError, TrainingError
 from vitrine.models.training.evaluation.calibration import apply_temperature, fit_temperature
 from vitrine.models.training.evaluation.metrics import ClassificationPredictions, Predictions, measure, merge, predict
+from vitrine.models.training.features import FeatureCache, TrainedPart
 from vitrine.models.training.interruption import Interrupted, Interruption, handle_signals
 from vitrine.models.training.network import torch_predictor
 from vitrine.models.training.objectives.objectives import Batch, make_objective
@@ -58,6 +67,7 @@ DIVERGED_FILE = "diverged.txt"  # the images of the step that diverged
 _MAX_MAGNITUDE = 1e6  # upper bound of losses and weights; far above those of a network that learns
 _SAVE_EVERY = 600.0  # seconds
 _POINTS_PER_EPOCH = 20  # in TensorBoard
+_EVALUATION_BATCH = 256  # images whose features are classified at once
 _MAX_NAMED = 8  # images named in an error message
 
 
@@ -72,7 +82,7 @@ def train(
 ) -> Checkpoint:
     """Train a network; write a checkpoint, `metrics.jsonl` and TensorBoard events to `run`.
 
-    SIGTERM or Ctrl-C saves and returns early: `progress.epoch` is then below the recipe's epochs.
+    SIGTERM or Ctrl-C saves and returns early: `progress.finished` is then false.
 
     Args:
         recipe: the settings.
@@ -93,11 +103,12 @@ def train(
         if resume and trainer.step == trainer.epoch == 0:
             trainer.log(f"there is no run in {run} to resume: a new one begins")
         try:
-            while trainer.epoch < recipe.epochs:
+            while not trainer.finished:
                 trainer.train_epoch(interruption)
                 with interruption.immediate():
                     trainer.evaluate()
                 trainer.finish_epoch()
+            trainer.remove_features()
         except Interrupted:
             trainer.save()
             trainer.log(f"interrupted in epoch {trainer.epoch + 1}: saved; resume with --resume")
@@ -176,8 +187,9 @@ class Trainer:
             if self.average is not None:
                 self.average.module.load_state_dict(self._state.weights)
                 self.average.n_averaged.fill_(self.epoch + self.step)  # AveragedModel only tests it for zero
-        self._ddp = _wrap_ddp(self.network, recipe, processes) if processes.world_size > 1 else None
-        self._forward = self._ddp or self.network
+        trained = TrainedPart(self.network) if recipe.views else self.network
+        self._ddp = _wrap_ddp(trained, recipe, processes) if processes.world_size > 1 else None
+        self._forward = self._ddp or trained
         if recipe.compile:
             self._forward.compile()
         self.objective = make_objective(recipe, data, self.network, processes.device)
@@ -186,7 +198,14 @@ class Trainer:
         self.steps = len(data) // self.batch_size
         self._rows = _local_rows(self.batch_size, recipe, processes, self.objective.group)
         _check_consistency(run, processes, (self.epoch, self.step, labels, len(data)))
-        self.images = ImageCache(data, recipe, show=processes.is_main)
+        self.images: ImageCache | FeatureCache
+        self._val_features: FeatureCache | None = None
+        if recipe.views:
+            self.images = self._cache_features(data, recipe.views, "train")
+            if isinstance(self.val, ClassificationData):
+                self._val_features = self._cache_features(self.val, 1, "val")
+        else:
+            self.images = ImageCache(data, recipe, show=processes.is_main)
         done = self.epoch * self.steps + self.step
         self._writer = None
         if processes.is_main:
@@ -203,6 +222,25 @@ class Trainer:
         )
         self._started = self._saved = time.monotonic()
 
+    def _cache_features(self, data: Data, views: int, name: str) -> FeatureCache:
+        """Return the features of the frozen part; the main process computes them, and the others wait."""
+        folder = (Path(self.recipe.features) if self.recipe.features else self.run / "features") / name
+        for is_main in (True, False):
+            if self.processes.is_main is is_main:
+                cache = FeatureCache(self.network, self.recipe, data, views, folder, show=is_main)
+            self.processes.gather(None)
+        return cache
+
+    def remove_features(self) -> None:
+        """Delete the features in the run's folder."""
+        if self.recipe.views and not self.recipe.features and self.processes.is_main:
+            shutil.rmtree(self.run / "features", ignore_errors=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or training stopped early."""
+        return self._progress.finished or self.epoch >= self.recipe.epochs
+
     @property
     def eval_network(self) -> nn.Module:
         """The network that is evaluated and exported: with `ema`, the moving average."""
@@ -217,14 +255,17 @@ class Trainer:
         """
         recipe = self.recipe
         training_mode(self.network, recipe)
-        order = torch.randperm(len(self.images), generator=_generator(recipe.seed, self.epoch, self.steps))
+        generator = _generator(recipe.seed, self.epoch, self.steps)
+        order = torch.randperm(len(self.images), generator=generator)
+        if isinstance(self.images, FeatureCache):
+            order = self.images.order(order, self.batch_size, generator)
         batches = order.split(self.batch_size)[self.step : self.steps]
-        images = self.images.batches([indices[rows] for indices in batches for rows in self._rows])
+        load = self._loader([indices[rows] for indices in batches for rows in self._rows])
         unchecked: tuple[Tensor, Tensor, int] | None = None
         for indices in batches:
             seeds = (recipe.seed, self.epoch, self.step)
             noise = torch.rand(self.batch_size, NOISE, generator=_generator(*seeds))
-            micro_batches = [self.objective.prepare(next(images), indices[rows], noise[rows]) for rows in self._rows]
+            micro_batches = [load(indices[rows], noise[rows]) for rows in self._rows]
             totals, stop, save_due = self._sync_step(micro_batches, interruption)
             lr = learning_rate(recipe, self.epoch + self.step / self.steps)
             set_learning_rate(self.optimizer, lr)
@@ -243,34 +284,53 @@ class Trainer:
             if save_due:
                 self.save()
 
+    def _loader(self, chunks: Sequence[Tensor]) -> Callable[[Tensor, Tensor], Batch]:
+        """Return a function that makes the batch of each chunk of indices, in order, given its noise."""
+        if isinstance(self.images, FeatureCache):
+            return partial(self._load_features, self.images)
+        loaded = self.images.batches(chunks)
+        return lambda indices, noise: self.objective.prepare(next(loaded), indices, noise)
+
+    def _load_features(self, cache: FeatureCache, indices: Tensor, noise: Tensor) -> Batch:
+        features, targets = cache.batch(indices, noise)
+        batch: Batch = self.objective.prepare_features(features, indices, targets, noise)
+        return batch
+
     def evaluate(self) -> None:
-        """Run the validation images, split over the processes, if this epoch is evaluated."""
+        """Run the validation images, if this epoch is evaluated."""
         last = self.epoch + 1 == self.recipe.epochs
-        if not last and (self.epoch + 1) % self.recipe.evaluate_every:
-            return
+        if last or (self.epoch + 1) % self.recipe.evaluate_every == 0:
+            cache = self._val_features
+            self._predictions = self._predict() if cache is None else self._predict_from(cache)
+
+    @torch.no_grad()
+    def _predict_from(self, cache: FeatureCache) -> Predictions:
+        """Classify images by their features: as `_predict`, up to the rounding of the features."""
+        head = TrainedPart(self.eval_network.eval())
+        indices = torch.arange(len(cache))
+        features, _ = cache.batch(indices, torch.zeros(len(indices), NOISE))
+        chunks = features.maps[0].split(_EVALUATION_BATCH)
+        logits = torch.cat([head(chunk.to(self.processes.device)) for chunk in chunks])
+        probabilities = logits.float().softmax(dim=-1).cpu().numpy()
+        return ClassificationPredictions(indices.numpy(), probabilities, seconds=0.0)
+
+    def _predict(self) -> Predictions:
+        """Run the validation images as they are served, split over the processes."""
         recipe, processes = self.recipe, self.processes
         predictor = torch_predictor(self.eval_network, recipe.preprocessing, self._state.labels, processes.device)
         processes.broadcast(self.eval_network.buffers())  # batch norm statistics differ between processes
         indices = np.arange(processes.rank, len(self.val), processes.world_size)
-        self._predictions = merge(processes.gather(predict(predictor, self.val, indices, progress=processes.is_main)))
+        return merge(processes.gather(predict(predictor, self.val, indices, progress=processes.is_main)))
 
     def finish_epoch(self) -> None:
-        """Compute and write the metrics, fit the temperature after the last epoch, and save."""
+        """Compute and write the metrics, conclude the run after its last epoch, and save."""
         metrics: dict[str, float] = {}
         if self._predictions is not None:
             predictions, self._predictions = self._predictions, None
             metrics = measure(predictions, self.val)
-            last = self.epoch + 1 == self.recipe.epochs
-            if last and isinstance(predictions, ClassificationPredictions) and isinstance(self.val, ClassificationData):
-                truth = self.val.class_ids[predictions.indices]
-                temperature = fit_temperature(predictions.probabilities, truth)
-                calibrated = apply_temperature(predictions.probabilities, temperature).astype(np.float32)
-                before = metrics["ECE"]
-                metrics = measure(replace(predictions, probabilities=calibrated), self.val)
-                self._state = replace(self._state, temperature=temperature)
-                self.log(
-                    f"temperature {temperature:.3f}: expected calibration error {before:.4f} -> {metrics['ECE']:.4f}"
-                )
+            improved = self._update_best(metrics)
+            if self._is_last(improved):
+                metrics = self._conclude(predictions, metrics)
         means = {name: value / self.steps for name, value in self._global_sums.items()}
         seconds = self._progress.seconds + time.monotonic() - self._started
         line = {
@@ -292,6 +352,49 @@ class Trainer:
         self._progress = replace(self._progress, metrics=metrics or self._progress.metrics)
         self.epoch, self.step, self._local_sums, self._global_sums = self.epoch + 1, 0, {}, {}
         self.save()
+
+    def _update_best(self, metrics: dict[str, float]) -> bool:
+        """Keep the weights if they are the best so far; return whether they are."""
+        value, best = metrics[GATE_METRIC[self.recipe.task]], self._progress.best
+        if best is not None and value <= best.value:
+            return False
+        self._progress = replace(self._progress, best=Best(self.epoch + 1, value))
+        if self.recipe.keep == "best" and self.processes.is_main:
+            save_weights(self.eval_network.state_dict(), self.run / BEST_FILE)
+        return True
+
+    def _is_last(self, improved: bool) -> bool:
+        """Return whether this epoch is the last: of all, or as many as `patience` after the best one."""
+        best, patience = self._progress.best, self.recipe.patience
+        return self.epoch + 1 == self.recipe.epochs or (
+            patience is not None and not improved and best is not None and self.epoch + 1 - best.epoch >= patience
+        )
+
+    def _conclude(self, predictions: Predictions, metrics: dict[str, float]) -> dict[str, float]:
+        """Take the best weights if the recipe keeps them, and calibrate; return the metrics of the run's weights."""
+        best, epoch = self._progress.best, self.epoch + 1
+        if self.recipe.keep == "best" and best is not None and best.epoch != epoch:
+            if self.processes.is_main:
+                save_weights(self.eval_network.state_dict(), self.run / LAST_FILE)
+            self.processes.gather(None)
+            self.eval_network.load_state_dict(load_weights(self.run / BEST_FILE))
+            predictions = self._predict()
+            metrics = measure(predictions, self.val)
+            self.log(f"the weights of epoch {best.epoch} are the best: they are kept")
+        elif self._val_features is not None:
+            predictions = self._predict()
+            metrics = measure(predictions, self.val)
+        self._progress = replace(self._progress, finished=True)
+        if not (isinstance(predictions, ClassificationPredictions) and isinstance(self.val, ClassificationData)):
+            return metrics
+        truth = self.val.class_ids[predictions.indices]
+        temperature = fit_temperature(predictions.probabilities, truth)
+        calibrated = apply_temperature(predictions.probabilities, temperature).astype(np.float32)
+        before = metrics["ECE"]
+        metrics = measure(replace(predictions, probabilities=calibrated), self.val)
+        self._state = replace(self._state, temperature=temperature)
+        self.log(f"temperature {temperature:.3f}: expected calibration error {before:.4f} -> {metrics['ECE']:.4f}")
+        return metrics
 
     def checkpoint(self) -> Checkpoint:
         """Return the current state of the run."""

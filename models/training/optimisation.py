@@ -4,14 +4,49 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrine.models.training.recipe import Recipe
 
 # Learned embeddings of positions, tokens and queries: weight decay would make them alike.
 _EMBEDDINGS = ("cls_token", "pos_embed", "query_embed", "query_boxes.boxes", "label_embed")
-_HEADS = ("head.", "class_embed.", "bbox_embed.")
+_HEADS = ("head.", "class_embed.", "bbox_embed.", "proposals.class_embed.", "proposals.bbox_embed.")
+_BACKBONE = "backbone."
+
+
+class _Muon(torch.optim.Muon):
+    """PyTorch's Muon, whose Newton-Schulz iteration is in float32 where the CPU has no bfloat16 instructions.
+
+    PyTorch's own is always in bfloat16, which such a CPU emulates: 20 times as slow.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Update the weights that have gradients."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                momentum.lerp_(weight.grad, 1 - group["momentum"])
+                update = _orthogonalise(weight.grad.lerp(momentum, group["momentum"]), group)
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+
+
+def _orthogonalise(matrix: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return a matrix with the same singular vectors, and singular values near one (Jordan et al. 2024)."""
+    a, b, c = group["ns_coefficients"]
+    fast = matrix.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    wide = matrix.bfloat16() if fast else matrix.clone()
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = wide.T.contiguous() if tall else wide
+    wide /= wide.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if tall else wide
 
 
 class MuonWithAdamW:
@@ -27,7 +62,7 @@ class MuonWithAdamW:
         self._hidden = [weight for group in muon for weight in group["params"]]
         views = [{**group, "params": [nn.Parameter(w.detach().flatten(1)) for w in group["params"]]} for group in muon]
         self._matrices = [matrix for group in views for matrix in group["params"]]
-        self._muon = torch.optim.Muon(views, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self._muon = _Muon(views, lr=lr)
         self._adamw = torch.optim.AdamW(adamw, lr=lr, fused=True)
 
     @property
@@ -65,19 +100,20 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
     """Return the recipe's optimiser over the weights that it trains.
 
     AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
-    networks") for the matrices and filters between the first layer and the heads, with AdamW for the rest. Muon's
+    networks") for the matrices and filters between the first layer and the heads (depthwise filters are no matrices),
+    with AdamW for the rest. Muon's
     updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so both use
     one learning rate. Weight decay applies to matrices, not to biases, norms and embeddings. The backbone's groups have
     their own learning rate; each group's is `lr_scale` times the schedule's.
     """
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(recipe.trainable == "all" or name.startswith(_HEADS))
+        parameter.requires_grad_(_is_trained(name, recipe))
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.startswith(_EMBEDDINGS)
-            first_layer = parameter.ndim == 4 and parameter.shape[1] == 3
-            hidden = decays and not first_layer and not name.startswith(_HEADS)
-            key = (recipe.optimizer == "muon" and hidden, name.startswith("backbone."), decays)
+            is_filter = parameter.ndim == 4 and parameter.shape[1] in (1, 3)  # depthwise, or of the first layer
+            hidden = decays and not is_filter and not name.startswith(_HEADS)
+            key = (recipe.optimizer == "muon" and hidden, name.startswith(_BACKBONE), decays)
             groups.setdefault(key, []).append(parameter)
     scale = 1.0 if recipe.backbone_lr is None else recipe.backbone_lr / recipe.lr
     groups_by_muon: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
@@ -110,11 +146,15 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 def training_mode(network: nn.Module, recipe: Recipe) -> None:
     """Set training mode (dropout, batch norm statistics) in the parts that the recipe trains."""
-    network.train(recipe.trainable == "all")
-    network.training = True  # a DETR returns the predictions of all layers
     for name, module in network.named_modules():
-        if f"{name}.".startswith(_HEADS):
-            module.train()
+        module.training = not name or _is_trained(f"{name}.", recipe)  # a DETR returns the predictions of all layers
+
+
+def _is_trained(name: str, recipe: Recipe) -> bool:
+    """Return whether the recipe trains a weight or a module, whose name ends in a dot."""
+    if recipe.trainable == "all_but_backbone":
+        return not name.startswith(_BACKBONE)
+    return recipe.trainable == "all" or name.startswith(_HEADS)
 
 
 def average_weights(network: nn.Module, decay: float) -> AveragedModel:

@@ -11,7 +11,7 @@ from vitrine.models.training.augmentation.augment import ClassificationAugmentat
 Positive = Annotated[int, Field(ge=1)]
 Setting = int | float | str | bool | tuple[int, ...] | None
 # Settings that affect the speed of a run but not its result: they may change on resume.
-_EXECUTION = {"cache", "workers"}
+_EXECUTION = {"cache", "workers", "features"}
 
 
 class _Recipe(BaseModel):
@@ -31,12 +31,20 @@ class _Recipe(BaseModel):
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, then cosine to zero
     clip_grad: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the moving average that is saved; 0: off
-    trainable: Literal["all", "head"] = "all"  # "head": a linear probe
+    # "head": a linear probe; "all_but_backbone": of a detector. What is frozen keeps its batch norm statistics, too.
+    trainable: Literal["all", "all_but_backbone", "head"] = "all"
+    # Name of `vitrine import --list` whose weights the network starts from, without --from; null: random ones.
+    pretrained: str | None = None
+    # The features of the frozen part are computed once, for so many augmented views of each image; 0: in each epoch.
+    views: Annotated[int, Field(ge=0)] = 0
+    features: str | None = None  # folder for them, to share by runs; null: in the run's, removed when it is finished
     precision: Literal["float32", "bfloat16"] = "float32"  # of the forward pass (autocast)
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the training images, stratified by class
-    # Fraction of train to validate on; null: the split "val" if there is one, else 4 %.
+    # Fraction of train to validate on; null: the split "val" if there is one, else 4 %, at least 300 images or a fifth.
     held_out: Annotated[float, Field(gt=0, lt=1)] | None = None
     evaluate_every: Positive = 1  # epochs
+    patience: Positive | None = None  # epochs after the best one until training stops early; null: never
+    keep: Literal["last", "best"] = "last"  # weights of the last epoch, or of the best on the validation images
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     deterministic: bool = False  # only bitwise reproducible kernels, also on a GPU
     accumulate: Positive = 1  # micro-batches per step and process
@@ -62,6 +70,14 @@ class _Recipe(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"model.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from error
+        if self.views and self.trainable == "all":
+            raise ValueError(f"views={self.views} needs a frozen part: trainable=head or all_but_backbone, found all")
+        if self.trainable == "all_but_backbone" and self.task is not Task.DETECTION:
+            raise ValueError("trainable=all_but_backbone is for detectors, trainable=head for classifiers")
+        if self.views and self.task is Task.DETECTION and self.trainable == "head":
+            raise ValueError(f"views={self.views}: expected trainable=all_but_backbone for a detector, found head")
+        if self.views and self.augmentation.group > 1:
+            raise ValueError(f"views={self.views}: expected no mixing of images (mixup, cutmix, mosaic), found some")
         if isinstance(self, ClassificationRecipe):
             size = settings.image_size
             if self.preprocessing.input_size != (size if isinstance(size, tuple) else (size, size)):
@@ -90,6 +106,9 @@ class ClassificationRecipe(_Recipe):
     augmentation: ClassificationAugmentation = ClassificationAugmentation()
     loss: Literal["softmax", "sigmoid"] = "softmax"  # softmax cross entropy, or binary cross entropy per class
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # "balanced": the loss of an image is divided by the frequency of its class; "auto": if `data check` would warn that
+    # the classes are unbalanced.
+    class_weights: Literal["none", "balanced", "auto"] = "none"
 
     @property
     def task(self) -> Task:

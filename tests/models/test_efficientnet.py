@@ -130,3 +130,54 @@ def test_every_parameter_gets_a_gradient() -> None:
     network(torch.randn(4, 3, 64, 64)).square().sum().backward()
     missing = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert not missing
+
+
+@settings(deadline=None, max_examples=20)
+@given(edges=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=2, max_size=3))
+def test_features_of_a_padded_image_equal_those_of_the_image_alone(edges: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    backbone = make().backbone
+    images = [torch.randn(3, *edge) for edge in edges]
+    batch = torch.zeros(len(edges), 3, *map(max, zip(*edges, strict=True)))
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    with torch.no_grad():
+        together = backbone(batch, torch.tensor(edges))
+        for i, image in enumerate(images):
+            alone = backbone(image[None], torch.tensor([edges[i]]))
+            for stride, level, own in zip(backbone.strides, together, alone, strict=True):
+                height, width = (-(-edge // stride) for edge in edges[i])
+                torch.testing.assert_close(
+                    level[i, :, :height, :width], own[0, :, :height, :width], atol=1e-4, rtol=1e-4
+                )
+                assert (level[i, :, height:] == 0).all()
+                assert (level[i, ..., width:] == 0).all()
+
+
+def test_maps_are_those_of_every_resolution() -> None:
+    network, x = make(), torch.randn(1, 3, 64, 96)
+    maps = network.backbone(x)
+    assert network.backbone.strides == [2, 4, 8, 16, 32]
+    assert [tuple(level.shape[1:]) for level in maps] == [
+        (channels, 64 // stride, 96 // stride)
+        for channels, stride in zip(network.backbone.channels, network.backbone.strides, strict=True)
+    ]
+    # Of whole images whose edges are multiples of 32, sizes change nothing.
+    for level, masked in zip(maps, network.backbone(x, torch.tensor([[64, 96]])), strict=True):
+        torch.testing.assert_close(level, masked)
+
+
+@pytest.mark.parametrize("head", ["linear", "vit"])
+def test_head_continues_the_features(head: str) -> None:
+    network = make(head=head, image_size=64, vit_embed_dim=8, vit_num_heads=2)
+    x = torch.randn(2, 3, 64, 64)
+    features = network.forward_features(x)
+    assert features.shape == ((2, 1280) if head == "linear" else (2, 1280, 2, 2))
+    torch.testing.assert_close(network.forward_head(features), network(x))
+
+
+def test_vit_head_records_its_attention_over_the_cells() -> None:
+    network, record = make(head="vit", image_size=(64, 96), vit_embed_dim=8, vit_num_heads=2, vit_depth=3), []
+    logits = network(torch.randn(2, 3, 64, 96), record)
+    assert logits.shape == (2, 5)
+    assert [tuple(weights.shape) for weights in record] == [(2, 2, 7, 7)] * 3  # a class token and 2 x 3 cells

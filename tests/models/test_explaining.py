@@ -115,7 +115,7 @@ def test_detr_attends_to_valid_cells_only(queries: str) -> None:
     found = explain(explained(network, MEAN, STD), pixels(3, 64, 96, 3), SIZES)
     rows, columns = found["cross_attention"].shape[2:]
     assert found["encoder_attention"].shape == (3, rows, columns, rows, columns)
-    stride = network.config.backbone.stride
+    stride = network.backbone.strides[-1]
     for i, (height, width) in enumerate(SIZES.tolist()):
         h, w = -(-height // stride), -(-width // stride)
         cross, between = found["cross_attention"][i], found["encoder_attention"][i]

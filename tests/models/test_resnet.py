@@ -64,7 +64,7 @@ def test_variant_has_its_published_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         network = ResNet(VARIANTS[name])
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
-    assert network.num_features == (512 if VARIANTS[name].block == "basic" else 2048)
+    assert network.channels[-1] == (512 if VARIANTS[name].block == "basic" else 2048)
 
 
 def test_every_published_number_belongs_to_a_variant() -> None:
@@ -81,10 +81,10 @@ def test_stride_and_width(
     config = ResNetConfig(layers, 8, block, dilation=dilation)
     assert config.stride == (stride // 2 if dilation else stride)
     network = ResNet(config).eval()
-    features = network(torch.randn(2, 3, height, width), torch.tensor([[height, width]] * 2))
-    assert network.num_features == 8 * 2 ** (len(layers) - 1) * (4 if block == "bottleneck" else 1)
+    features = network(torch.randn(2, 3, height, width), torch.tensor([[height, width]] * 2))[-1]
+    assert network.channels[-1] == 8 * 2 ** (len(layers) - 1) * (4 if block == "bottleneck" else 1)
     grid = math.ceil(height / config.stride), math.ceil(width / config.stride)
-    assert features.shape == (2, network.num_features, *grid)
+    assert features.shape == (2, network.channels[-1], *grid)
 
 
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
@@ -138,11 +138,11 @@ def test_frozen_norm_does_not_change_in_training() -> None:
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     x = torch.randn(2, 3, 32, 32)
     optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
-    expected = network(x)
-    assert torch.equal(expected, network.eval()(x))  # nor does it depend on the mode
+    expected = network(x)[-1]
+    assert torch.equal(expected, network.eval()(x)[-1])  # nor does it depend on the mode
     expected.square().sum().backward()
     optimiser.step()
-    assert not torch.equal(network(x), expected)  # the convolutions do learn
+    assert not torch.equal(network(x)[-1], expected)  # the convolutions do learn
     assert {"bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"} <= before.keys()
     assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
 
@@ -175,7 +175,7 @@ def test_every_second_cell_of_dilated_features_is_that_of_strided_ones(
     dilated.load_state_dict(strided.state_dict())
     batch, sizes = padded([torch.randn(3, *size), torch.randn(3, *other)])
     for argument in (None, sizes):
-        found, expected = dilated(batch, argument)[..., ::2, ::2], strided(batch, argument)
+        found, expected = dilated(batch, argument)[-1][..., ::2, ::2], strided(batch, argument)[-1]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -193,9 +193,9 @@ def test_features_of_a_padded_image_equal_those_without_padding(
     torch.manual_seed(0)
     network = make(layers, block=block, dilation=dilation and len(layers) > 1, norm=norm)
     images = [torch.randn(3, *edge) for edge in edges]
-    together = network(*padded(images))
+    together = network(*padded(images))[-1]
     for image, features in zip(images, together, strict=True):
-        alone = network(image[None])[0]
+        alone = network(image[None])[-1][0]
         height, width = alone.shape[1:]
         torch.testing.assert_close(features[:, :height, :width], alone, atol=1e-4, rtol=1e-4)
         assert (features[:, height:] == 0).all()
@@ -208,10 +208,10 @@ def test_without_sizes_padding_leaks(block: Any, dilation: bool) -> None:
     network = make(block=block, dilation=dilation)
     image = torch.randn(3, 33, 47)
     batch, sizes = padded([image, torch.randn(3, 64, 64)])
-    alone = network(image[None])[0]
+    alone = network(image[None])[-1][0]
     cells = (slice(None), slice(alone.shape[1]), slice(alone.shape[2]))
-    torch.testing.assert_close(network(batch, sizes)[0][cells], alone, atol=1e-4, rtol=1e-4)
-    leaked = network(batch)[0]
+    torch.testing.assert_close(network(batch, sizes)[-1][0][cells], alone, atol=1e-4, rtol=1e-4)
+    leaked = network(batch)[-1][0]
     assert (leaked[cells] - alone).abs().max() > 0.01
     assert leaked[:, alone.shape[1] :].abs().max() > 0.01
 
@@ -220,13 +220,13 @@ def test_without_sizes_padding_leaks(block: Any, dilation: bool) -> None:
 @given(block=st.sampled_from(BLOCKS), dilation=st.booleans(), size=SIZES)
 def test_sizes_of_whole_images_change_nothing(block: Any, dilation: bool, size: tuple[int, int]) -> None:
     network, x = make(block=block, dilation=dilation), torch.randn(2, 3, *size)
-    assert torch.equal(network(x, torch.tensor([size] * 2)), network(x))
+    assert torch.equal(network(x, torch.tensor([size] * 2))[-1], network(x)[-1])
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_parameter_learns(block: Any) -> None:
     network = make(block=block).train()
-    network(*padded([torch.randn(3, 64, 64), torch.randn(3, 33, 47)])).square().sum().backward()
+    network(*padded([torch.randn(3, 64, 64), torch.randn(3, 33, 47)]))[-1].square().sum().backward()
     assert [name for name, parameter in network.named_parameters() if not parameter.grad.abs().sum() > 0] == []
 
 
@@ -237,10 +237,10 @@ def test_thawed_norm_equals_frozen_norm() -> None:
             for buffer in module.buffers():
                 buffer.uniform_(0.5, 2)
     x = torch.randn(2, 3, 33, 47)
-    expected = network(x)
+    expected = network(x)[-1]
     thaw_frozen_norm(network)
     assert not any(isinstance(module, FrozenBatchNorm) for module in network.modules())
-    torch.testing.assert_close(network(x), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network(x)[-1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_network_too_narrow_to_train_everywhere_is_refused() -> None:

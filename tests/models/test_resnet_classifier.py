@@ -36,7 +36,7 @@ def test_every_published_number_belongs_to_a_variant() -> None:
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 57), (1, 9)])
 def test_logits_are_the_head_of_averaged_features(block: Any, height: int, width: int) -> None:
     network, x = make(block=block).eval(), torch.randn(2, 3, height, width)
-    features = network.backbone(x)
+    features = network.backbone(x)[-1]
     expected = features.flatten(2).sum(dim=-1) / features[0, 0].numel() @ network.head.weight.T + network.head.bias
     assert expected.shape == (2, 3)
     torch.testing.assert_close(network(x), expected, atol=1e-5, rtol=1e-5)
@@ -55,7 +55,7 @@ def test_backbone_is_that_of_a_detr(block: Any) -> None:
     assert ours == theirs
     detector.load_state_dict({**detector.state_dict(), **{name: classifier.state_dict()[name] for name in ours}})
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(detector.eval().backbone(x), classifier.eval().backbone(x))
+    assert torch.equal(detector.eval().backbone(x)[-1], classifier.eval().backbone(x)[-1])
 
 
 def test_dropout_acts_on_the_averaged_features_in_training_only() -> None:

@@ -162,7 +162,7 @@ def test_decoder_block_without_positions_is_torchs_decoder_layer(hidden: list[in
     x, memory = torch.randn(len(hidden), 4, 8), torch.randn(len(hidden), 6, 8)
     mask, bias = padding_bias(hidden, 6)
     expected = reference(x, memory, memory_key_padding_mask=mask)
-    found = block(x, torch.zeros_like(x), memory, torch.zeros_like(memory), bias)
+    found = block(x, torch.zeros_like(x), block.project_memory(memory, torch.zeros_like(memory)), bias)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -187,7 +187,8 @@ def test_decoder_adds_positions_to_queries_and_keys_but_not_to_values() -> None:
     attended, _ = attend(first + query_positions, memory + positions, memory, key_padding_mask=mask)
     second = block.norm2(first + attended)
     expected = block.norm3(second + block.linear2(F.relu(block.linear1(second))))
-    torch.testing.assert_close(block(x, query_positions, memory, positions, bias), expected, atol=1e-5, rtol=1e-4)
+    found = block(x, query_positions, block.project_memory(memory, positions), bias)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_encoder_dropout_lies_behind_attention_behind_relu_and_behind_the_perceptron() -> None:
@@ -222,9 +223,10 @@ def test_encoder_block_does_not_see_padding() -> None:
 def test_spatial_prior_is_the_formula() -> None:
     prior = SpatialPrior(3)
     torch.nn.init.normal_(prior.offset)
-    boxes, cells = torch.rand(2, 4, 4) + 0.1, torch.rand(2, 5, 2)
-    bias = prior(boxes, cells)
-    assert bias.shape == (2, 3, 4, 5)
+    boxes, columns, rows = torch.rand(2, 4, 4) + 0.1, torch.rand(2, 3), torch.rand(2, 2)
+    grid = torch.stack((columns[:, None].expand(2, 2, 3), rows[:, :, None].expand(2, 2, 3)), dim=-1)
+    bias, cells = prior(boxes, grid), grid.flatten(1, 2)
+    assert bias.shape == (2, 3, 4, 6)
     for image, head, query, cell in torch.cartesian_prod(*map(torch.arange, bias.shape)).tolist():
         cx, cy, w, h = boxes[image, query].tolist()
         x, y = cells[image, cell].tolist()
@@ -236,7 +238,7 @@ def test_spatial_prior_is_the_formula() -> None:
 
 def test_spatial_prior_is_largest_at_the_centre_of_the_box() -> None:
     cells = torch.tensor([[[0.5, 0.5], [0.6, 0.5], [0.9, 0.9]]])
-    bias = SpatialPrior(4)(torch.tensor([[[0.5, 0.5, 0.2, 0.2]]]), cells)[0, :, 0]  # [H, 3]
+    bias = SpatialPrior(4)(torch.tensor([[[0.5, 0.5, 0.2, 0.2]]]), cells[:, None])[0, :, 0]  # [H, 3]
     assert (bias[:, 0] == 0).all()
     assert (bias.diff(dim=-1) < 0).all()
 
@@ -249,7 +251,9 @@ def decode(block: DetrDecoderBlock, queries: Tensor, groups: int, **changes: Any
         "bias": torch.zeros(2, 1, 1, 5),
         "query_positions": torch.randn(queries.shape, generator=generator),
     }
-    return block(queries, **{**inputs, **changes}, groups=groups)
+    inputs |= changes
+    memory = block.project_memory(inputs.pop("memory"), inputs.pop("positions"))
+    return block(queries, memory=memory, **inputs, groups=groups)
 
 
 @pytest.mark.parametrize("groups", [2, 3])

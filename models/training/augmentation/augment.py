@@ -188,6 +188,7 @@ class DetectionAugmentation(_Augmentation):
     zoom: Annotated[tuple[Annotated[float, Field(ge=0.5)], Positive], AfterValidator(_in_order)] = (1.0, 1.6)
     zoom_probability: Fraction = 1.0  # fraction of images that are zoomed
     mosaic: Fraction = 0.0  # fraction of images combined with three others (Bochkovskiy et al. 2020)
+    feature_paste: Fraction = 0.0  # fraction of images whose right part is another's; needs cached features (`views`)
     min_visible: Fraction = 0.3  # a box is dropped if less than this fraction of its area is visible
     brightness: Fraction = 0.2
     contrast: Fraction = 0.2

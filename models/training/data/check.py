@@ -23,12 +23,11 @@ from vitrine.bundle.images import decode
 from vitrine.bundle.manifest import Task
 from vitrine.models.training.data.classification_layouts import LabelledImages, unknown_label
 from vitrine.models.training.data.contact_sheet import DrawnBox, box_sheet, class_sheet
-from vitrine.models.training.data.dataset import Files
+from vitrine.models.training.data.dataset import IMBALANCE, Files
 from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotation, Annotations, Box
 from vitrine.models.training.data.layouts import SPLITS, find_task, missing_split, read_split
 from vitrine.models.training.errors import DataError
 
-IMBALANCE = 10.0  # ratio of the largest to the smallest class that is a warning
 _TOLERANCE = 1.0  # pixels; annotation tools round boxes
 _AREAS = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # upper bounds in square pixels, as in COCO
 _MAX_SHOWN = 5  # findings of a kind in the summary

@@ -3,6 +3,7 @@
 <split>.npz                 arrays `jpeg` (uint8, image files end to end), `offsets` (int64 [n + 1]), `labels`
                             (integers [n]) and `classes` (str)
 <split>/<label>/**/<image>  folders; names that are WordNet ids are replaced by ImageNet labels
+<label>/**/<image>          the same without splits: all images are of the split train
 <split>.csv                 a header, then one image per line; column names as in `COLUMNS`, other columns are ignored,
                             separated by commas, semicolons or tabs
 <split>.jsonl               the same as one JSON object per line: {"image": "images/1.jpg", "label": "cat"}
@@ -33,6 +34,7 @@ COLUMNS = {
     "image": ("image", "path", "file", "filename", "file_name", "filepath", "image_path"),
     "label": ("label", "class", "category", "target", "class_name"),
 }
+SPLITS = ("train", "val", "test")
 LABEL_FILES = ("labels.txt", "classes.txt")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _SUFFIXES = (".npz", ".csv", ".jsonl", "")  # of the file or folder of a split
@@ -53,7 +55,18 @@ def find(path: Path, split: str) -> Path | None:
         file = path / f"{split}{suffix}"
         if file.is_dir() if suffix == "" else file.is_file():
             return file
-    return None
+    return path if split == "train" and _has_labels_only(path) else None
+
+
+def _has_labels_only(path: Path) -> bool:
+    """Return whether the folder has at least two subfolders, each with images, and nothing that is part of a layout."""
+    folders = _label_folders(path) if path.is_dir() else []
+    known = {*SPLITS, "valid", "images", "labels", "Annotations", "ImageSets", "JPEGImages"}
+    return len(folders) > 1 and not any(folder.name in known for folder in folders) and all(map(_has_image, folders))
+
+
+def _has_image(folder: Path) -> bool:
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for _, _, files in os.walk(folder) for name in files)
 
 
 def read(path: Path, source: Path, split: str, train: Path | None) -> LabelledImages:

@@ -21,6 +21,7 @@ from vitrine.bundle.images import ReducedImage, decode, decode_for
 from vitrine.bundle.manifest import Preprocessing
 from vitrine.models.training.errors import DataError
 
+IMBALANCE = 10  # ratio of the largest to the smallest class that is reported
 T = TypeVar("T")
 
 
@@ -181,6 +182,20 @@ class DetectionData(_Images):
 
 
 Data = ClassificationData | DetectionData
+
+
+def balanced_weights(class_ids: NDArray[np.int64], num_classes: int) -> NDArray[np.float32]:
+    """Return weights of the classes by which each has the same total, and an image 1 on average; [num_classes]."""
+    counts = np.bincount(class_ids, minlength=num_classes)
+    present = np.maximum(counts, 1)
+    return (len(class_ids) / (np.count_nonzero(counts) * present)).astype(np.float32)
+
+
+def is_unbalanced(class_ids: NDArray[np.int64]) -> bool:
+    """Return whether the largest class has at least `IMBALANCE` times the images of the smallest that occurs."""
+    counts = np.bincount(class_ids)
+    counts = counts[counts > 0]
+    return bool(len(counts)) and bool(counts.max() >= IMBALANCE * counts.min())
 
 
 def check_labels(data: Data, labels: Sequence[str]) -> None:

@@ -16,18 +16,19 @@ from PIL import Image
 from vitrine.bundle.images import SUPPORTED_FORMATS
 from vitrine.bundle.manifest import Task
 from vitrine.models.training.data import classification_layouts, detection_layouts
+from vitrine.models.training.data.classification_layouts import SPLITS as SPLITS
 from vitrine.models.training.data.classification_layouts import LabelledImages, unknown_label
 from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData, Files, Names, Ragged
 from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotations
 from vitrine.models.training.errors import DataError
 
-SPLITS = ("train", "val", "test")
 T = TypeVar("T")
 
-_HELD_OUT = 0.04  # of train
+_HELD_OUT = 0.04  # of train, but at least a fifth of it or so many images:
+_MIN_HELD_OUT = 300
 _ALIASES = {"val": ("val", "valid")}
 _EXPECTED = {
-    Task.CLASSIFICATION: "{0}.npz, {0}.csv, {0}.jsonl or {0}/<label>/*",
+    Task.CLASSIFICATION: "{0}.npz, {0}.csv, {0}.jsonl or {0}/<label>/* (without splits: <label>/*)",
     Task.DETECTION: "{0}.json (COCO) beside images/, images/{0} and labels/{0} (YOLO) or ImageSets/Main/{0}.txt (VOC)",
 }
 _FINDERS: dict[Task, Callable[[Path, str], object]] = {
@@ -98,7 +99,8 @@ def load_training_splits(
     Args:
         path: a data set.
         task: its task.
-        held_out: fraction of `train` to validate on; None for the split `val`, or 4 % if there is none.
+        held_out: fraction of `train` to validate on; None for the split `val`, or if there is none, 4 %, but at least
+            300 images or a fifth.
         seed: of the random split.
         fraction: fraction of the remaining images to train on, stratified by class.
 
@@ -112,7 +114,8 @@ def load_training_splits(
             raise DataError(f"{path}: the labels of train are {train.labels}, those of val {val.labels}")
         return _fraction(train, fraction, seed), val
     order = np.random.default_rng(seed).permutation(len(train))
-    count = max(1, round((held_out or _HELD_OUT) * len(train)))
+    least = min(round(len(train) / 5), _MIN_HELD_OUT)
+    count = max(1, round(_HELD_OUT * len(train)), least) if held_out is None else max(1, round(held_out * len(train)))
     if count >= len(train):
         raise DataError(f"{path}: expected more images in train than the {count} held out, found {len(train)}")
     return _fraction(train.subset(order[count:]), fraction, seed), train.subset(order[:count])

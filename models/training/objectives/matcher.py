@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -13,14 +15,21 @@ from vitrine.models.boxes import cxcywh_to_xyxy, generalised_iou
 from vitrine.models.detr import SetPrediction
 from vitrine.models.training.targets import Target, pad_targets
 
+_ALPHA, _GAMMA = 0.25, 2.0  # Lin et al. 2017, "Focal Loss for Dense Object Detection"
+
 # Indices of the matched queries and of their objects in one image: int64 on the CPU, of the same length.
 Match = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class HungarianMatcher:
-    """Minimum-cost bipartite matching with DETR's cost weights."""
+    """Minimum-cost bipartite matching with DETR's cost weights.
 
+    For sigmoid scores, the cost of a class is its focal loss less that of its absence (Zhu et al. 2021, "Deformable
+    DETR").
+    """
+
+    scores: Literal["softmax", "sigmoid"] = "softmax"
     class_cost: float = 1.0
     l1_cost: float = 5.0
     giou_cost: float = 2.0
@@ -38,8 +47,14 @@ class HungarianMatcher:
         """
         boxes = prediction["pred_boxes"].float()
         class_ids, target_boxes, _ = pad_targets(targets)
-        probabilities = prediction["pred_logits"].float().softmax(dim=-1)
-        class_cost = -probabilities.gather(2, class_ids[:, None].expand(-1, boxes.shape[1], -1))  # [B, N, n]
+        logits = prediction["pred_logits"].float()
+        if self.scores == "softmax":
+            costs = -logits.softmax(dim=-1)
+        else:
+            score = logits.sigmoid()
+            present = _ALPHA * (1 - score) ** _GAMMA * F.softplus(-logits)
+            costs = present - (1 - _ALPHA) * score**_GAMMA * F.softplus(logits)
+        class_cost = costs.gather(2, class_ids[:, None].expand(-1, boxes.shape[1], -1))  # [B, N, n]
         l1_cost = torch.cdist(boxes, target_boxes, p=1)
         giou_cost = -generalised_iou(cxcywh_to_xyxy(boxes)[:, :, None], cxcywh_to_xyxy(target_boxes)[:, None])
         cost = self.class_cost * class_cost + self.l1_cost * l1_cost + self.giou_cost * giou_cost

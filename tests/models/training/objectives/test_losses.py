@@ -26,6 +26,7 @@ def output(class_ids: list[list[int]], boxes: list[list[list[float]]], certainty
         "pred_boxes": torch.tensor(boxes).requires_grad_(),
         "aux_outputs": [],
         "denoising": [],
+        "proposals": None,
     }
 
 
@@ -102,7 +103,12 @@ def random_prediction(images: int, queries: int, classes: int) -> SetPrediction:
 def random_output(images: int, queries: int, classes: int, layers: int, restored: int = 0) -> DetrOutput:
     aux = [random_prediction(images, queries, classes) for _ in range(layers - 1)]
     denoising = [random_prediction(images, restored, classes) for _ in range(layers if restored else 0)]
-    return {**random_prediction(images, queries, classes), "aux_outputs": aux, "denoising": denoising}
+    return {
+        **random_prediction(images, queries, classes),
+        "aux_outputs": aux,
+        "denoising": denoising,
+        "proposals": None,
+    }
 
 
 def random_targets(counts: list[int], classes: int) -> list[Target]:
@@ -158,6 +164,7 @@ def part_of(output: DetrOutput, images: slice, longest: int, restored: int) -> D
         **cut(output),
         "aux_outputs": [cut(layer) for layer in output["aux_outputs"]],
         "denoising": [shorten(layer) for layer in output["denoising"]],
+        "proposals": None,
     }
 
 
@@ -262,3 +269,78 @@ def test_half_precision_logits_are_compared_in_full() -> None:
     found = ClassificationLoss()(logits, torch.tensor([[0.0, 1.0]]), 1)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(30)
+
+
+def test_varifocal_loss_by_hand() -> None:
+    """An object's class is to be its IoU, weighted by it; absent classes weigh 0.75 of their squared score."""
+    near, logits = [0.6, 0.5, 0.2, 0.4], torch.tensor([[[0.5, -1.0], [0.2, -2.0]]], requires_grad=True)
+    boxes = torch.tensor([[near, OTHER]], requires_grad=True)
+    config = DetrConfig(2, num_queries=2, scores="sigmoid")
+    target = Target(torch.tensor([1]), torch.tensor([BOX]))
+    criterion = SetCriterion.of(config, eos_coef=0.1)
+    prediction: Any = {
+        "pred_logits": logits,
+        "pred_boxes": boxes,
+        "aux_outputs": [],
+        "denoising": [],
+        "proposals": None,
+    }
+    loss = criterion(prediction, [target], criterion.totals([target], config))
+
+    def absent(logit: float) -> float:
+        score = 1 / (1 + math.exp(-logit))
+        return -0.75 * score**2 * math.log(1 - score)
+
+    iou = 1 / 3
+    score = 1 / (1 + math.exp(1.0))
+    present = -iou * (iou * math.log(score) + (1 - iou) * math.log(1 - score))
+    assert loss["class"].item() == pytest.approx(present + absent(0.5) + absent(0.2) + absent(-2.0))
+    loss["loss"].backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().min() > 0
+
+
+def test_sigmoid_loss_of_parts_adds_up_to_the_whole() -> None:
+    config = DetrConfig(3, num_queries=5, scores="sigmoid", queries="selected", denoising=2)
+    criterion, targets = SetCriterion.of(config, 0.1), random_targets([2, 0, 3], 3)
+    output = cut_classes(random_output(3, 5, 3, layers=2, restored=6))
+    output["proposals"] = cut_classes(random_prediction(3, 20, 3))
+    totals = criterion.totals(targets, config)
+    whole = criterion(output, targets, totals)
+    parts = [criterion(rows(output, slice(i, i + 1)), targets[i : i + 1], totals) for i in range(3)]
+    # Padding of denoising queries depends on the batch, and changes nothing.
+    for name in ("class", "l1", "giou", "proposals"):
+        assert whole[name].item() == pytest.approx(sum(part[name].item() for part in parts), rel=1e-5)
+
+
+def cut_classes(prediction: Any) -> Any:
+    """Predictions without an output for "no object"."""
+    if isinstance(prediction, list):
+        return [cut_classes(layer) for layer in prediction]
+    if not isinstance(prediction, dict):
+        return prediction
+    return {
+        name: value[..., :-1].detach() if name == "pred_logits" else cut_classes(value)
+        for name, value in prediction.items()
+    }
+
+
+def rows(prediction: Any, images: slice) -> Any:
+    """Predictions of some images."""
+    if isinstance(prediction, list):
+        return [rows(layer, images) for layer in prediction]
+    if isinstance(prediction, dict):
+        return {name: rows(value, images) for name, value in prediction.items()}
+    return prediction if prediction is None else prediction[images]
+
+
+def test_several_cells_learn_to_propose_an_object() -> None:
+    config = DetrConfig(2, num_queries=2, scores="sigmoid", queries="selected")
+    criterion, target = SetCriterion.of(config, 0.1), Target(torch.tensor([1]), torch.tensor([BOX]))
+    logits = torch.full((1, 6, 2), -4.0, requires_grad=True)
+    boxes = torch.tensor([[BOX] * 5 + [OTHER]], requires_grad=True)
+    output = cut_classes(random_output(1, 2, 2, layers=1))
+    output["proposals"] = {"pred_logits": logits, "pred_boxes": boxes}
+    criterion(output, [target], criterion.totals([target], config))["loss"].backward()
+    assert logits.grad is not None
+    assert (logits.grad[0, :, 1] < 0).sum() == 4
