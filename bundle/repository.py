@@ -124,6 +124,7 @@ class Repository:
         providers: Sequence[str] = CPU,
         cache: Path | None = None,
         state: RepositoryState | None = None,
+        defaults: Sequence[str] = (),
     ) -> None:
         """Load and verify everything; or follow `state`, that of another process.
 
@@ -132,12 +133,14 @@ class Repository:
             cores: cores that this process may use; if set, an `ExecutionProfile` is measured for each bundle.
             providers, cache: see `bundle.runtime.OnnxNetwork`.
             state: what to serve; see `follow`.
+            defaults: names of the models that `get` prefers where none is named, the first that is here.
 
         Raises:
             BundleError: no bundle found, one differs from its manifest, or a version exists twice. Not with `state`.
             ResourceError, ProviderError: see `bundle.runtime.OnnxNetwork`. Not with `state`.
         """
         self._roots, self._cores, self._providers, self._cache = roots, cores, tuple(providers), cache
+        self._defaults = tuple(defaults)
         self._lock = threading.Lock()
         self._pauses: dict[Path, tuple[float, float]] = {}  # of refused bundles: when to try again, seconds until then
         self._snapshot = _Snapshot(RepositoryState())
@@ -191,7 +194,8 @@ class Repository:
         return [(loaded.bundle, loaded.seconds) for loaded in self._snapshot.loaded.values()]
 
     def get(self, reference: str | None = None, *, task: Task | None = None) -> Bundle:
-        """Return the bundle `name` (its highest version here) or `name@version`; by default the first by name.
+        """Return the bundle `name` (its highest version here) or `name@version`; by default one of `defaults`, or
+        the first by name.
 
         Raises:
             UnknownModelError: there is no such bundle, or none for this task.
@@ -203,7 +207,7 @@ class Repository:
             if task is None or versions[next(reversed(versions))].task == task
         }
         if reference is None and candidates:
-            name, version = next(iter(candidates)), ""
+            name, version = next(name for name in (*self._defaults, *candidates) if name in candidates), ""
         else:
             name, _, version = (reference or "").partition("@")
         versions = candidates.get(name, {})

@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim
 
 from vitrine.export.errors import ExportError
+from vitrine.models.build import accepts_any_size
 from vitrine.models.resnet import thaw_frozen_norm
 from vitrine.models.resnetv2 import fold_weight_standardisation
 from vitrine.models.serving import ServedClassifier, ServedDetector, served
@@ -41,13 +42,15 @@ def served_module(run: Path, checkpoint: Checkpoint) -> ServedClassifier | Serve
 def export_graph(
     module: ServedClassifier | ServedDetector, input_size: tuple[int, int], file: Path, *, optimised: bool = True
 ) -> None:
-    """Trace the module and write a checked ONNX file with a dynamic batch axis (for detection also height and width).
+    """Trace the module and write a checked ONNX file with a dynamic batch axis.
+
+    Height and width are dynamic, too, for detectors, and for convolutional classifiers, which average their features.
 
     Nodes are named after the torch modules that they come from, and modules' output values after the modules, so that
     both networks can be compared part by part. The module is not modified.
 
     Args:
-        input_size: height and width to trace with, fixed for classifiers.
+        input_size: height and width to trace with, fixed for ViT and MLP-Mixer.
         optimised: precompute standardised filters, fold constants and batch norm, and remove no-ops
             (`docs/decisions/0009-optimisation.md`); otherwise the graph stays as traced.
     """
@@ -59,13 +62,14 @@ def export_graph(
     # Two images: torch.export would specialise a batch of one.
     pixels = torch.zeros(2, height, width, 3, dtype=torch.uint8)
     batch = Dim("batch", min=1, max=1024)
+    axes = {0: batch}
+    if accepts_any_size(module.network):
+        axes |= {1: Dim("height", min=32, max=4096), 2: Dim("width", min=32, max=4096)}
+    arguments: tuple[torch.Tensor, ...] = (pixels,)
+    dynamic_shapes = {"pixels": axes}
     if isinstance(module, ServedDetector):
-        arguments: tuple[torch.Tensor, ...] = (pixels, torch.tensor([[height, width]] * 2))
-        axes = {0: batch, 1: Dim("height", min=32, max=4096), 2: Dim("width", min=32, max=4096)}
-        dynamic_shapes = {"pixels": axes, "sizes": {0: batch}}
-    else:
-        arguments = (pixels,)
-        dynamic_shapes = {"pixels": {0: batch}}
+        arguments = (pixels, torch.tensor([[height, width]] * 2))
+        dynamic_shapes["sizes"] = {0: batch}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit._trace.TracerWarning)

@@ -32,6 +32,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def accepts_any_size(network: nn.Module) -> bool:
+    """Return whether a network takes images of any size, at least 32 x 32 pixels: with no weights for each position."""
+    if isinstance(network, efficientnet.EfficientNet):
+        return isinstance(network.head, nn.Linear)
+    return isinstance(network, detr.Detr | resnet_classifier.ResNetClassifier | resnetv2.ResNetV2)
+
+
 def setting_names(architecture: str) -> list[str]:
     """Return the names of an architecture's settings, without `num_classes`."""
     return [field.name for field in fields(ARCHITECTURES[architecture][1]) if field.name != "num_classes"]

@@ -21,12 +21,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrine.models.efficientnet import VARIANTS as EFFICIENTNETS
 from vitrine.models.efficientnet import EfficientNetBackbone, EfficientNetConfig
 from vitrine.models.neck import FusionNeck
-from vitrine.models.position import grid_points, nearest_valid_cells, sine_2d, valid_cells
+from vitrine.models.position import grid_points, nearest_valid_cells, pad_edges, sine_2d, valid_cells
 from vitrine.models.resnet import VARIANTS as RESNETS
 from vitrine.models.resnet import Norm, ResNet, ResNetConfig
 from vitrine.models.transformer import DetrDecoderBlock, DetrEncoderBlock, SpatialPrior
@@ -111,6 +112,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _RARE = -math.log((1 - 0.01) / 0.01)
 # Logit of what is never chosen, and without effect on a loss.
 _NEVER = -20.0
+# Logit of the edges of a small box in the corner.
+_CORNER = -4.0
 # Attention bias of masked queries. Finite, since in an image without objects all queries of a group are masked.
 _MASKED = -1e4
 
@@ -239,14 +242,22 @@ class Detr(nn.Module):
         """
         return self.forward_head(self.forward_features(images, sizes), sizes, images.shape[-2:], record, denoising)
 
-    def forward_features(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
+    def forward_features(self, images: Tensor, sizes: Tensor | None, *, early: bool = False) -> list[Tensor]:
         """Return the backbone's maps that the rest of the network needs: the last, with a neck the last three.
 
-        Arguments and shapes are those of `forward` and of the backbone.
+        With `early`, the last but one, with a neck the two before the last. Arguments and shapes are those of `forward`
+        and of the backbone.
         """
-        if isinstance(self.backbone, EfficientNetBackbone) and sizes is None:  # its convolutions see the edge's parity
-            sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(len(images), -1)
-        maps = self.backbone(images, None if self.published_padding else sizes)
+        if self.neck is not None or isinstance(self.backbone, EfficientNetBackbone):
+            # Maps of a neck have to be twice as fine as the next ones; an EfficientNet sees the parity of the edges.
+            if sizes is None:
+                sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(images.shape[0], -1)
+            images = pad_edges(images, self.backbone.strides[-1])
+        visible = None if self.published_padding else sizes
+        if early:
+            maps = self.backbone.forward_early(images, visible)
+            return maps[-1:] if self.neck is None else maps[-2:]
+        maps = self.backbone(images, visible)
         return maps[-1:] if self.neck is None else maps[-3:]
 
     def forward_head(
@@ -256,8 +267,13 @@ class Detr(nn.Module):
         edges: Sequence[int],
         record: list[Tensor] | None = None,
         denoising: Denoising | None = None,
+        *,
+        early: bool = False,
     ) -> DetrOutput:
         """Detect objects, given the maps of `forward_features`, and the height and width of the padded batch."""
+        if early:
+            last = self.backbone.forward_last(maps[-1], sizes)
+            maps = [last] if self.neck is None else [*maps, last]
         config, stride = self.config, self.backbone.strides[-1]
         features = self.input_proj(maps[-1])  # [B, D, h, w]
         encoder_grid = grid = features.shape[-2:]
@@ -285,7 +301,7 @@ class Detr(nn.Module):
 
         groups = config.query_groups if self.training else 1
         count = config.num_queries * groups
-        learned = self.query_embed.weight[:count].expand(len(tokens), -1, -1)  # [B, N, D]
+        learned = self.query_embed.weight[:count].expand(tokens.shape[0], -1, -1)  # [B, N, D]
         proposals: SetPrediction | None = None
         if self.query_boxes is None:
             layers = self._decode(memory, torch.zeros_like(learned), learned, groups, record=record)
@@ -294,7 +310,7 @@ class Detr(nn.Module):
                 reference, proposals = self.proposals(memory, count, config.num_classes)  # [B, N, 4], logits
             else:
                 assert self.query_boxes.boxes is not None
-                reference = self.query_boxes.boxes[:count].expand(len(tokens), -1, -1)
+                reference = self.query_boxes.boxes[:count].expand(tokens.shape[0], -1, -1)
             layers = self._decode(memory, learned, reference, groups, record=record)
         return {
             **layers[-1],
@@ -407,11 +423,15 @@ class Proposals(nn.Module):
         boxes = torch.logit(start, eps=1e-3) + self.bbox_embed(tokens)  # [B, M, 4]
         padding = memory.bias[:, 0, 0, :, None] < 0  # [B, M, 1]
         logits = logits.masked_fill(padding, _NEVER)
-        boxes = boxes.masked_fill(padding, _NEVER)  # tiny, in the corner
-        scores = logits[..., :num_classes].amax(dim=-1)  # [B, M]
-        best = scores.detach().topk(count, dim=-1).indices[..., None]  # [B, N, 1]
-        selected = boxes.detach().gather(1, best.expand(-1, -1, 4))
-        return selected, {"pred_logits": logits.float(), "pred_boxes": boxes.float().sigmoid()}
+        boxes = boxes.masked_fill(padding, _CORNER)
+        # A small image may have fewer cells than there are queries: the others get what padding has.
+        scores = F.pad(logits[..., :num_classes].amax(dim=-1), (0, count), value=_NEVER).detach()  # [B, M + N]
+        candidates = F.pad(boxes, (0, 0, 0, count), value=_CORNER).detach()  # [B, M + N, 4]
+        best = scores.topk(count, dim=-1).indices[..., None]  # [B, N, 1]
+        return candidates.gather(1, best.expand(-1, -1, 4)), {
+            "pred_logits": logits.float(),
+            "pred_boxes": boxes.float().sigmoid(),
+        }
 
 
 def _grid_of_boxes(count: int) -> Tensor:

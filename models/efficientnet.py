@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrine.models.position import level_cells
+from vitrine.models.position import level_cells, pad_edges
 from vitrine.models.transformer import DropPath
 from vitrine.models.vit import ViT, ViTConfig
 
@@ -183,7 +183,13 @@ class EfficientNetBackbone(nn.Module):
             if index + 1 == len(config.stages) or config.stages[index + 1].stride == 2:  # the last at this resolution
                 self.strides.append(stride)
                 self.channels.append(stage.channels)
+        self.first_of_last = max(i for i, block in enumerate(self.blocks) if block.stride == 2)  # block of the last map
         init_filters(self)
+
+    @property
+    def last_stage(self) -> tuple[str, ...]:
+        """Prefixes of the names of the weights behind `forward_early`."""
+        return tuple(f"blocks.{i}." for i in range(self.first_of_last, len(self.blocks)))
 
     def forward(self, x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
         """Extract feature maps.
@@ -198,13 +204,17 @@ class EfficientNetBackbone(nn.Module):
         Returns:
             For each of `strides`, [B, channels, H / stride, W / stride] (rounded up), zero outside the valid regions.
         """
+        maps = self.forward_early(x, sizes)
+        return [*maps, self.forward_last(maps[-1], sizes)]
+
+    def forward_early(self, x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
+        """As `forward`, but without the coarsest map."""
         if sizes is not None:
-            height, width = x.shape[-2:]
-            x = F.pad(x, (0, -width % self.strides[-1], 0, -height % self.strides[-1]))
+            x = pad_edges(x, self.strides[-1])
         maps = []
         x, stride = self.stem(x), 2
         valid = level_cells(sizes, x.shape[-2:], stride)
-        for block in self.blocks:
+        for block in self.blocks[: self.first_of_last]:
             if block.stride == 2:
                 maps.append(x if valid is None else x * valid)
                 x, stride = block(x, valid), 2 * stride
@@ -212,6 +222,14 @@ class EfficientNetBackbone(nn.Module):
             else:
                 x = block(x, valid)
         return [*maps, x if valid is None else x * valid]
+
+    def forward_last(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """The last map of `forward_early` -> the coarsest map."""
+        valid = level_cells(sizes, x.shape[-2:], self.strides[-2])
+        for block in self.blocks[self.first_of_last :]:
+            x = block(x, valid)
+            valid = level_cells(sizes, x.shape[-2:], self.strides[-1])
+        return x if valid is None else x * valid
 
 
 def init_filters(module: nn.Module) -> None:
@@ -264,13 +282,22 @@ class EfficientNet(nn.Module):
         features: Tensor = self.neck(self.backbone(x)[-1])
         return features
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> what the head needs: [B, 1280] for a linear head, else `features`."""
-        features = self.features(x)
-        return features.mean(dim=(2, 3)) if isinstance(self.head, nn.Linear) else features
+    def forward_features(self, x: Tensor, *, early: bool = False) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> what the head needs: [B, 1280] for a linear head, else `features`.
 
-    def forward_head(self, features: Tensor, record: list[Tensor] | None = None) -> Tensor:
+        With `early`, the backbone's last map but one.
+        """
+        if early:
+            return self.backbone.forward_early(x)[-1]
+        return self._pool(self.features(x))
+
+    def forward_head(self, features: Tensor, record: list[Tensor] | None = None, *, early: bool = False) -> Tensor:
         """`forward_features` -> logits [B, K]."""
+        if early:
+            features = self._pool(self.neck(self.backbone.forward_last(features)))
         features = self.dropout(features)
         logits: Tensor = self.head(features) if isinstance(self.head, nn.Linear) else self.head(features, record)
         return logits
+
+    def _pool(self, features: Tensor) -> Tensor:
+        return features.mean(dim=(2, 3)) if isinstance(self.head, nn.Linear) else features

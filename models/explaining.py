@@ -54,6 +54,7 @@ class ExplainedConvNet(ServedClassifier):
     """A ResNet, BiT or EfficientNet with its class activation maps."""
 
     output_names = ("probabilities", "activation")
+    output_axes: Mapping[str, tuple[str, ...]] = {"activation": ("", "rows", "columns")}
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Classify images and return the class activation maps.
@@ -75,10 +76,12 @@ class ExplainedDetector(ServedDetector):
     """A DETR with its attention."""
 
     output_names = ("scores", "class_ids", "boxes", "cross_attention", "encoder_attention")
-    output_axes: Mapping[str, tuple[str, ...]] = {
-        "cross_attention": ("", "rows", "columns"),
-        "encoder_attention": ("encoder_rows", "encoder_columns", "encoder_rows", "encoder_columns"),
-    }
+
+    @property
+    def output_axes(self) -> Mapping[str, tuple[str, ...]]:  # type: ignore[override]
+        """Names of the axes after the batch; with a neck, the encoder sees a coarser map than the decoder."""
+        rows, columns = ("rows", "columns") if self.network.neck is None else ("encoder_rows", "encoder_columns")
+        return {"cross_attention": ("", "rows", "columns"), "encoder_attention": (rows, columns, rows, columns)}
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Detect objects and return the attention over the cells of the feature map.

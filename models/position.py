@@ -152,6 +152,12 @@ def level_cells(sizes: Tensor | None, grid: Sequence[int], stride: int) -> Tenso
     return None if sizes is None else valid_cells(sizes, grid, stride)[:, None]
 
 
+def pad_edges(images: Tensor, multiple: int) -> Tensor:
+    """Pad images [B, C, H, W] with zeros at the bottom and right to edges that are multiples."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple))
+
+
 def nearest_valid_cells(sizes: Tensor, image: Sequence[int], grid: Sequence[int]) -> Tensor:
     """`valid_cells` by nearest-neighbour sampling of the padded image's mask, as in published DETR.
 

@@ -51,11 +51,13 @@ class ResNetClassifier(nn.Module):
         features: Tensor = self.backbone(x)[-1]
         return features
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> averaged features [B, C]."""
-        return self.features(x).mean(dim=(2, 3))
+    def forward_features(self, x: Tensor, *, early: bool = False) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> averaged features [B, C]; with `early`, the last map but one."""
+        return self.backbone.forward_early(x)[-1] if early else self.features(x).mean(dim=(2, 3))
 
-    def forward_head(self, features: Tensor) -> Tensor:
+    def forward_head(self, features: Tensor, *, early: bool = False) -> Tensor:
         """`forward_features` -> logits [B, K]."""
+        if early:
+            features = self.backbone.forward_last(features).mean(dim=(2, 3))
         logits: Tensor = self.head(self.dropout(features))
         return logits

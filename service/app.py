@@ -191,4 +191,11 @@ def start_loading(app: Starlette) -> None:
 def _load(settings: Settings, sizing: Sizing, shared: Path) -> Repository:
     providers = parse_providers(settings.providers)
     state = read_state(shared)  # of the workers that serve already
-    return Repository(*settings.bundles, cores=sizing.threads, providers=providers, cache=shared, state=state)
+    return Repository(
+        *settings.bundles,
+        cores=sizing.threads,
+        providers=providers,
+        cache=shared,
+        state=state,
+        defaults=settings.default_models,
+    )

@@ -94,6 +94,10 @@ class Settings(BaseSettings):
         description="folders of `<name>/<version>`, or ONNX files of a bundle, separated by `:`; "
         "without a folder `bundles`, the shipped ones",
     )
+    default_models: _Texts = Field(
+        ("imagenet", "detr-voc"),
+        description="models that answer where a request names none, separated by commas; else the first by name",
+    )
     providers: str = Field("cpu", description="execution providers of ONNX Runtime, in order of preference: `cuda,cpu`")
     model_control: bool = Field(False, description="clients may load and unload models")
     poll_seconds: float = Field(0.0, ge=0, description="polling interval for changed bundles; 0: never")

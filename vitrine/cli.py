@@ -69,6 +69,10 @@ def train(
     start: Annotated[
         Path | None, typer.Option("--from", help="A run, trained or imported, whose weights to start from.")
     ] = None,
+    finetune: Annotated[
+        bool,
+        typer.Option("--finetune", help="Then train the backbone's last stage, too; the head's run is kept in head/."),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the run folder.")] = False,
 ) -> None:
     """Train a network; KEY=VALUE changes the recipe. Under torchrun, on many processes."""
@@ -88,9 +92,12 @@ def train(
             raise VitrineError(f"{recipe}: pretrained: {unknown(weights, list(CATALOGUE))}; or pretrained=null, --from")
         start = import_by_name(weights, Path("runs"))
     chosen = load_recipe(recipe, changes, None if start is None else load_checkpoint(start))
-    trained = run_training(chosen, data_path, run, resume=resume, start=start, changes=changes)
-    assert trained.progress is not None
-    if int(os.environ.get("RANK", "0")) == 0 and trained.progress.finished:  # else it was interrupted
+    first = run / "head" if finetune else run
+    trained = run_training(chosen, data_path, first, resume=resume, start=start, changes=changes)
+    if finetune and trained.is_finished:
+        tuned = load_recipe("last_stage", [], trained)
+        trained = run_training(tuned, data_path, run, resume=resume, start=first)
+    if int(os.environ.get("RANK", "0")) == 0 and trained.is_finished:  # else it was interrupted
         typer.echo(f"trained: {run}")
         typer.echo(f"report: {write_report(run, data_path=data_path)}")
 

@@ -39,7 +39,7 @@ def run(trial: Trial, data: Path, runs: Path) -> Outcome | None:
         return {"diverged": True, "top1": None, "why": str(error).split(";")[0]}
     progress = checkpoint.progress
     assert progress is not None
-    if not progress.finished:
+    if not checkpoint.is_finished:
         return None
     return {
         **MEASURES[trial.measure](checkpoint, data / trial.data, folder),

@@ -46,7 +46,7 @@ class WarmStart:
 class Best:
     """The best epoch so far, by the metric of `GATE_METRIC`."""
 
-    epoch: int  # from 1
+    epoch: int  # from 1; 0: the weights that the run started from
     value: float
 
 
@@ -105,6 +105,12 @@ class Checkpoint:
     @property
     def task(self) -> Task:
         return self.read_preprocessing().task
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the network was trained to the end: of all epochs, or until training stopped early."""
+        progress = self.progress
+        return progress is not None and (progress.finished or progress.epoch >= progress.recipe["epochs"])
 
     def build(self) -> nn.Module:
         """Build the network with these weights, in evaluation mode.

@@ -54,6 +54,7 @@ class FrozenPart(nn.Module):
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network = network
+        self.options = _options(recipe)
         self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std)
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
@@ -68,21 +69,27 @@ class FrozenPart(nn.Module):
         """
         images = self.normalise(pixels)
         if not isinstance(self.network, Detr):
-            return [self.network.forward_features(images)]  # type: ignore[operator]
+            return [self.network.forward_features(images, **self.options)]  # type: ignore[operator]
         valid = valid_cells(sizes, pixels.shape[1:3])[:, None]
-        return self.network.forward_features(images * valid, sizes)
+        return self.network.forward_features(images * valid, sizes, **self.options)
 
 
 class TrainedPart(nn.Module):
     """The rest of a network, as a module that can be wrapped for several processes."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network = network
+        self.options = _options(recipe)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the network's `forward_head`."""
-        return self.network.forward_head(*arguments, **options)  # type: ignore[operator]
+        return self.network.forward_head(*arguments, **options, **self.options)  # type: ignore[operator]
+
+
+def _options(recipe: Recipe) -> dict[str, bool]:
+    """Return the option of `forward_features` and `forward_head` for where a recipe cuts the network."""
+    return {"early": True} if recipe.trainable == "last_stage" else {}
 
 
 class FeatureCache:
@@ -256,7 +263,7 @@ def _unaugmented(recipe: Recipe) -> Recipe:
 def _key(network: nn.Module, recipe: Recipe, data: Data, views: int) -> str:
     """Hash all that the features depend on."""
     digest = hashlib.sha256()
-    document = recipe.model_dump(mode="json", include={"model", "preprocessing", "augmentation", "seed"})
+    document = recipe.model_dump(mode="json", include={"model", "preprocessing", "augmentation", "seed", "trainable"})
     digest.update(json.dumps([document, views, data.name, data.split, len(data)], sort_keys=True).encode())
     for name in data.names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

@@ -66,6 +66,7 @@ from vitrine.models.training.warm_start import load_initial_weights
 DIVERGED_FILE = "diverged.txt"  # the images of the step that diverged
 _MAX_MAGNITUDE = 1e6  # upper bound of losses and weights; far above those of a network that learns
 _SAVE_EVERY = 600.0  # seconds
+_SAVE_FEATURES_EVERY = 20.0  # seconds; an epoch on features may be shorter than writing a checkpoint
 _POINTS_PER_EPOCH = 20  # in TensorBoard
 _EVALUATION_BATCH = 256  # images whose features are classified at once
 _MAX_NAMED = 8  # images named in an error message
@@ -100,6 +101,7 @@ def train(
     """
     with handle_signals() as interruption, process_group() as processes, _kernel_settings(recipe, processes):
         trainer = Trainer(recipe, data_path, run, processes, resume, start, changes)
+        trainer.measure_start()
         if resume and trainer.step == trainer.epoch == 0:
             trainer.log(f"there is no run in {run} to resume: a new one begins")
         try:
@@ -186,8 +188,7 @@ class Trainer:
             self.optimizer.load_state_dict(self._progress.optimizer)
             if self.average is not None:
                 self.average.module.load_state_dict(self._state.weights)
-                self.average.n_averaged.fill_(self.epoch + self.step)  # AveragedModel only tests it for zero
-        trained = TrainedPart(self.network) if recipe.views else self.network
+        trained = TrainedPart(self.network, recipe) if recipe.views else self.network
         self._ddp = _wrap_ddp(trained, recipe, processes) if processes.world_size > 1 else None
         self._forward = self._ddp or trained
         if recipe.compile:
@@ -196,6 +197,8 @@ class Trainer:
         self.names = data.names
         self.batch_size = min(recipe.batch_size, len(data))
         self.steps = len(data) // self.batch_size
+        if self.average is not None:
+            self.average.n_averaged.fill_(self.epoch * self.steps + self.step)
         self._rows = _local_rows(self.batch_size, recipe, processes, self.objective.group)
         _check_consistency(run, processes, (self.epoch, self.step, labels, len(data)))
         self.images: ImageCache | FeatureCache
@@ -306,7 +309,7 @@ class Trainer:
     @torch.no_grad()
     def _predict_from(self, cache: FeatureCache) -> Predictions:
         """Classify images by their features: as `_predict`, up to the rounding of the features."""
-        head = TrainedPart(self.eval_network.eval())
+        head = TrainedPart(self.eval_network.eval(), self.recipe)
         indices = torch.arange(len(cache))
         features, _ = cache.batch(indices, torch.zeros(len(indices), NOISE))
         chunks = features.maps[0].split(_EVALUATION_BATCH)
@@ -351,7 +354,20 @@ class Trainer:
         self.log(f"epoch {self.epoch + 1}/{self.recipe.epochs}  {seconds:.0f} s  {summary}")
         self._progress = replace(self._progress, metrics=metrics or self._progress.metrics)
         self.epoch, self.step, self._local_sums, self._global_sums = self.epoch + 1, 0, {}, {}
-        self.save()
+        if self.finished or not self.recipe.views or time.monotonic() - self._saved > _SAVE_FEATURES_EVERY:
+            self.save()
+
+    def measure_start(self) -> None:
+        """Count the weights that the run starts from among those of which the best are kept, if all were loaded."""
+        started = self._progress.start
+        if self.recipe.keep == "best" and started is not None and not started.fresh and self.epoch == self.step == 0:
+            cache = self._val_features
+            metrics = measure(self._predict() if cache is None else self._predict_from(cache), self.val)
+            self.epoch = -1
+            self._update_best(metrics)
+            self.epoch = 0
+            name = GATE_METRIC[self.recipe.task]
+            self.log(f"at the start: {name} {metrics[name]:.4g}")
 
     def _update_best(self, metrics: dict[str, float]) -> bool:
         """Keep the weights if they are the best so far; return whether they are."""

@@ -1,18 +1,22 @@
 """Optimisers, parameter groups, the learning rate schedule and the moving average of the weights."""
 
 import math
-from typing import Any
+import re
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vitrine.models.efficientnet import EfficientNetBackbone
+from vitrine.models.resnet import ResNet
 from vitrine.models.training.recipe import Recipe
 
 # Learned embeddings of positions, tokens and queries: weight decay would make them alike.
 _EMBEDDINGS = ("cls_token", "pos_embed", "query_embed", "query_boxes.boxes", "label_embed")
 _HEADS = ("head.", "class_embed.", "bbox_embed.", "proposals.class_embed.", "proposals.bbox_embed.")
 _BACKBONE = "backbone."
+_BLOCK = re.compile(r".*?(blocks|stages|encoder|decoder)\.\d+(\.\d+)?")
 
 
 class _Muon(torch.optim.Muon):
@@ -103,31 +107,41 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
     networks") for the matrices and filters between the first layer and the heads (depthwise filters are no matrices),
     with AdamW for the rest. Muon's
     updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so both use
-    one learning rate. Weight decay applies to matrices, not to biases, norms and embeddings. The backbone's groups have
-    their own learning rate; each group's is `lr_scale` times the schedule's.
+    one learning rate. Weight decay applies to matrices, not to biases, norms and embeddings. The learning rate of a
+    group is `lr_scale` times the schedule's: less in the backbone with `backbone_lr`, and towards the image with
+    `layer_decay`.
     """
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+    layers = _layers(network)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(_is_trained(name, recipe))
+        parameter.requires_grad_(_is_trained(name, network, recipe))
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.startswith(_EMBEDDINGS)
             is_filter = parameter.ndim == 4 and parameter.shape[1] in (1, 3)  # depthwise, or of the first layer
             hidden = decays and not is_filter and not name.startswith(_HEADS)
-            key = (recipe.optimizer == "muon" and hidden, name.startswith(_BACKBONE), decays)
-            groups.setdefault(key, []).append(parameter)
-    scale = 1.0 if recipe.backbone_lr is None else recipe.backbone_lr / recipe.lr
+            scale = recipe.layer_decay ** (max(layers.values()) - layers[name])
+            if recipe.backbone_lr is not None and name.startswith(_BACKBONE):
+                scale *= recipe.backbone_lr / recipe.lr
+            groups.setdefault((recipe.optimizer == "muon" and hidden, scale, decays), []).append(parameter)
     groups_by_muon: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for (by_muon, in_backbone, decays), parameters in groups.items():
-        groups_by_muon[by_muon].append(
-            {
-                "params": parameters,
-                "weight_decay": recipe.weight_decay if decays else 0.0,
-                "lr_scale": scale if in_backbone else 1.0,
-            }
-        )
+    for (by_muon, scale, decays), parameters in groups.items():
+        decay = recipe.weight_decay if decays else 0.0
+        groups_by_muon[by_muon].append({"params": parameters, "weight_decay": decay, "lr_scale": scale})
     if groups_by_muon[True]:
         return MuonWithAdamW(groups_by_muon[True], groups_by_muon[False], recipe.lr)
     return torch.optim.AdamW(groups_by_muon[False], lr=recipe.lr, fused=True)
+
+
+def _layers(network: nn.Module) -> dict[str, int]:
+    """Return the layer of each weight, from 0 nearest to the image; heads and embeddings are in the last one."""
+    layers: dict[str, int] = {}  # by the name of the block or, outside of one, of the part
+    of_weights = {}
+    for name, _ in network.named_parameters():
+        if name.startswith((*_HEADS, *_EMBEDDINGS)):
+            continue
+        block = _BLOCK.match(name)
+        of_weights[name] = layers.setdefault(block[0] if block else name.partition(".")[0], len(layers))
+    return {name: of_weights.get(name, len(layers)) for name, _ in network.named_parameters()}
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
@@ -147,16 +161,32 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 def training_mode(network: nn.Module, recipe: Recipe) -> None:
     """Set training mode (dropout, batch norm statistics) in the parts that the recipe trains."""
     for name, module in network.named_modules():
-        module.training = not name or _is_trained(f"{name}.", recipe)  # a DETR returns the predictions of all layers
+        keeps_statistics = recipe.trainable != "all" and name.startswith(_BACKBONE)
+        # The network itself always trains: a DETR returns the predictions of all layers.
+        module.training = not name or (_is_trained(f"{name}.", network, recipe) and not keeps_statistics)
 
 
-def _is_trained(name: str, recipe: Recipe) -> bool:
+def _is_trained(name: str, network: nn.Module, recipe: Recipe) -> bool:
     """Return whether the recipe trains a weight or a module, whose name ends in a dot."""
+    if recipe.trainable == "last_stage":
+        last = tuple(
+            f"{_BACKBONE}{prefix}" for prefix in cast(ResNet | EfficientNetBackbone, network.backbone).last_stage
+        )
+        return not name.startswith(_BACKBONE) or name.startswith(last)
     if recipe.trainable == "all_but_backbone":
         return not name.startswith(_BACKBONE)
     return recipe.trainable == "all" or name.startswith(_HEADS)
 
 
 def average_weights(network: nn.Module, decay: float) -> AveragedModel:
-    """Return a copy of the network for the moving average of its weights (Polyak & Juditsky 1992)."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    """Return a copy of the network for the moving average of its weights (Polyak & Juditsky 1992).
+
+    The decay grows to `decay` as (1 + step) / (10 + step), so that the average soon forgets the first weights.
+    """
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, steps: Tensor | int) -> None:
+        done = int(steps)
+        get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averaged, current, steps)
+
+    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)

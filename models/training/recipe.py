@@ -31,8 +31,11 @@ class _Recipe(BaseModel):
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, then cosine to zero
     clip_grad: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the moving average that is saved; 0: off
-    # "head": a linear probe; "all_but_backbone": of a detector. What is frozen keeps its batch norm statistics, too.
-    trainable: Literal["all", "all_but_backbone", "head"] = "all"
+    # "head": a linear probe; "all_but_backbone": of a detector; "last_stage": the last stage of the backbone (an
+    # EfficientNet or ResNet), and all behind it. Unless it is "all", a backbone keeps its batch norm statistics.
+    trainable: Literal["all", "last_stage", "all_but_backbone", "head"] = "all"
+    # Learning rate of a layer (a block, or what is not in one) over that of the next one (Bao et al. 2022, "BEiT").
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Name of `vitrine import --list` whose weights the network starts from, without --from; null: random ones.
     pretrained: str | None = None
     # The features of the frozen part are computed once, for so many augmented views of each image; 0: in each epoch.
@@ -71,11 +74,13 @@ class _Recipe(BaseModel):
             first = error.errors()[0]
             raise ValueError(f"model.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from error
         if self.views and self.trainable == "all":
-            raise ValueError(f"views={self.views} needs a frozen part: trainable=head or all_but_backbone, found all")
+            raise ValueError(f"views={self.views} needs a frozen part, found trainable=all")
+        if self.trainable == "last_stage" and self.architecture not in ("efficientnet", "resnet", "detr"):
+            raise ValueError(f"trainable=last_stage needs an efficientnet, resnet or detr, found {self.architecture}")
         if self.trainable == "all_but_backbone" and self.task is not Task.DETECTION:
             raise ValueError("trainable=all_but_backbone is for detectors, trainable=head for classifiers")
         if self.views and self.task is Task.DETECTION and self.trainable == "head":
-            raise ValueError(f"views={self.views}: expected trainable=all_but_backbone for a detector, found head")
+            raise ValueError(f"views={self.views}: expected trainable=all_but_backbone or last_stage, found head")
         if self.views and self.augmentation.group > 1:
             raise ValueError(f"views={self.views}: expected no mixing of images (mixup, cutmix, mosaic), found some")
         if isinstance(self, ClassificationRecipe):

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,7 +91,7 @@ def load_recipe(name: str, overrides: Iterable[str] = (), start: Checkpoint | No
     if hasattr(module, "RECIPE"):
         base = module.RECIPE
     elif start is not None:
-        base = module.recipe(start)
+        base = _checked(name, lambda: module.recipe(start))
     else:
         raise RecipeError(f"{name}: expected --from RUN, the run to start from, found none")
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()] + list(overrides)
@@ -104,8 +104,12 @@ def load_recipe(name: str, overrides: Iterable[str] = (), start: Checkpoint | No
     size = document["model"].get("image_size")
     if isinstance(size, int) and not any(override.startswith("preprocessing.input_size=") for override in overrides):
         document["preprocessing"]["input_size"] = [size, size]
+    return _checked(name, lambda: read_recipe(document))
+
+
+def _checked(name: str, make: Callable[[], Recipe]) -> Recipe:
     try:
-        return read_recipe(document)
+        return make()
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # from a validator of the whole recipe, whose message is complete

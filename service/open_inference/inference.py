@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vitrine import __version__
 from vitrine.bundle.errors import ImageTooLargeError, ParameterError
 from vitrine.bundle.loading import Bundle
-from vitrine.bundle.manifest import DetectionPreprocessing, TensorSpec
+from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPreprocessing, Identity, TensorSpec
 from vitrine.bundle.predictors import Classifier, PreparedImage, Row
 from vitrine.service.errors import preview
 from vitrine.service.http.image_work import ImageWork
@@ -102,9 +102,20 @@ def model_metadata(serving: Serving, reference: str) -> dict[str, Any]:
         "name": manifest.name,
         "versions": [bundle.manifest.version for bundle in serving.repository.versions(manifest.name)],
         "platform": "onnxruntime_onnx",
-        "inputs": [*map(_tensor_metadata, manifest.inputs), {"name": IMAGE, "datatype": "BYTES", "shape": [-1]}],
+        "inputs": [
+            *(_input_metadata(spec, manifest) for spec in manifest.inputs),
+            {"name": IMAGE, "datatype": "BYTES", "shape": [-1]},
+        ],
         "outputs": [*map(_tensor_metadata, manifest.outputs)],
     }
+
+
+def _input_metadata(spec: TensorSpec, manifest: Identity) -> dict[str, Any]:
+    """Return the metadata of an input; a classifier's pixels are served at one size, even if its graph takes any."""
+    metadata = _tensor_metadata(spec)
+    if spec.name == "pixels" and isinstance(manifest.preprocessing, ClassificationPreprocessing):
+        metadata["shape"][1:3] = manifest.preprocessing.input_size
+    return metadata
 
 
 def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
@@ -246,10 +257,15 @@ def _pixel_works(
     count, height, width = pixels.shape[:3]
     _check_count(serving, count)
     preprocessing = bundle.manifest.preprocessing
-    longest = preprocessing.longest_edge if isinstance(preprocessing, DetectionPreprocessing) else max(height, width)
-    if min(height, width) < 1 or max(height, width) > longest:
-        expected = f"edges from 1 to {longest} pixels"
-        raise ParameterError("input pixels: shape", expected=expected, found=f"{height} x {width}")
+    found = f"{height} x {width}"
+    if isinstance(preprocessing, DetectionPreprocessing):
+        longest = preprocessing.longest_edge
+        if min(height, width) < 1 or max(height, width) > longest:
+            expected = f"edges from 1 to {longest} pixels"
+            raise ParameterError("input pixels: shape", expected=expected, found=found)
+    elif (height, width) != preprocessing.input_size:
+        expected = " x ".join(map(str, preprocessing.input_size))
+        raise ParameterError("input pixels: shape", expected=expected, found=found)
     if height * width > serving.settings.max_pixels:
         raise ImageTooLargeError(limit=serving.settings.max_pixels, unit="pixels", found=f"{width} x {height}")
     sizes = arrays.get("sizes")

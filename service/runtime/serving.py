@@ -69,7 +69,7 @@ class Serving:
         """Return the bundle for a request and note it in the record.
 
         Args:
-            reference: `name` or `name@version`; None: the first model for the task.
+            reference: `name` or `name@version`; None: the default model for the task.
             variant: variant of its graph; None: the default of its manifest.
 
         Raises:

@@ -494,3 +494,14 @@ def test_refreshing_beside_a_process_that_adds_and_removes_versions_never_fails(
     shutil.rmtree(root / "other")
     repository.refresh()
     assert names(repository) == ["colours@1", "colours@2", "squares@1"]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "expected"),
+    [((), "colours"), (("squares",), "squares"), (("imagenet", "squares", "colours"), "squares"), (("x",), "colours")],
+)
+def test_default_model(defaults: tuple[str, ...], expected: str, root: Path) -> None:
+    repository = Repository(root, defaults=defaults)
+    assert repository.get().manifest.name == expected
+    assert repository.get("colours").manifest.name == "colours"
+    assert repository.get(task=Task.CLASSIFICATION).manifest.name == "colours"  # another task's default does not answer

@@ -47,6 +47,29 @@ NETWORKS: dict[str, tuple[str, dict[str, object], tuple[int, int]]] = {
         {**TINY_DETR, "backbone_layers": (1, 1), "queries": "boxes", "denoising": 2, "query_groups": 2},
         (64, 96),
     ),
+    "DETR with a neck and selected queries": (
+        "detr",
+        {
+            **{name: value for name, value in TINY_DETR.items() if name != "backbone_width"},
+            "backbone": "efficientnet_lite0",
+            "neck": "fusion",
+            "queries": "selected",
+            "scores": "sigmoid",
+        },
+        (64, 96),
+    ),
+    "EfficientNet with a ViT": (
+        "efficientnet",
+        {
+            "image_size": 64,
+            "width_factor": 0.25,
+            "depth_factor": 0.5,
+            "head": "vit",
+            "vit_embed_dim": 16,
+            "vit_num_heads": 2,
+        },
+        (64, 64),
+    ),
     "Mixer": ("mlp_mixer", {**TINY_MIXER, "image_size": 32, "gelu": "tanh"}, (32, 32)),
     "DETR with bottlenecks, DC5": (
         "detr",
@@ -113,7 +136,20 @@ def test_every_architecture_agrees_in_onnx_and_torch(name: str, exported: Callab
     assert len(values.intersection(last)) >= len(last) - 2  # blocks' outputs are named after them
 
 
-@pytest.mark.parametrize("name", ["DETR with query boxes", "DETR with bottlenecks, DC5"])
+@pytest.mark.parametrize("name", ["BiT", "EfficientNet", "ResNet"])
+def test_convolutional_classifiers_take_any_size(name: str, exported: Callable[[str], Exported]) -> None:
+    module, file, _ = exported(name)
+    network = OnnxNetwork(file)
+    assert network.inputs[0].shape == ("batch", "height", "width", 3)
+    for height, width in ((64, 64), (57, 83), (130, 32)):
+        pixels = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
+        (expected,), (found,) = TorchNetwork(module, torch.device("cpu"))(pixels=pixels), network(pixels=pixels)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["DETR with query boxes", "DETR with bottlenecks, DC5", "DETR with a neck and selected queries"]
+)
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_padded_batch_equals_single_images(name: str, batch: int, exported: Callable[[str], Exported]) -> None:
     network = OnnxNetwork(exported(name)[1])

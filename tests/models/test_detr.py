@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from vitrine.models.attention import split_heads
 from vitrine.models.detr import VARIANTS, Denoising, Detr, DetrConfig, DetrOutput
 from vitrine.models.position import grid_points, sine_2d, valid_cells
 
@@ -156,7 +157,7 @@ def test_first_boxes_are_the_reference_boxes() -> None:
 
 def test_a_querys_position_is_a_perceptron_of_its_encoded_box() -> None:
     query_boxes = make(queries="boxes").query_boxes
-    boxes, cells = torch.rand(2, 6, 4) + 0.1, torch.rand(2, 5, 2)
+    boxes, cells = torch.rand(2, 6, 4) + 0.1, torch.rand(2, 1, 5, 2)
     angles = boxes[..., None] * 2 * torch.pi / 10000 ** (torch.arange(0, 8, 2) / 8)  # [2, 6, 4, 4]
     encoded = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)  # [2, 6, 4, 8]
     encoded = encoded[..., [1, 0, 3, 2], :].flatten(-2)  # y before x, height before width
@@ -212,7 +213,12 @@ def test_memory_is_positioned_at_its_cells_corners_as_published_or_at_their_cent
     _, batch, sizes = padded([(24, 40), (33, 17)])
     expected = sine_2d(grid_points(valid_cells(sizes, (5, 5), 8), offset), 16).flatten(1, 2)
     torch.testing.assert_close(inputs_of(network.encoder[0], network, batch, sizes)[1], expected)
-    torch.testing.assert_close(inputs_of(network.decoder[2], network, batch, sizes)[3], expected)
+    outputs: list[Tensor] = []
+    with network.encoder[-1].register_forward_hook(lambda _module, _given, out: outputs.append(out)):
+        keys, values = inputs_of(network.decoder[2], network, batch, sizes)[2]
+    attention = network.decoder[2].multihead_attn
+    torch.testing.assert_close(keys, split_heads(attention.k_proj(outputs[0] + expected), attention.num_heads))
+    torch.testing.assert_close(values, split_heads(attention.v_proj(outputs[0]), attention.num_heads))
 
 
 def test_learned_queries_are_positions_of_a_state_that_starts_at_zero() -> None:
@@ -377,7 +383,7 @@ WHOLE = [[True, True, True], [True, True, True]]
 
 
 def test_denoising_needs_queries_with_boxes() -> None:
-    with pytest.raises(ValueError, match="denoising=2 needs queries=boxes, found queries=learned"):
+    with pytest.raises(ValueError, match="denoising=2 needs queries=boxes or selected, found learned"):
         make(denoising=2)
 
 
@@ -464,3 +470,62 @@ def test_predictions_do_not_depend_on_the_embedding_of_noised_labels() -> None:
     used = {node.target for node in exported.graph.nodes if node.op == "placeholder" and node.users}
     assert any("class_embed" in name for name in used)
     assert not any("label_embed" in name for name in used)
+
+
+SELECTED = {**TINY, "backbone": "efficientnet_lite0", "queries": "selected", "scores": "sigmoid", "num_queries": 12}
+SELECTED = {name: value for name, value in SELECTED.items() if not name.startswith("backbone_")}
+
+
+@pytest.mark.parametrize("neck", ["none", "fusion"])
+@pytest.mark.parametrize("second", [(64, 96), (33, 40), (5, 7)])
+def test_answers_of_a_padded_image_are_those_of_the_image_alone(neck: str, second: tuple[int, int]) -> None:
+    """Also of an image with fewer cells than queries."""
+    torch.manual_seed(0)
+    network = Detr(DetrConfig(**SELECTED, neck=neck)).eval()
+    height, width = second
+    images, sizes = torch.randn(2, 3, 64, 96), torch.tensor([[64, 96], second])
+    images[1, :, height:] = 0
+    images[1, :, :, width:] = 0
+    with torch.no_grad():
+        together = network(images, sizes)
+        alone = network(images[1:, :, :height, :width], sizes[1:])
+    for name in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(together[name][1], alone[name][0], atol=1e-4, rtol=1e-4)
+
+
+def test_queries_start_from_the_boxes_of_the_best_cells() -> None:
+    torch.manual_seed(0)
+    network = Detr(DetrConfig(**SELECTED)).train()
+    network.backbone.eval()
+    nn.init.normal_(network.proposals.class_embed.weight)
+    nn.init.normal_(network.proposals.bbox_embed.layers[-1].weight)
+    images, sizes = torch.randn(1, 3, 160, 160), torch.tensor([[160, 160]])
+    output = network(images, sizes)
+    proposals = output["proposals"]
+    assert proposals["pred_logits"].shape[:2] == (1, 25)
+    best = proposals["pred_logits"][0].amax(dim=-1).topk(12).indices
+    start = proposals["pred_boxes"][0, best]
+    # The box head is zero at first: the answers are the references.
+    torch.testing.assert_close(output["pred_boxes"][0], start, atol=1e-5, rtol=1e-5)
+    output["pred_boxes"].sum().backward()
+    assert network.proposals.bbox_embed.layers[0].weight.grad is None  # references have no gradient
+    assert network.eval()(images, sizes)["proposals"] is None
+
+
+def test_groups_of_selected_queries_are_refused() -> None:
+    with pytest.raises(ValueError, match="query_groups=3 needs queries=boxes or learned, found selected"):
+        Detr(DetrConfig(**SELECTED, query_groups=3))
+
+
+def test_a_neck_needs_three_stages() -> None:
+    with pytest.raises(ValueError, match="neck=fusion: expected a backbone of at least 3 stages, found 2"):
+        Detr(DetrConfig(**TINY, neck="fusion"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0", "efficientnet_lite4"])
+def test_backbone_by_name(name: str) -> None:
+    settings = {key: value for key, value in TINY.items() if not key.startswith("backbone_")}
+    network = Detr(DetrConfig(**settings, backbone=name, neck="fusion")).eval()
+    output = network(torch.randn(1, 3, 70, 100), torch.tensor([[70, 100]]))
+    assert output["grid"] == (6, 8)  # of 96 x 128 pixels
+    assert network.backbone.strides[-1] == 32

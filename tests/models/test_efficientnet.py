@@ -115,11 +115,11 @@ def test_logits_are_the_head_of_the_averaged_features(size: tuple[int, int]) -> 
 def test_depth_is_scaled_but_for_the_first_and_last_stage() -> None:
     blocks = [stage.blocks for stage in EfficientNetConfig(num_classes=2, depth_factor=1.2).stages]
     assert blocks == [1, 3, 3, 4, 4, 5, 1]
-    assert len(make(depth_factor=1.2).blocks) == sum(blocks)
+    assert len(make(depth_factor=1.2).backbone.blocks) == sum(blocks)
 
 
 def test_drop_path_grows_with_depth() -> None:
-    rates = [block.drop_path.probability for block in make(drop_path=0.2).blocks]
+    rates = [block.drop_path.probability for block in make(drop_path=0.2).backbone.blocks]
     assert rates[0] == 0
     assert rates[-1] == pytest.approx(0.2)
     assert rates == sorted(rates)

@@ -186,3 +186,27 @@ def test_padded_batch_equals_single_images(detector: ServedDetector) -> None:
         alone = detector(batch[i : i + 1, :height, :width], sizes[i : i + 1])
         for a, b in zip(alone, together, strict=True):
             torch.testing.assert_close(a[0], b[i], atol=1e-5, rtol=0)
+
+
+def test_sigmoid_scores_answer_the_best_pairs_of_query_and_class() -> None:
+    config = DetrConfig(
+        3,
+        num_queries=2,
+        scores="sigmoid",
+        embed_dim=8,
+        num_heads=1,
+        encoder_layers=0,
+        decoder_layers=1,
+        feedforward_dim=8,
+        backbone_layers=(1,),
+        backbone_width=8,
+    )
+    module = ServedDetector(Detr(config), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.1]]])
+    output: Any = {"pred_logits": torch.tensor([[[2.0, -1.0, 1.0], [-3.0, 0.5, -2.0]]]), "pred_boxes": boxes}
+    scores, class_ids, found, queries = module.predictions(output)
+    assert class_ids.tolist() == [[0, 2]]  # both of the first query: 2.0 and 1.0
+    assert queries.tolist() == [[0, 0]]
+    torch.testing.assert_close(scores, torch.tensor([[2.0, 1.0]]).sigmoid())
+    torch.testing.assert_close(found[0, 0], torch.tensor([0.4, 0.4, 0.6, 0.6]))
+    assert torch.equal(found[0, 0], found[0, 1])

@@ -17,7 +17,7 @@ TURNS = 400  # loop turns per level of brightness (0 to 255): about 7 ms
 
 
 def slow_graph() -> onnx.ModelProto:
-    """`pixels` UINT8[batch,4,4,3] -> `probabilities` FP32[batch,2], after a loop as long as the brightest pixel."""
+    """`pixels` UINT8[batch,height,width,3] -> `probabilities` FP32[batch,2], after a loop for the brightest pixel."""
     body = helper.make_graph(
         [
             helper.make_node("Tanh", ["state"], ["next_state"]),
@@ -59,7 +59,7 @@ def slow_graph() -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "slow",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 4, 4, 3])],
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", "height", "width", 3])],
         [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 2])],
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
@@ -80,7 +80,7 @@ def slow_bundle(tiny_bundles: Path, tmp_path_factory: pytest.TempPathFactory) ->
     manifest = json.loads((tiny_bundles / "colours" / "1" / "manifest.json").read_text())
     manifest |= {
         "name": "slow",
-        "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": ["batch", 4, 4, 3]}],
+        "inputs": [{"name": "pixels", "datatype": "UINT8", "shape": ["batch", "height", "width", 3]}],
         "outputs": [{"name": "probabilities", "datatype": "FP32", "shape": ["batch", 2]}],
         "labels": ["dark", "bright"],
         "metrics": None,

@@ -3,7 +3,8 @@
     vitrine import vit_base_patch16_224.safetensors --out runs/vit-b
     vitrine train linear_probe --from runs/vit-b --data DATA
 
-Data: labelled images. Everything but the head is frozen, including batch norm statistics.
+Data: labelled images. Everything but the head is frozen, including batch norm statistics; the features of four views of
+each image are computed once.
 """
 
 from vitrine.bundle.manifest import ClassificationPreprocessing
@@ -29,6 +30,7 @@ def recipe(start: Checkpoint) -> Recipe:
         preprocessing=preprocessing,
         augmentation=ClassificationAugmentation(crop="resized", scale=(0.5, 1.0), flip=0.5),
         trainable="head",
+        views=4,
         epochs=10,
         batch_size=64,
         lr=1e-3,

@@ -3,10 +3,11 @@
     vitrine train photos --data DATA
     vitrine train photos --data DATA model.head=vit
     vitrine train photos --data DATA pretrained=efficientnet-lite2
+    vitrine train photos --data DATA --finetune
 
 Data: DATA/<label>/*.jpg, or any other layout of labelled images; validation on `val` if there is one, else on a part of
 `train`.
-Each photograph is shown in four views, whose features are computed once. The weights of the best epoch are kept.
+Each photograph is shown in two views, whose features are computed once. The weights of the best epoch are kept.
 """
 
 from vitrine.bundle.manifest import ClassificationPreprocessing
@@ -37,7 +38,7 @@ def recipe(start: Checkpoint) -> Recipe:
         ),
         pretrained=PRETRAINED,
         trainable="head",
-        views=4,
+        views=2,
         epochs=60,
         patience=15,
         keep="best",

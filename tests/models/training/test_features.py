@@ -122,7 +122,7 @@ def test_images_of_several_sizes_are_padded_with_zeros(objects: Data, tmp_path: 
     together, targets = cache.batch(torch.arange(4), noise(4, 0.6))
     assert targets is not None
     assert len(targets) == 4
-    head = TrainedPart(network)
+    head = TrainedPart(network, OBJECTS)
     edges = [cells * 32 for cells in together.maps[-1].shape[-2:]]
     with torch.no_grad():
         output = head(together.maps, together.sizes, edges)

@@ -17,12 +17,16 @@ import torch
 from PIL import Image
 
 from vitrine.models.training.checkpoint import (
+    BEST_FILE,
     CHECKPOINT_FILE,
+    LAST_FILE,
     METRICS_FILE,
     PREVIOUS_FILE,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
 )
+from vitrine.models.training.data.layouts import load_split
 from vitrine.models.training.errors import DataError, DivergedError, RecipeError, TrainingError
 from vitrine.models.training.loop import DIVERGED_FILE, train
 from vitrine.models.training.recipe import Recipe
@@ -308,7 +312,7 @@ def test_divergence_is_an_error_and_leaves_no_checkpoint(data: Path, tmp_path: P
 def test_divergence_names_the_images_and_the_last_good_checkpoint(data: Path, tmp_path: Path) -> None:
     train(vit("epochs=1", "warmup_epochs=0"), data, tmp_path)
     checkpoint = load_checkpoint(tmp_path)
-    progress = replace(checkpoint.progress, recipe={**checkpoint.progress.recipe, "epochs": 4})
+    progress = replace(checkpoint.progress, recipe={**checkpoint.progress.recipe, "epochs": 4}, finished=False)
     broken = {**checkpoint.weights, "norm.weight": checkpoint.weights["norm.weight"] * float("nan")}
     save_checkpoint(replace(checkpoint, weights=broken, progress=progress), tmp_path)
     with pytest.raises(DivergedError, match=r"epoch 2, step 0: the loss is nan.* after epoch 1, step 0;.*npz\[\d+\]"):
@@ -359,3 +363,56 @@ def test_broken_image_is_named(tmp_path: Path) -> None:
         (folder / f"picture{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match=r"picture\d\.png"):
         train(vit(), tmp_path / "data", tmp_path / "run")
+
+
+def test_training_stops_early_and_keeps_the_best_weights(data: Path, tmp_path: Path) -> None:
+    checkpoint = train(vit("epochs=40", "patience=3", "keep=best"), data, tmp_path)
+    progress = checkpoint.progress
+    assert checkpoint.is_finished
+    measured = [line["top1"] for line in lines(tmp_path)]
+    assert len(measured) < 40
+    best = max(measured[:-1])
+    assert progress.best.value == best == measured[progress.best.epoch - 1]
+    assert progress.best.epoch == len(measured) - 3
+    assert progress.metrics["top1"] == pytest.approx(best)
+    kept = load_weights(tmp_path / BEST_FILE)
+    assert all(torch.equal(value, kept[name]) for name, value in load_checkpoint(tmp_path).weights.items())
+    assert not torch.equal(load_weights(tmp_path / LAST_FILE)["head.weight"], kept["head.weight"])
+    again = train(vit("epochs=40", "patience=3", "keep=best"), data, tmp_path, resume=True)
+    assert len(lines(tmp_path)) == len(measured)
+    assert again.progress.best == progress.best
+
+
+def test_weights_that_fine_tuning_does_not_improve_are_kept(data: Path, tmp_path: Path) -> None:
+    first = train(vit("epochs=12"), data, tmp_path / "first")
+    start = tmp_path / "first"
+    recipe = vit("epochs=2", "keep=best", "lr=1", "warmup_epochs=0")
+    tuned = train(recipe, data, tmp_path / "tuned", start=start)
+    assert tuned.progress.best.epoch == 0
+    assert tuned.progress.metrics["top1"] == pytest.approx(first.progress.metrics["top1"])
+    assert all(torch.equal(value, first.weights[name]) for name, value in tuned.weights.items())
+
+
+def test_a_probe_on_cached_features_learns_and_resumes(data: Path, tmp_path: Path) -> None:
+    start = train(vit("epochs=8"), data, tmp_path / "start")
+    changes = ["views=2", "epochs=3", "evaluate_every=3"]
+    probe = load_recipe("linear_probe", changes, start)
+    found = train(probe, data, tmp_path / "probe", start=tmp_path / "start")
+    assert found.progress.metrics["top1"] > 0.6
+    assert not (tmp_path / "probe" / "features").exists()
+    frozen = [name for name in start.weights if not name.startswith("head.")]
+    assert all(torch.equal(found.weights[name], start.weights[name]) for name in frozen)
+    shared = probe.derive(features=str(tmp_path / "features"))
+    again = train(shared, data, tmp_path / "again", start=tmp_path / "start")
+    assert (tmp_path / "features" / "train" / "cache.json").is_file()
+    assert torch.equal(again.weights["head.weight"], found.weights["head.weight"])
+
+
+def test_unbalanced_classes_are_weighed(data: Path, tmp_path: Path) -> None:
+    plain, balanced = (
+        train(vit("epochs=1", f"class_weights={how}"), data, tmp_path / how) for how in ("none", "balanced")
+    )
+    auto = train(vit("epochs=1", "class_weights=auto"), data, tmp_path / "auto")
+    equal = len(set(np.bincount(load_split(data, plain.task, "train").class_ids))) == 1
+    assert torch.equal(plain.weights["head.weight"], balanced.weights["head.weight"]) == equal
+    assert torch.equal(plain.weights["head.weight"], auto.weights["head.weight"])  # not ten times as many of one class

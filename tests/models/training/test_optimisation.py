@@ -117,7 +117,7 @@ def test_whole_network_is_in_training_mode() -> None:
 def test_average_follows() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     average = average_weights(network, 0.75)
-    average.update_parameters(network)  # the first is a copy
+    average.n_averaged.fill_(50)  # after the first steps, in which the decay grows
     before = average.module[0].weight.detach().clone()
     with torch.no_grad():
         network[0].weight += 1
@@ -125,3 +125,86 @@ def test_average_follows() -> None:
     average.update_parameters(network)
     torch.testing.assert_close(average.module[0].weight, before + 0.25)
     torch.testing.assert_close(average.module[1].running_mean, torch.full((2,), 0.25))
+
+
+DETECTOR = (
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "model.encoder_layers=1",
+    "model.decoder_layers=1",
+    "model.feedforward_dim=16",
+)
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
+@pytest.mark.parametrize("trainable", ["all_but_backbone", "last_stage"])
+def test_frozen_part_neither_learns_nor_updates_its_statistics(trainable: str, backbone: str) -> None:
+    changes = [*DETECTOR, f"model.backbone={backbone}", f"trainable={trainable}", "views=0", "pretrained=null"]
+    recipe = load_recipe("objects", [*changes, "augmentation.feature_paste=0"])
+    network = build_model(recipe.architecture, recipe.model, 3)
+    optimizer = make_optimizer(network, recipe)
+    training_mode(network, recipe)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    images, sizes = torch.randn(2, 3, 64, 64), torch.tensor([[64, 64]] * 2)
+    output = network(images, sizes)
+    (output["pred_logits"].square().sum() + output["pred_boxes"].sum()).backward()
+    set_learning_rate(optimizer, 1e-2)
+    optimizer.step()
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    in_backbone = {name for name in changed if name.startswith("backbone.")}
+    last = tuple(f"backbone.{prefix}" for prefix in network.backbone.last_stage)
+    assert changed - in_backbone
+    assert bool(in_backbone) == (trainable == "last_stage")
+    assert all(name.startswith(last) and "running" not in name for name in in_backbone)
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
+def test_features_before_the_last_stage_lead_to_the_same_answers(backbone: str) -> None:
+    recipe = load_recipe("objects", [*DETECTOR, f"model.backbone={backbone}", "pretrained=null"])
+    network = build_model(recipe.architecture, recipe.model, 3).eval()
+    images, sizes = torch.randn(2, 3, 64, 96), torch.tensor([[64, 96], [33, 70]])
+    images[1, :, 33:] = 0
+    images[1, :, :, 70:] = 0
+    early = network.forward_features(images, sizes, early=True)
+    found = network.forward_head(early, sizes, images.shape[-2:], early=True)
+    assert torch.equal(found["pred_boxes"], network(images, sizes)["pred_boxes"])
+
+
+def test_layers_nearer_to_the_image_learn_more_slowly() -> None:
+    recipe = load_recipe("vit_cifar10", ["optimizer=adamw", "layer_decay=0.5", "weight_decay=0.1", "model.depth=3"])
+    groups = named_groups(build_model(recipe.architecture, recipe.model, 3), recipe)
+    rates = {name: rate for (_, rate), names in groups.items() for name in names}
+    assert rates["head.weight"] == 1
+    assert rates["norm.weight"] == 0.5
+    blocks = [rates[f"blocks.{i}.attn.qkv.weight"] for i in range(3)]
+    assert blocks == [0.0625, 0.125, 0.25]
+    assert rates["patch_embed.proj.weight"] == 0.03125
+
+
+def test_muon_follows_pytorchs() -> None:
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(8, 24))]
+    copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    ours = MuonWithAdamW(
+        [{"params": weights, "weight_decay": 0.1, "lr_scale": 1.0}], [{"params": [nn.Parameter(torch.zeros(1))]}], 0.1
+    )
+    theirs = torch.optim.Muon(copies, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for weight, copy in zip(weights, copies, strict=True):
+            weight.grad = torch.randn(weight.shape)
+            copy.grad = weight.grad.clone()
+        ours.step()
+        theirs.step()
+    for weight, copy in zip(weights, copies, strict=True):
+        torch.testing.assert_close(weight, copy, atol=0.02, rtol=0.02)  # theirs is in bfloat16
+
+
+def test_average_forgets_its_start() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    average = average_weights(network, 0.999)
+    nn.init.constant_(network.weight, 100.0)
+    average.update_parameters(network)
+    nn.init.constant_(network.weight, 1.0)
+    for _ in range(100):
+        average.update_parameters(network)
+    assert average.module.weight.item() == pytest.approx(1, abs=0.01)

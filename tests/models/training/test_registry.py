@@ -1,5 +1,7 @@
 """Shipped recipes and command-line overrides."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,11 +9,11 @@ from vitrine.models.build import build_model
 from vitrine.models.training.checkpoint import Checkpoint
 from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe, read_recipe
-from vitrine.models.training.registry import load_recipe, recipe_names
+from vitrine.models.training.registry import load_recipe, pretrained_weights, recipe_name, recipe_names
 
 CLASSIFIER = load_recipe("vit_cifar10")
 DETECTOR = load_recipe("detr_bccd")
-FROM_A_RUN = ("finetune", "linear_probe")
+FROM_A_RUN = ("finetune", "last_stage", "linear_probe", "photos")
 
 
 def run_of(recipe: Recipe) -> Checkpoint:
@@ -30,6 +32,10 @@ def run_of(recipe: Recipe) -> Checkpoint:
 def test_shipped_recipe(name: str, start: Recipe) -> None:
     if name in ("linear_probe", "photos") and start is DETECTOR:
         with pytest.raises(RecipeError, match="expected a run that classifies, found a detr"):
+            load_recipe(name, [], run_of(start))
+        return
+    if name == "last_stage" and start is CLASSIFIER:
+        with pytest.raises(RecipeError, match="last_stage needs an efficientnet, resnet or detr, found vit"):
             load_recipe(name, [], run_of(start))
         return
     recipe = load_recipe(name, [], run_of(start))
@@ -111,3 +117,81 @@ def test_refused_override(override: str, message: str) -> None:
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="unknown 'vit_cifar': did you mean 'vit_cifar10'"):
         load_recipe("vit_cifar")
+
+
+def test_recipe_of_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: vit_cifar10\nepochs: 3\nmodel:\n  depth: 2\naugmentation:\n  scale: [0.5, 1.0]\n")
+    recipe = load_recipe(str(file), ["epochs=5"])
+    assert (recipe.epochs, recipe.model["depth"]) == (5, 2)  # the command line comes last
+    assert recipe.augmentation.scale == (0.5, 1.0)
+    assert recipe_name(str(file)) == "mine"
+
+
+def test_recipe_of_a_python_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from vitrine.models.training.recipes.vit_cifar10 import RECIPE as BASE\nRECIPE = BASE.derive(epochs=2)\n"
+    )
+    assert load_recipe(str(file)).epochs == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "epochs: 3", "recipe: expected the name of the recipe that it changes, found None"),
+        ("a.yaml", "- 3", "recipe: expected the name of the recipe that it changes, found None"),
+        ("a.yaml", "recipe: b.yaml", "recipe: expected the name of the recipe that it changes, found 'b.yaml'"),
+        ("a.yaml", "recipe: [", "cannot be read as a recipe: ParserError"),
+        ("a.yaml", "recipe: vit_cifar10\nepoch: 3", "epoch"),
+        ("a.yml", "recipe: vit_cifar1", "vit_cifar10"),
+        ("a.py", "1 / 0", "cannot be read as a recipe: ZeroDivisionError"),
+        ("a.py", "x = 1", r"expected RECIPE or recipe\(start\), found neither"),
+    ],
+)
+def test_recipe_file_that_is_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / name))
+
+
+def test_missing_recipe_file() -> None:
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: cannot be read as a recipe: FileNotFoundError"):
+        load_recipe("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "expected"),
+    [
+        ("photos", [], "efficientnet-lite0"),
+        ("photos", ["pretrained=efficientnet-lite2"], "efficientnet-lite2"),
+        ("photos", ["pretrained=null"], None),
+        ("objects", [], "efficientnet-lite0"),
+        ("objects", ["model.backbone=efficientnet_lite1"], "efficientnet-lite1"),
+        ("objects", ["model.backbone=resnet18"], "resnet18"),
+        ("objects", ["model.backbone=resnet18", "pretrained=null"], None),
+        ("vit_cifar10", [], None),
+        ("finetune", [], None),
+    ],
+)
+def test_pretrained_weights_of_a_recipe(recipe: str, changes: list[str], expected: str | None) -> None:
+    assert pretrained_weights(recipe, changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("views=2", "views=2 needs a frozen part, found trainable=all"),
+        ("trainable=last_stage", "trainable=last_stage needs an efficientnet, resnet or detr, found vit"),
+        ("trainable=all_but_backbone", "trainable=all_but_backbone is for detectors"),
+    ],
+)
+def test_what_is_frozen_fits_the_network(change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("vit_cifar10", [change])
+
+
+def test_views_are_not_mixed() -> None:
+    changes = ["trainable=head", "views=2", "augmentation.mixup=0.2"]
+    with pytest.raises(RecipeError, match="views=2: expected no mixing of images"):
+        load_recipe("vit_cifar10", changes)

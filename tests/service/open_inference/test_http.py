@@ -344,3 +344,17 @@ def test_calls_in_progress_survive_unloading(serve: Serving, slow_bundle: Path, 
         for thread in threads:
             thread.join()
         assert [array.tolist() for array in outputs] == [[[0.5, 0.5]]] * 2
+
+
+def test_a_classifier_is_served_at_one_size_even_if_its_graph_takes_any(serve: Serving, slow_bundle: Path) -> None:
+    with serve(slow_bundle) as running:
+        metadata = httpx.get(f"{running.url}/v2/models/slow").json()
+        assert metadata["inputs"][0] == {"name": "pixels", "datatype": "UINT8", "shape": [-1, 4, 4, 3]}
+        for (height, width), status in (((4, 4), 200), ((5, 4), 400), ((8, 8), 400), ((0, 4), 400)):
+            tensor = {"name": "pixels", "datatype": "UINT8", "shape": [1, height, width, 3]}
+            tensor["data"] = [0] * (height * width * 3)
+            response = httpx.post(f"{running.url}/v2/models/slow/infer", json={"inputs": [tensor]})
+            assert response.status_code == status, response.text
+            if status == 400:
+                expected = f"input pixels: shape: expected 4 x 4, found {height} x {width}"
+                assert response.json() == {"error": expected}

@@ -84,13 +84,13 @@ def test_a_backbone_is_trained_on_objects_before_the_detector(
     size = ("model.image_size=16", "preprocessing.input_size=[16,16]")
     short = ("epochs=1", "batch_size=8", "warmup_epochs=0")
     run_vitrine(
-        *("train", "resnet_voc", "--data", tmp_path / "objects", "--out", tmp_path / "backbone"),
+        *("train", "resnet_imagenette", "--data", tmp_path / "objects", "--out", tmp_path / "backbone"),
         *backbone,
         *size,
         *short,
     )
     run_vitrine(
-        *("train", "detr_voc", "--data", squares, "--from", tmp_path / "backbone", "--out", tmp_path / "run"),
-        *(*tiny_detr, "epochs=1", "precision=float32"),
+        *("train", "detr_bccd", "--data", squares, "--from", tmp_path / "backbone", "--out", tmp_path / "run"),
+        *(*tiny_detr, "epochs=1"),
     )
     assert (tmp_path / "run" / "checkpoint.pt").is_file()

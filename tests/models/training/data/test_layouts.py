@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +102,23 @@ def test_images_of_a_split_are_read_by_index(colours: Path) -> None:
     assert data.labels == ("blue", "green", "red")
     reds = np.asarray(data.image(-1), float).mean(axis=(0, 1))
     assert reds.argmax() == 0
+
+
+def test_folders_without_splits_are_training_images(colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(colours / "train", tmp_path / "mine")
+    (tmp_path / "mine" / ".hidden").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    data = load_split(tmp_path / "mine", Task.CLASSIFICATION, "train")
+    assert data.labels == ("blue", "green", "red")
+    assert len(data) == 120
+    assert not has_split(tmp_path / "mine", "val")
+    train, val = load_training_splits(tmp_path / "mine", Task.CLASSIFICATION, held_out=None, seed=0)
+    assert (len(train), len(val)) == (96, 24)  # a fifth
+    assert not set(train.names) & set(val.names)
+
+
+@pytest.mark.parametrize("extra", ["test", "images", "empty"])
+def test_folders_that_are_no_labels(extra: str, colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(colours / "train", tmp_path / "mine")
+    (tmp_path / "mine" / extra).mkdir()
+    assert not has_split(tmp_path / "mine", "train")

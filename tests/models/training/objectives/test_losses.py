@@ -271,6 +271,14 @@ def test_half_precision_logits_are_compared_in_full() -> None:
     assert found.item() == pytest.approx(30)
 
 
+def test_weighted_images_count_as_several() -> None:
+    loss, logits = ClassificationLoss(label_smoothing=0.1), torch.randn(2, 3)
+    targets = torch.eye(3)[:2]
+    weighted = loss(logits, targets, 4.0, torch.tensor([3.0, 1.0]))
+    repeated = loss(logits[[0, 0, 0, 1]], targets[[0, 0, 0, 1]], 4.0)
+    torch.testing.assert_close(weighted, repeated)
+
+
 def test_varifocal_loss_by_hand() -> None:
     """An object's class is to be its IoU, weighted by it; absent classes weigh 0.75 of their squared score."""
     near, logits = [0.6, 0.5, 0.2, 0.4], torch.tensor([[[0.5, -1.0], [0.2, -2.0]]], requires_grad=True)
