@@ -1,6 +1,7 @@
 """Images and network inputs that an export is verified, measured and calibrated with."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from vitrine.bundle.manifest import ClassificationPreprocessing, Precision, Prep
 from vitrine.export.errors import ExportError
 from vitrine.models.training.checkpoint import Checkpoint
 from vitrine.models.training.data.dataset import Data, check_labels
-from vitrine.models.training.data.layouts import has_split, load_split
+from vitrine.models.training.data.layouts import HELD_OUT, has_split, load_split, load_training_splits
 
 _PARITY_IMAGES = 48
 _GENERATED_IMAGES = 12
@@ -38,7 +39,7 @@ def make_inputs(images: Sequence[Image.Image], preprocessing: Preprocessing) -> 
 
 
 def evaluation_data(path: Path | None, checkpoint: Checkpoint) -> Data | None:
-    """Load the split `test`, or `val` without it; None for an imported run without data.
+    """Load the split `test`, or `val` without it, or what training held out; None for an imported run without data.
 
     Args:
         path: the data set; by default where it was when the run was trained.
@@ -46,9 +47,18 @@ def evaluation_data(path: Path | None, checkpoint: Checkpoint) -> Data | None:
     path = _data_path(path, checkpoint)
     if path is None:
         return None
-    data = load_split(path, checkpoint.task, "test" if has_split(path, "test") else "val")
+    data = _load_evaluation_split(path, checkpoint)
     check_labels(data, checkpoint.labels)
     return data
+
+
+def _load_evaluation_split(path: Path, checkpoint: Checkpoint) -> Data:
+    split = next((name for name in ("test", "val") if has_split(path, name, checkpoint.task)), None)
+    if split is None and checkpoint.progress is not None:
+        recipe = checkpoint.progress.read_recipe()
+        _, held_out = load_training_splits(path, checkpoint.task, held_out=recipe.held_out, seed=recipe.seed)
+        return replace(held_out, split=HELD_OUT)
+    return load_split(path, checkpoint.task, split or "val")
 
 
 def parity_images(data: Data | None, preprocessing: Preprocessing) -> list[Image.Image]:

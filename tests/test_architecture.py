@@ -30,7 +30,7 @@ def test_the_service_imports_without_torch(root: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [package for package in PACKAGES if package != "models/training"])  # docs/api.md
 def test_package_init_files_hold_a_docstring_only(package: str, root: Path) -> None:
     module = ast.parse((root / package / "__init__.py").read_text())
     assert len(module.body) == 1
@@ -44,7 +44,8 @@ TESTED_ELSEWHERE = {
     *("app.py", "parameters.py", "paths.py", "schemas.py", "service.py"),
     "open_inference_pb2.py",
 }
-WITHOUT_MODULE = {"anywhere.py", "operations.py"}  # other runtimes; every operation of the OpenAPI document
+# Other runtimes; every operation of the OpenAPI document; the names for notebooks.
+WITHOUT_MODULE = {"anywhere.py", "operations.py", "init.py"}
 
 
 @pytest.mark.parametrize("package", [package for package in PACKAGES if package != "models/training/recipes"])

@@ -22,6 +22,7 @@ from vitrine.models.training.data.dataset import ClassificationData, Data, Detec
 from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotations
 from vitrine.models.training.errors import DataError
 
+HELD_OUT = "held out of train"  # name of this part as a split
 T = TypeVar("T")
 
 _HELD_OUT = 0.04  # of train, but at least a fifth of it or so many images:

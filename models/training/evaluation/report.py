@@ -19,7 +19,7 @@ from PIL import Image
 from vitrine.bundle.manifest import Task
 from vitrine.models.training.checkpoint import METRICS_FILE, Checkpoint, checkpoint_sha256, load_checkpoint
 from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
-from vitrine.models.training.data.layouts import has_split, load_split, load_training_splits
+from vitrine.models.training.data.layouts import HELD_OUT, has_split, load_split, load_training_splits
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.evaluation import calibration, charts
 from vitrine.models.training.evaluation.calibration import apply_temperature, fit_temperature, reliability
@@ -214,7 +214,7 @@ def _load(checkpoint: Checkpoint, run: Path, path: Path | None, split: str) -> t
     recipe = None if progress is None else progress.read_recipe()
     if split == "val" and recipe is not None and (recipe.held_out is not None or not has_split(path, "val")):
         _, held_out = load_training_splits(path, checkpoint.task, held_out=recipe.held_out, seed=recipe.seed)
-        return held_out, "held out of train"
+        return held_out, HELD_OUT
     return load_split(path, checkpoint.task, split), split
 
 
