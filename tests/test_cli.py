@@ -35,7 +35,7 @@ def test_bundles_lists_what_is_in_a_folder(tiny_bundles: Path, run_vitrine: Run)
         ),
         (
             ["train", "vit_cifar10", "--data", "nowhere", "--out", "nowhere"],
-            "nowhere: expected train.npz, train.csv, train.jsonl or train/<label>/*; found no such",
+            "nowhere: expected train.npz, train.csv, train.jsonl or train/<label>/* (without splits: <label>/*); ",
         ),
         (
             ["train", "detr_bccd", "--data", "nowhere", "--out", "nowhere"],

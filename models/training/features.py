@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -156,7 +155,7 @@ class FeatureCache:
         chosen = (noise[:, 0] * self.views).long().tolist()
         images = indices.tolist()
         maps = []
-        for _level, (values, offsets, shapes) in enumerate(zip(self._levels, self._offsets, self._shapes, strict=True)):
+        for values, offsets, shapes in zip(self._levels, self._offsets, self._shapes, strict=True):
             largest = tuple(map(max, zip(*(shapes[image] for image in images), strict=True)))
             out = np.zeros((len(images), *largest), np.float32)
             for row, (image, view) in enumerate(zip(images, chosen, strict=True)):
@@ -182,9 +181,10 @@ class FeatureCache:
         bar = tqdm(total=self.views * len(self), desc="features", unit=" images", disable=None if show else True)
         with bar:
             for view in range(self.views):
-                recipe = self.recipe if view else _unaugmented(self.recipe)
-                objective = make_objective(recipe, self.data, network, torch.device("cpu"))
-                images = ImageCache(self.data, recipe, show=False)
+                if view < 2:  # the others are loaded like the second
+                    recipe = self.recipe if view else _unaugmented(self.recipe)
+                    objective = make_objective(recipe, self.data, network, torch.device("cpu"))
+                    images = ImageCache(self.data, recipe, show=False)
                 noise = torch.rand(len(self), NOISE, generator=Generator().manual_seed(recipe.seed * self.views + view))
                 if view == 0:
                     sizes, batches = self._plan(images)
@@ -302,6 +302,8 @@ def _onnx_function(
 
     Fixed shapes are exported several times as fast as variable ones; smaller batches are padded.
     """
+    import onnxruntime  # training without features needs none
+
     count, names = len(pixels), ["pixels", "sizes"]
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
     with warnings.catch_warnings():

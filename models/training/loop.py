@@ -101,10 +101,12 @@ def train(
     """
     with handle_signals() as interruption, process_group() as processes, _kernel_settings(recipe, processes):
         trainer = Trainer(recipe, data_path, run, processes, resume, start, changes)
-        trainer.measure_start()
-        if resume and trainer.step == trainer.epoch == 0:
-            trainer.log(f"there is no run in {run} to resume: a new one begins")
         try:
+            with interruption.immediate():
+                trainer.load_images()
+                trainer.measure_start()
+            if resume and trainer.step == trainer.epoch == 0:
+                trainer.log(f"there is no run in {run} to resume: a new one begins")
             while not trainer.finished:
                 trainer.train_epoch(interruption)
                 with interruption.immediate():
@@ -133,9 +135,12 @@ class Trainer:
         changes: Sequence[str],
     ) -> None:
         previous = _load_previous(recipe, run, resume, start)
+        self.images: ImageCache | FeatureCache
+        self._val_features: FeatureCache | None = None
         data, self.val = load_training_splits(
             data_path, recipe.task, held_out=recipe.held_out, seed=recipe.seed, fraction=recipe.train_fraction
         )
+        self._data = data
         if isinstance(self.val, DetectionData) and not any(map(len, self.val.class_ids)):
             raise DataError(f"{self.val.name}: none of the {len(self.val)} validation images has a box")
         labels = list(data.labels)
@@ -201,14 +206,6 @@ class Trainer:
             self.average.n_averaged.fill_(self.epoch * self.steps + self.step)
         self._rows = _local_rows(self.batch_size, recipe, processes, self.objective.group)
         _check_consistency(run, processes, (self.epoch, self.step, labels, len(data)))
-        self.images: ImageCache | FeatureCache
-        self._val_features: FeatureCache | None = None
-        if recipe.views:
-            self.images = self._cache_features(data, recipe.views, "train")
-            if isinstance(self.val, ClassificationData):
-                self._val_features = self._cache_features(self.val, 1, "val")
-        else:
-            self.images = ImageCache(data, recipe, show=processes.is_main)
         done = self.epoch * self.steps + self.step
         self._writer = None
         if processes.is_main:
@@ -224,6 +221,16 @@ class Trainer:
             disable=None if processes.is_main else True,
         )
         self._started = self._saved = time.monotonic()
+
+    def load_images(self) -> None:
+        """Decode the images, if they fit into memory, or compute the features of the frozen part."""
+        recipe = self.recipe
+        if not recipe.views:
+            self.images = ImageCache(self._data, recipe, show=self.processes.is_main)
+            return
+        self.images = self._cache_features(self._data, recipe.views, "train")
+        if isinstance(self.val, ClassificationData):
+            self._val_features = self._cache_features(self.val, 1, "val")
 
     def _cache_features(self, data: Data, views: int, name: str) -> FeatureCache:
         """Return the features of the frozen part; the main process computes them, and the others wait."""
@@ -331,7 +338,7 @@ class Trainer:
         if self._predictions is not None:
             predictions, self._predictions = self._predictions, None
             metrics = measure(predictions, self.val)
-            improved = self._update_best(metrics)
+            improved = self._update_best(metrics, self.epoch + 1)
             if self._is_last(improved):
                 metrics = self._conclude(predictions, metrics)
         means = {name: value / self.steps for name, value in self._global_sums.items()}
@@ -363,18 +370,16 @@ class Trainer:
         if self.recipe.keep == "best" and started is not None and not started.fresh and self.epoch == self.step == 0:
             cache = self._val_features
             metrics = measure(self._predict() if cache is None else self._predict_from(cache), self.val)
-            self.epoch = -1
-            self._update_best(metrics)
-            self.epoch = 0
+            self._update_best(metrics, epoch=0)
             name = GATE_METRIC[self.recipe.task]
             self.log(f"at the start: {name} {metrics[name]:.4g}")
 
-    def _update_best(self, metrics: dict[str, float]) -> bool:
-        """Keep the weights if they are the best so far; return whether they are."""
+    def _update_best(self, metrics: dict[str, float], epoch: int) -> bool:
+        """Keep the weights of an epoch if they are the best so far; return whether they are."""
         value, best = metrics[GATE_METRIC[self.recipe.task]], self._progress.best
         if best is not None and value <= best.value:
             return False
-        self._progress = replace(self._progress, best=Best(self.epoch + 1, value))
+        self._progress = replace(self._progress, best=Best(epoch, value))
         if self.recipe.keep == "best" and self.processes.is_main:
             save_weights(self.eval_network.state_dict(), self.run / BEST_FILE)
         return True

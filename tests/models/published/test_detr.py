@@ -532,7 +532,7 @@ def test_a_resnet_initialises_the_backbone_of_a_new_detr(
     rest = ["bbox_embed", "class_embed", "decoder", "decoder_norm", "encoder", "input_proj", "query_embed"]
     assert run.origin.untrained == rest
     detr = cast(Detr, run.build())
-    agree(f"torchvision ResNet, {name}, {form}", detr.backbone(pixels), network(pixels))
+    agree(f"torchvision ResNet, {name}, {form}", detr.backbone(pixels)[-1], network(pixels))
     assert detr(pixels, sizes)["pred_logits"].shape == (3, 4, CLASSES + 1)
 
 
@@ -544,7 +544,7 @@ def test_a_resnet18_at_full_width_gives_the_small_detr(randomise: Randomise, imp
         key: small[key] for key in ("encoder_layers", "decoder_layers", "feedforward_dim")
     }
     pixels, _ = batch((96, 128), (96, 128))
-    agree("torchvision ResNet, resnet18 at full width", cast(Detr, run.build()).backbone(pixels), network(pixels))
+    agree("torchvision ResNet, resnet18 at full width", cast(Detr, run.build()).backbone(pixels)[-1], network(pixels))
 
 
 def test_a_new_detr_needs_labels(randomise: Randomise, import_file: Import) -> None:

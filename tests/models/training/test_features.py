@@ -1,5 +1,7 @@
 """Features of a frozen part, computed once."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from vitrine.bundle.manifest import ClassificationPreprocessing, DetectionPrepro
 from vitrine.models.boxes import cxcywh_to_xyxy
 from vitrine.models.build import build_model
 from vitrine.models.training.augmentation.augment import NOISE, ClassificationAugmentation, DetectionAugmentation
+from vitrine.models.training.checkpoint import load_checkpoint
 from vitrine.models.training.data.dataset import Data
 from vitrine.models.training.data.layouts import load_split
 from vitrine.models.training.data.loading import ImageCache
 from vitrine.models.training.errors import TrainingError
 from vitrine.models.training.features import FeatureCache, FrozenPart, TrainedPart
+from vitrine.models.training.loop import train
 from vitrine.models.training.optimisation import make_optimizer
 from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
 
@@ -166,3 +170,20 @@ def test_batches_have_one_orientation(objects: Data, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     order = cache.order(torch.randperm(len(objects), generator=generator), 2, generator)
     assert sorted(order.tolist()) == list(range(len(objects)))
+
+
+def test_ctrl_c_while_features_are_computed_saves(
+    photos: Data, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = FeatureCache._compute
+
+    def interrupted(self: FeatureCache, network: nn.Module, show: bool) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return compute(self, network, show)
+
+    monkeypatch.setattr(FeatureCache, "_compute", interrupted)
+    stopped = train(PHOTOS, colours, tmp_path / "run")
+    assert not stopped.is_finished
+    assert load_checkpoint(tmp_path / "run").progress.epoch == 0
+    monkeypatch.setattr(FeatureCache, "_compute", compute)
+    assert train(PHOTOS, colours, tmp_path / "run", resume=True).is_finished
