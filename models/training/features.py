@@ -166,12 +166,6 @@ class FeatureCache:
         targets = None if self._targets is None else [self._targets[v][i] for i, v in zip(images, chosen, strict=True)]
         return FeatureBatch(maps, self._sizes[indices]), targets
 
-    def remove(self) -> None:
-        """Delete the files."""
-        for file in self.folder.iterdir():
-            file.unlink()
-        self.folder.rmdir()
-
     def _compute(self, network: nn.Module, show: bool) -> dict[str, Any]:
         """Write all features; return the images' sizes and the features' shapes."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,15 @@
     vitrine train last_stage --from runs/photos --data DATA
 
 Data: that of the run. The features before the last stage are computed once; layers nearer to the image learn more
-slowly. The weights of the best epoch are kept, or those of the run if none is better.
+slowly. The weights of the best epoch are kept, or those of the run if none is better. The augmentation is that of
+`photos` or `detr_voc`.
 """
 
 from vitrine.bundle.manifest import ClassificationPreprocessing
-from vitrine.models.training.augmentation.augment import ClassificationAugmentation, DetectionAugmentation
 from vitrine.models.training.checkpoint import Checkpoint
 from vitrine.models.training.recipe import ClassificationRecipe, DetectionRecipe, Recipe
+from vitrine.models.training.recipes.detr_voc import RECIPE as VOC
+from vitrine.models.training.recipes.photos import AUGMENTATION
 
 
 def recipe(start: Checkpoint) -> Recipe:
@@ -22,9 +24,7 @@ def recipe(start: Checkpoint) -> Recipe:
             architecture=start.architecture,
             model=start.settings,
             preprocessing=preprocessing,
-            augmentation=ClassificationAugmentation(
-                crop="resized", scale=(0.4, 1.0), flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2
-            ),
+            augmentation=AUGMENTATION,
             trainable="last_stage",
             layer_decay=0.8,
             views=4,
@@ -41,9 +41,7 @@ def recipe(start: Checkpoint) -> Recipe:
         architecture=start.architecture,
         model=start.settings,
         preprocessing=preprocessing,
-        augmentation=DetectionAugmentation(
-            flip=0.5, zoom=(0.7, 1.7), brightness=0.2, contrast=0.2, saturation=0.2, feature_paste=0.4
-        ),
+        augmentation=VOC.augmentation,
         trainable="last_stage",
         layer_decay=0.9,
         views=4,

@@ -17,6 +17,9 @@ from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.recipe import ClassificationRecipe, Recipe
 
 PRETRAINED = "efficientnet-lite0"
+AUGMENTATION = ClassificationAugmentation(
+    crop="resized", scale=(0.4, 1.0), flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2
+)
 
 
 def recipe(start: Checkpoint) -> Recipe:
@@ -33,9 +36,7 @@ def recipe(start: Checkpoint) -> Recipe:
         architecture=start.architecture,
         model=start.settings,
         preprocessing=preprocessing,
-        augmentation=ClassificationAugmentation(
-            crop="resized", scale=(0.4, 1.0), flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2
-        ),
+        augmentation=AUGMENTATION,
         pretrained=PRETRAINED,
         trainable="head",
         views=2,
