@@ -242,17 +242,25 @@ class Detr(nn.Module):
         """
         return self.forward_head(self.forward_features(images, sizes), sizes, images.shape[-2:], record, denoising)
 
+    @property
+    def edge_multiple(self) -> int:
+        """What the edges of images are padded to multiples of, 0 if they are not.
+
+        Maps of a neck have to be twice as fine as the next ones, and an EfficientNet sees the parity of the edges.
+        """
+        pads = self.neck is not None or isinstance(self.backbone, EfficientNetBackbone)
+        return self.backbone.strides[-1] if pads else 0
+
     def forward_features(self, images: Tensor, sizes: Tensor | None, *, early: bool = False) -> list[Tensor]:
         """Return the backbone's maps that the rest of the network needs: the last, with a neck the last three.
 
         With `early`, the last but one, with a neck the two before the last. Arguments and shapes are those of `forward`
         and of the backbone.
         """
-        if self.neck is not None or isinstance(self.backbone, EfficientNetBackbone):
-            # Maps of a neck have to be twice as fine as the next ones; an EfficientNet sees the parity of the edges.
+        if self.edge_multiple:
             if sizes is None:
                 sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(images.shape[0], -1)
-            images = pad_edges(images, self.backbone.strides[-1])
+            images = pad_edges(images, self.edge_multiple)
         visible = None if self.published_padding else sizes
         if early:
             maps = self.backbone.forward_early(images, visible)
