@@ -114,6 +114,15 @@ class ReliabilityBin(_Strict):
     accuracy: float  # share of correct answers
 
 
+class ScoreThreshold(_Strict):
+    """A detector's answers from a score on; they are right if the label is right and the IoU at least 0.5."""
+
+    score: float
+    precision: float  # share of the answers that is right
+    recall: float  # share of the objects that is found
+    best_f1: bool = False  # highest harmonic mean of both
+
+
 class Metrics(_Strict):
     """Metrics of this bundle's ONNX file, measured with the serving predictor."""
 
@@ -123,7 +132,8 @@ class Metrics(_Strict):
     values: dict[str, float]  # "top1", "top5", "ECE" or "AP", "AP50", ...: fractions, 0 to 1; and "NLL" in nats
     intervals: dict[str, tuple[float, float]] = {}  # 95 % bootstrap intervals over the images
     confusion: tuple[tuple[int, ...], ...] | None = None  # images by true label (row) and prediction; None if too large
-    reliability: tuple[ReliabilityBin, ...] | None = None  # classifiers only
+    reliability: tuple[ReliabilityBin, ...] | None = None
+    thresholds: tuple[ScoreThreshold, ...] | None = None  # detectors only, by ascending score
     notes: str = ""  # caveats about the data
 
 
@@ -184,9 +194,13 @@ class Explanation(_Strict):
 
 
 class Calibration(_Strict):
-    """The softmax temperature inside the graph, and the expected calibration error (ECE) before and after."""
+    """What the graph divides its logits by, and the expected calibration error (ECE) before and after.
+
+    Of a classifier's softmax, or of a detector's sigmoid scores, to which an offset is added.
+    """
 
     temperature: Positive  # fitted to held-out images after training
+    offset: float = 0.0
     ece_before: Annotated[float, Field(ge=0, le=1)] | None = None  # on the images of `metrics`; None without data
     ece_after: Annotated[float, Field(ge=0, le=1)] | None = None
 

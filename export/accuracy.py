@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vitrine.bundle.manifest import GATE_METRIC, Calibration, Metrics, ReliabilityBin, Task, Variant
+from vitrine.bundle.manifest import GATE_METRIC, Calibration, Metrics, ReliabilityBin, ScoreThreshold, Task, Variant
 from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData
 from vitrine.models.training.evaluation.calibration import (
     apply_temperature,
+    bin_reliability,
     calibration_error,
     negative_log_likelihood,
     reliability,
@@ -27,6 +28,7 @@ from vitrine.models.training.evaluation.metrics import (
     summarize_precision,
 )
 from vitrine.models.training.evaluation.mistakes import IOU, iou
+from vitrine.models.training.evaluation.scores import right_detections, thresholds, unscaled
 
 _MIN_SAMPLES, _MAX_SAMPLES = 200, 1000  # of the bootstrap
 _MAX_PREDICTIONS = 10**8  # in all samples together: about a minute for a detector
@@ -40,19 +42,30 @@ Resampled = Callable[[NDArray[np.int64]], Values]
 
 def measure_accuracy(predictions: Predictions, data: Data, notes: str) -> Metrics:
     """Measure the metrics of `evaluation.metrics.measure` with 95 % confidence intervals, the confusion matrix of up to
-    20 labels, and a classifier's reliability.
+    20 labels, the reliability of probabilities or scores, and what thresholds a detector's scores allow.
 
     The intervals are percentiles over bootstrap samples of the images (Efron & Tibshirani 1993, chapter 13): they show
     the variation over other images of the same kind, not over training runs.
     """
     values = measure(predictions, data)
-    confusion = bins = None
+    confusion = listed = None
     if isinstance(predictions, ClassificationPredictions) and isinstance(data, ClassificationData):
         curve = reliability(predictions.probabilities, data.class_ids[predictions.indices])
-        columns = curve.counts.tolist(), curve.confidence.tolist(), curve.accuracy.tolist()
-        bins = tuple(ReliabilityBin(answers=n, confidence=c, accuracy=a) for n, c, a in zip(*columns, strict=True))
         if len(data.labels) <= _MAX_LABELS:
             confusion = tuple(map(tuple, confusion_matrix(predictions, data).tolist()))
+    else:
+        assert isinstance(predictions, DetectionPredictions)
+        assert isinstance(data, DetectionData)
+        curve = bin_reliability(predictions.scores.astype(np.float64), right_detections(predictions, data))
+        points, best = thresholds(predictions, data)
+        listed = tuple(
+            ScoreThreshold(
+                score=point.score, precision=point.precision, recall=point.recall, best_f1=point.score == best
+            )
+            for point in points
+        )
+    columns = curve.counts.tolist(), curve.confidence.tolist(), curve.accuracy.tolist()
+    bins = tuple(ReliabilityBin(answers=n, confidence=c, accuracy=a) for n, c, a in zip(*columns, strict=True))
     return Metrics(
         data=data.name,
         split=data.split,
@@ -61,6 +74,7 @@ def measure_accuracy(predictions: Predictions, data: Data, notes: str) -> Metric
         intervals=_intervals(values, predictions, data),
         confusion=confusion,
         reliability=bins,
+        thresholds=listed,
         notes=notes,
     )
 
@@ -79,12 +93,19 @@ def measure_variant(
     )
 
 
-def measure_calibration(temperature: float, predictions: Predictions, data: Data, metrics: Metrics) -> Calibration:
-    """Measure the expected calibration error of a classifier without and with its temperature."""
-    assert isinstance(predictions, ClassificationPredictions)  # `served` rejects a temperature for detectors
-    assert isinstance(data, ClassificationData)
-    before = calibration_error(apply_temperature(predictions.probabilities, 1 / temperature), data.class_ids)
-    return Calibration(temperature=temperature, ece_before=before, ece_after=metrics.values["ECE"])
+def measure_calibration(calibration: Calibration, predictions: Predictions, data: Data) -> Calibration:
+    """Measure the expected calibration error of the served predictions, without and with their calibration."""
+    temperature, offset = calibration.temperature, calibration.offset
+    if isinstance(predictions, ClassificationPredictions) and isinstance(data, ClassificationData):
+        after = calibration_error(predictions.probabilities, data.class_ids)
+        before = calibration_error(apply_temperature(predictions.probabilities, 1 / temperature), data.class_ids)
+    else:
+        assert isinstance(predictions, DetectionPredictions)
+        assert isinstance(data, DetectionData)
+        scores, right = predictions.scores.astype(np.float64), right_detections(predictions, data)
+        after = bin_reliability(scores, right).error
+        before = bin_reliability(unscaled(scores, temperature, offset), right).error
+    return calibration.model_copy(update={"ece_before": before, "ece_after": after})
 
 
 def agreement(a: Predictions, b: Predictions) -> float:

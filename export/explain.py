@@ -25,7 +25,7 @@ def write_explanation(
     network = checkpoint.build()
     if isinstance(network, MlpMixer):
         return Explanation(method="occlusion", patch_size=network.config.patch_size)
-    module = explained(network, preprocessing.mean, preprocessing.std, checkpoint.temperature)
+    module = explained(network, preprocessing.mean, preprocessing.std, checkpoint.temperature, checkpoint.offset)
     if module is None:
         return None
     file = bundle / EXPLAIN_FILE

@@ -136,7 +136,9 @@ def export_run(
         _write_golden(bundle / GOLDEN_FILE, networks, identity, images)
 
         metrics = None
-        calibration = None if checkpoint.temperature == 1 else Calibration(temperature=checkpoint.temperature)
+        calibration = None
+        if (checkpoint.temperature, checkpoint.offset) != (1, 0):
+            calibration = Calibration(temperature=checkpoint.temperature, offset=checkpoint.offset)
         listed = dict.fromkeys(precisions, Variant())
         if data is not None:
             predictors = {p: make_predictor(n, identity.preprocessing, identity.labels) for p, n in networks.items()}
@@ -145,7 +147,7 @@ def export_run(
             metrics = measure_accuracy(reference, data, notes)
             parity = check_metrics(parity, checkpoint, data, metrics)
             if calibration is not None:
-                calibration = measure_calibration(checkpoint.temperature, reference, data, metrics)
+                calibration = measure_calibration(calibration, reference, data)
             for precision in precisions[1:]:
                 listed[precision] = measure_variant(reference, predictions[precision], data, float_layers[precision])
             sample_sheet(predictors[Precision.FP32], data).save(bundle / SAMPLES_FILE, quality=85)

@@ -65,7 +65,7 @@ def served_module(run: Path, checkpoint: Checkpoint) -> ServedClassifier | Serve
     if size > _LARGEST_FILE:
         limit = "at most 2 GB, the limit of an ONNX file"
         raise ExportError(f"{run}: weights: expected {limit}, found {size / 1e9:.1f} GB")
-    return served(network, preprocessing.mean, preprocessing.std, checkpoint.temperature).eval()
+    return served(network, preprocessing.mean, preprocessing.std, checkpoint.temperature, checkpoint.offset).eval()
 
 
 def export_graph(

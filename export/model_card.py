@@ -177,20 +177,46 @@ def _confusion(manifest: Manifest) -> list[str]:
 def _calibrated(manifest: Manifest) -> list[str]:
     calibration, lines = manifest.calibration, []
     if RELIABILITY_FILE in manifest.files:
-        lines += ["Accuracy by predicted probability (orange: overconfident, green: underconfident):", ""]
+        shown = "Accuracy by predicted probability" if manifest.task is Task.CLASSIFICATION else "Precision by score"
+        lines += [f"{shown} (orange: overconfident, green: underconfident):", ""]
         lines += [f"![reliability]({RELIABILITY_FILE})", ""]
+    lines += _thresholds(manifest)
     if calibration is None:
         return lines
     sentence = (
         f"The graph divides its logits by the temperature {calibration.temperature:.3g}, fitted on held-out images: "
         "the same predictions, with better calibrated probabilities."
     )
+    if manifest.task is Task.DETECTION:
+        sentence = (
+            f"The graph divides the logits of its scores by {calibration.temperature:.3g} and adds "
+            f"{calibration.offset:.3g}, fitted on held-out images: the same boxes in the same order, with scores that "
+            "say how many are right."
+        )
     if calibration.ece_before is not None and calibration.ece_after is not None:
         sentence += (
             f" The expected calibration error is {calibration.ece_after:.2%}, without the temperature "
             f"{calibration.ece_before:.2%}."
         )
     return [*lines, sentence, ""]
+
+
+def _thresholds(manifest: Manifest) -> list[str]:
+    points = None if manifest.metrics is None else manifest.metrics.thresholds
+    if points is None:
+        return []
+    rows = [
+        (f"{point.score:.2f}{' (best F1)' if point.best_f1 else ''}", f"{point.precision:.1%}", f"{point.recall:.1%}")
+        for point in points
+    ]
+    best = next(point for point in points if point.best_f1)
+    return [
+        "What a `threshold` leaves: the share of answers that are right (label, and an IoU of at least 0.5) and the "
+        "share of objects that are found. Raise it where a false alarm is expensive, lower it where a miss is; "
+        f"`threshold={best.score:.2f}` balances both.",
+        "",
+        *_table(("threshold", "precision", "recall"), rows),
+    ]
 
 
 def _parity(manifest: Manifest) -> str:

@@ -22,7 +22,7 @@ from vitrine.models.serving import ServedClassifier, ServedDetector
 from vitrine.models.training.checkpoint import Checkpoint, load_checkpoint
 from vitrine.models.training.data.dataset import Data
 from vitrine.models.training.evaluation.metrics import measure, predict
-from vitrine.models.training.network import TorchNetwork, torch_predictor
+from vitrine.models.training.network import TorchNetwork, checkpoint_predictor
 
 _BATCHES = (1, 3, 8)
 _MAX_PIXELS = 8 * 480 * 640  # per batch: a dilated DETR's attention on eight large images takes 16 GB
@@ -106,13 +106,7 @@ def check_metrics(parity: Parity, checkpoint: Checkpoint, data: Data, metrics: M
     Raises:
         ParityError: top-1 accuracy or AP differs by more than `bundle.tolerances.METRIC`.
     """
-    predictor = torch_predictor(
-        checkpoint.build(),
-        checkpoint.read_preprocessing(),
-        checkpoint.labels,
-        torch.device("cpu"),
-        checkpoint.temperature,
-    )
+    predictor, _ = checkpoint_predictor(checkpoint, torch.device("cpu"))
     in_torch = measure(predict(predictor, data), data)
     name = GATE_METRIC[checkpoint.task]
     if not abs(in_torch[name] - metrics.values[name]) <= METRIC:

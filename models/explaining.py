@@ -102,7 +102,7 @@ class ExplainedDetector(ServedDetector):
 
 
 def explained(
-    network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0
+    network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0, offset: float = 0.0
 ) -> ServedClassifier | ServedDetector | None:
     """Wrap a network as `models.serving.served` does, with explanations; return None if the network offers none."""
     if isinstance(network, ViT) or (isinstance(network, EfficientNet) and isinstance(network.head, ViT)):
@@ -110,5 +110,5 @@ def explained(
     if isinstance(network, ResNetV2 | ResNetClassifier | EfficientNet):
         return ExplainedConvNet(network, mean, std, temperature)
     if isinstance(network, Detr) and network.config.encoder_layers > 0:
-        return ExplainedDetector(network, mean, std)
+        return ExplainedDetector(network, mean, std, temperature, offset)
     return None

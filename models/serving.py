@@ -59,15 +59,21 @@ class ServedClassifier(nn.Module):
 
 
 class ServedDetector(nn.Module):
-    """A DETR from pixels to boxes: one for each query, never "no object" or an unused class."""
+    """A DETR from pixels to boxes: one for each query, never "no object" or an unused class.
+
+    Sigmoid scores are calibrated by `temperature` and `offset` (`models/training/evaluation/scores.py`).
+    """
 
     output_names: tuple[str, ...] = ("scores", "class_ids", "boxes")
     output_axes: Mapping[str, tuple[str, ...]] = {}  # names of the axes after the batch, "" for fixed sizes
 
-    def __init__(self, network: Detr, mean: Channels, std: Channels) -> None:
+    def __init__(
+        self, network: Detr, mean: Channels, std: Channels, temperature: float = 1.0, offset: float = 0.0
+    ) -> None:
         super().__init__()
         self.normalise = Normalise(mean, std)
         self.network = network
+        self.temperature, self.offset = temperature, offset
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Detect objects in padded images.
@@ -103,22 +109,30 @@ class ServedDetector(nn.Module):
         best = logits.topk(boxes.shape[1], dim=-1)
         queries = torch.div(best.indices, config.num_classes, rounding_mode="trunc")
         boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-        return best.values.sigmoid(), best.indices - queries * config.num_classes, boxes, queries
+        logits = best.values
+        if (self.temperature, self.offset) != (1, 0):
+            logits = logits / self.temperature + self.offset
+        return logits.sigmoid(), best.indices - queries * config.num_classes, boxes, queries
 
 
 def served(
-    network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0
+    network: nn.Module, mean: Channels, std: Channels, temperature: float = 1.0, offset: float = 0.0
 ) -> ServedClassifier | ServedDetector:
     """Wrap a network for serving.
 
     Raises:
-        ValueError: `temperature` is not above 0, or not 1 for a detector: most queries predict "no object", so that one
-            temperature for all queries would not calibrate the boxes' scores.
+        ValueError: `temperature` is not above 0, or not 1 for a detector with a softmax: most queries predict "no
+            object", so that one temperature for all queries would not calibrate the boxes' scores. Or there is an
+            offset of other scores than a detector's sigmoids.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a number above 0, found {temperature}")
+    if isinstance(network, Detr) and network.config.scores == "sigmoid":
+        return ServedDetector(network, mean, std, temperature, offset)
+    if offset:
+        raise ValueError(f"offset: expected 0.0 without sigmoid scores, found {offset}")
     if not isinstance(network, Detr):
         return ServedClassifier(network, mean, std, temperature)
     if temperature != 1:
-        raise ValueError(f"temperature: expected 1.0 for a detector, found {temperature}")
+        raise ValueError(f"temperature: expected 1.0 for a detector with a softmax, found {temperature}")
     return ServedDetector(network, mean, std)

@@ -93,7 +93,8 @@ class Checkpoint:
     preprocessing: dict[str, Any]  # Preprocessing as JSON values
     labels: list[str]
     weights: dict[str, torch.Tensor]
-    temperature: float = 1.0  # of the served softmax
+    temperature: float = 1.0  # of the served softmax, or of a detector's sigmoid scores
+    offset: float = 0.0  # of a detector's sigmoid scores
     progress: Progress | None = None
     origin: Origin | None = None
     format: int = _FORMAT
@@ -222,6 +223,8 @@ def load_checkpoint(run: Path) -> Checkpoint:
         checkpoint.read_preprocessing()
         if not 0 < checkpoint.temperature < math.inf:
             raise ValueError(f"temperature: expected above 0, found {checkpoint.temperature}")
+        if not math.isfinite(checkpoint.offset):
+            raise ValueError(f"offset: expected a finite number, found {checkpoint.offset}")
         if checkpoint.progress is not None:
             checkpoint.progress.read_recipe()
     except CheckpointError:

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from vitrine.bundle.manifest import GATE_METRIC
 from vitrine.models.build import build_model
+from vitrine.models.detr import Detr
 from vitrine.models.training.augmentation.augment import NOISE
 from vitrine.models.training.checkpoint import (
     BEST_FILE,
@@ -48,7 +50,15 @@ from vitrine.models.training.data.loading import ImageCache
 from vitrine.models.training.distributed import ProcessGroup, job_id, process_group
 from vitrine.models.training.errors import DataError, DivergedError, RecipeError, TrainingError
 from vitrine.models.training.evaluation.calibration import apply_temperature, fit_temperature
-from vitrine.models.training.evaluation.metrics import ClassificationPredictions, Predictions, measure, merge, predict
+from vitrine.models.training.evaluation.metrics import (
+    ClassificationPredictions,
+    DetectionPredictions,
+    Predictions,
+    measure,
+    merge,
+    predict,
+)
+from vitrine.models.training.evaluation.scores import fit_scores, right_detections
 from vitrine.models.training.features import FeatureCache, TrainedPart
 from vitrine.models.training.interruption import Interrupted, Interruption, handle_signals
 from vitrine.models.training.network import torch_predictor
@@ -406,8 +416,14 @@ class Trainer:
             predictions = self._predict()
             metrics = measure(predictions, self.val)
         self._progress = replace(self._progress, finished=True)
-        if not (isinstance(predictions, ClassificationPredictions) and isinstance(self.val, ClassificationData)):
+        if isinstance(predictions, DetectionPredictions) and isinstance(self.val, DetectionData):
+            if cast(Detr, self.network).config.scores == "sigmoid":
+                temperature, offset = fit_scores(predictions.scores, right_detections(predictions, self.val))
+                self._state = replace(self._state, temperature=temperature, offset=offset)
+                self.log(f"scores: temperature {temperature:.3f}, offset {offset:+.3f}")
             return metrics
+        assert isinstance(predictions, ClassificationPredictions)
+        assert isinstance(self.val, ClassificationData)
         truth = self.val.class_ids[predictions.indices]
         temperature = fit_temperature(predictions.probabilities, truth)
         calibrated = apply_temperature(predictions.probabilities, temperature).astype(np.float32)

@@ -35,9 +35,10 @@ def torch_predictor(
     labels: Sequence[str],
     device: torch.device,
     temperature: float = 1.0,
+    offset: float = 0.0,
 ) -> Predictor:
     """Return the serving predictor of a torch network."""
-    module = served(network, preprocessing.mean, preprocessing.std, temperature)
+    module = served(network, preprocessing.mean, preprocessing.std, temperature, offset)
     return make_predictor(TorchNetwork(module, device), preprocessing, labels)
 
 
@@ -45,7 +46,12 @@ def checkpoint_predictor(checkpoint: Checkpoint, device: torch.device | None = N
     """Return the predictor and task of a checkpoint."""
     preprocessing = checkpoint.read_preprocessing()
     predictor = torch_predictor(
-        checkpoint.build(), preprocessing, checkpoint.labels, device or default_device(), checkpoint.temperature
+        checkpoint.build(),
+        preprocessing,
+        checkpoint.labels,
+        device or default_device(),
+        checkpoint.temperature,
+        checkpoint.offset,
     )
     return predictor, preprocessing.task
 

@@ -114,7 +114,8 @@ def make_module(name: str) -> tuple[ServedClassifier | ServedDetector, tuple[int
     for part in network.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             part.running_var.fill_(0.3)
-    return served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).eval(), size
+    calibration = (1.5, 0.25) if settings.get("scores") == "sigmoid" else ()
+    return served(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), *calibration).eval(), size
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -20,6 +20,7 @@ from vitrine.bundle.manifest import (
     LatencyRow,
     Manifest,
     Precision,
+    ScoreThreshold,
     Start,
     Variant,
 )
@@ -160,6 +161,25 @@ def test_calibration(manifest: Manifest) -> None:
     assert "The expected calibration error is 1.23%, without the temperature 8.10%." in model_card(
         manifest.model_copy(update={"calibration": calibration})
     )
+
+
+def test_calibration_of_scores(detector: Manifest) -> None:
+    calibration = Calibration(temperature=0.5, offset=-1.25, ece_before=0.081, ece_after=0.0123)
+    card = model_card(detector.model_copy(update={"calibration": calibration}))
+    assert "divides the logits of its scores by 0.5 and adds -1.25, fitted on held-out images" in card
+    assert "The expected calibration error is 1.23%, without the temperature 8.10%." in card
+
+
+def test_thresholds_of_a_detector(detector: Manifest) -> None:
+    points = (
+        ScoreThreshold(score=0.1, precision=0.5, recall=0.91),
+        ScoreThreshold(score=0.372, precision=0.8, recall=0.75, best_f1=True),
+    )
+    card = model_card(with_metrics(detector, thresholds=points))
+    assert "`threshold=0.37` balances both" in card
+    assert ["0.10", "50.0%", "91.0%"] in rows(card)
+    assert ["0.37 (best F1)", "80.0%", "75.0%"] in rows(card)
+    assert "threshold=" not in model_card(with_metrics(detector, thresholds=None))
 
 
 def test_parity_in_numbers_and_in_the_metric(manifest: Manifest) -> None:

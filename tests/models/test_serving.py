@@ -95,9 +95,24 @@ def test_no_temperature(temperature: float) -> None:
         served(tiny_vit(), MEAN, STD, temperature)
 
 
-def test_detectors_have_no_temperature(detector: ServedDetector) -> None:
-    with pytest.raises(ValueError, match=r"expected 1\.0 for a detector, found 2\.0"):
+def test_a_softmax_of_queries_has_no_temperature(detector: ServedDetector) -> None:
+    with pytest.raises(ValueError, match=r"temperature: expected 1\.0 for a detector with a softmax, found 2\.0"):
         served(detector.network, MEAN, STD, 2.0)
+
+
+@pytest.mark.parametrize("network", [tiny_vit(), make_detector().network])
+def test_only_sigmoid_scores_have_an_offset(network: torch.nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"offset: expected 0\.0 without sigmoid scores, found 0\.5"):
+        served(network, MEAN, STD, 1.0, 0.5)
+
+
+def test_sigmoid_scores_are_calibrated() -> None:
+    network = make_detector(scores="sigmoid").network
+    x, sizes = pixels(2, 32, 48, 3), torch.tensor([[32, 48], [20, 31]])
+    plain, scaled = (served(network, MEAN, STD, *scale).eval()(x, sizes) for scale in ((), (0.5, -1.0)))
+    torch.testing.assert_close(scaled[0].logit(), plain[0].logit() / 0.5 - 1, atol=1e-4, rtol=1e-4)
+    for same, expected in zip(scaled[1:], plain[1:], strict=True):
+        torch.testing.assert_close(same, expected)
 
 
 def test_a_detr_is_served_as_a_detector(detector: ServedDetector) -> None:

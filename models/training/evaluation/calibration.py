@@ -45,8 +45,18 @@ def reliability(probabilities: Probabilities, class_ids: NDArray[np.int64], bins
         probabilities: [n, K].
         class_ids: [n], the true classes.
     """
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    correct = probabilities.argmax(axis=1) == class_ids
+    return bin_reliability(
+        probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == class_ids, bins
+    )
+
+
+def bin_reliability(confidence: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = BINS) -> Reliability:
+    """Bin predictions by their probability.
+
+    Args:
+        confidence: [n], 0 to 1.
+        correct: [n], whether each is.
+    """
     bin_ids = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # bin i holds (i, i + 1] / bins
     counts = np.bincount(bin_ids, minlength=bins)
     sums = (np.bincount(bin_ids, weights=values, minlength=bins) for values in (confidence, correct))

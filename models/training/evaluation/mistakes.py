@@ -92,7 +92,7 @@ def detection_mistakes(
     matched = match_objects(predictions, data)
     objects = sum(len(data.class_ids[i]) for i in predictions.indices.tolist())
     if threshold is None:
-        threshold = _best_threshold(predictions.scores, matched >= 0, objects)
+        threshold = best_threshold(predictions.scores, matched >= 0, objects)
     counted = predictions.scores >= threshold
     kinds: Counter[str] = Counter()
     images: list[tuple[float, WrongImage]] = []
@@ -161,7 +161,7 @@ def _by_image(predictions: DetectionPredictions) -> Iterator[tuple[int, NDArray[
         yield index, order[start:end]
 
 
-def _best_threshold(scores: Floats, right: NDArray[np.bool_], objects: int) -> float:
+def best_threshold(scores: Floats, right: NDArray[np.bool_], objects: int) -> float:
     """Return the score threshold with the best F1, 2 right / (found + objects); 0.5 without detections."""
     if len(scores) == 0:
         return 0.5

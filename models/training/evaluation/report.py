@@ -22,7 +22,12 @@ from vitrine.models.training.data.dataset import ClassificationData, Data, Detec
 from vitrine.models.training.data.layouts import HELD_OUT, has_split, load_split, load_training_splits
 from vitrine.models.training.errors import DataError
 from vitrine.models.training.evaluation import calibration, charts
-from vitrine.models.training.evaluation.calibration import apply_temperature, fit_temperature, reliability
+from vitrine.models.training.evaluation.calibration import (
+    apply_temperature,
+    bin_reliability,
+    fit_temperature,
+    reliability,
+)
 from vitrine.models.training.evaluation.charts import Chart, line_chart, reliability_chart
 from vitrine.models.training.evaluation.metrics import (
     ClassificationPredictions,
@@ -42,6 +47,7 @@ from vitrine.models.training.evaluation.mistakes import (
     detection_mistakes,
     misclassifications,
 )
+from vitrine.models.training.evaluation.scores import right_detections
 from vitrine.models.training.network import checkpoint_predictor, default_device, device_name
 from vitrine.models.training.recipe import flatten
 
@@ -107,6 +113,7 @@ class DetectionResult:
 
     classes: list[LabelPrecision]  # best first
     curves: Chart
+    reliability: Chart
     mistakes: DetectionMistakes
     worst: list[tuple[WrongImage, Picture]]
 
@@ -320,6 +327,10 @@ def _detection(predictions: DetectionPredictions, data: DetectionData) -> Detect
             x_range=(0, 1),
             y_range=(0, 1),
             percent=True,
+        ),
+        reliability_chart(
+            "Reliability of the scores",
+            bin_reliability(predictions.scores.astype(np.float64), right_detections(predictions, data)),
         ),
         mistakes,
         [(wrong, _picture(data, wrong.index, _IMAGE_EDGE)) for wrong in mistakes.worst],
