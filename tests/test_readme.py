@@ -74,7 +74,7 @@ def test_the_results_table_holds_the_manifests_numbers(root: Path) -> None:
 def test_shipped_bundles_verify(root: Path) -> None:
     names = [load_bundle(path).manifest.name for path in find_bundles(root / "bundles")]
     assert names == [
-        *("bit-cifar10", "detr-bccd", "detr-voc"),
+        *("bit-cifar10", "detr-bccd", "detr-voc", "imagenet"),
         *("mixer-cifar10", "vit-cifar10", "vit-imagenette"),
     ]
 
