@@ -90,5 +90,5 @@ def test_the_installed_command_line(
     install = [sys.executable, "-m", "pip", "--python", installed, "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*install, wheels[0]], check=True)
     status, printed = run("bundles")
-    assert (status, len(printed.splitlines())) == (0, 6)
+    assert (status, len(printed.splitlines())) == (0, 7)
     assert str(installed.parent.parent / "lib") in printed

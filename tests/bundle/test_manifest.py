@@ -156,10 +156,11 @@ def test_accuracy_may_be_unmeasured() -> None:
 def test_calibration_is_optional() -> None:
     assert "calibration" not in VALID
     assert Manifest.model_validate(VALID).calibration is None
-    for calibration in ({"temperature": 1.5}, {"temperature": 0.7, "ece_before": 0.08, "ece_after": 0.02}):
+    measured = {"temperature": 0.7, "offset": -0.5, "ece_before": 0.08, "ece_after": 0.02}
+    for calibration in ({"temperature": 1.5}, measured):
         manifest = Manifest.model_validate({**VALID, "calibration": calibration})
         assert manifest.calibration is not None
-        assert manifest.calibration.model_dump(exclude_none=True) == calibration
+        assert manifest.calibration.model_dump(exclude_unset=True) == calibration
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": 0}, {}, {"temperature": 1, "ece_after": 1.1}])

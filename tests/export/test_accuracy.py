@@ -5,9 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vitrine.export.accuracy import agreement, measure_accuracy, resampling
+from vitrine.bundle.manifest import Calibration
+from vitrine.export.accuracy import agreement, measure_accuracy, measure_calibration, resampling
 from vitrine.models.training.data.dataset import ClassificationData, DetectionData
+from vitrine.models.training.evaluation.calibration import bin_reliability
 from vitrine.models.training.evaluation.metrics import ClassificationPredictions, DetectionPredictions, measure
+from vitrine.models.training.evaluation.mistakes import detection_mistakes
+from vitrine.models.training.evaluation.scores import apply_scores, right_detections
 
 LABELS = ("blue", "green", "red")
 IMAGES = 60
@@ -135,11 +139,30 @@ def test_a_classifier_has_confusion_and_reliability(
     assert error == pytest.approx(metrics.values["ECE"])
 
 
-def test_a_detector_has_neither(scenes: DetectionData, detected: DetectionPredictions) -> None:
+def test_a_detectors_scores(scenes: DetectionData, detected: DetectionPredictions) -> None:
     metrics = measure_accuracy(detected, scenes, "")
+    right = right_detections(detected, scenes)
     assert metrics.confusion is None
-    assert metrics.reliability is None
+    assert metrics.reliability is not None
+    assert sum(entry.answers for entry in metrics.reliability) == len(right)
+    assert sum(entry.answers * entry.accuracy for entry in metrics.reliability) == pytest.approx(right.sum())
+    assert metrics.thresholds is not None
+    assert [point.score for point in metrics.thresholds if point.best_f1] == [
+        detection_mistakes(detected, scenes, 0).threshold
+    ]
+    kept = detected.scores >= 0.3
+    (point,) = (point for point in metrics.thresholds if point.score == 0.3)
+    assert point.precision == pytest.approx(right[kept].mean())
+    assert point.recall == pytest.approx(right[kept].sum() / sum(map(len, scenes.boxes)))
     assert set(metrics.intervals) == set(metrics.values) == set(measure(detected, scenes))
+
+
+def test_calibration_of_scores_is_measured(scenes: DetectionData, detected: DetectionPredictions) -> None:
+    right = right_detections(detected, scenes)
+    served = replace(detected, scores=apply_scores(detected.scores, 0.5, -1.0).astype(np.float32))
+    calibration = measure_calibration(Calibration(temperature=0.5, offset=-1.0), served, scenes)
+    assert calibration.ece_before == pytest.approx(bin_reliability(detected.scores, right).error, abs=1e-3)
+    assert calibration.ece_after == pytest.approx(bin_reliability(served.scores, right).error)
 
 
 def test_the_confusion_of_many_labels_is_left_out(classified: ClassificationPredictions) -> None:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from vitrine.bundle.errors import ImageError
 from vitrine.bundle.images import decode
 from vitrine.bundle.manifest import Task
-from vitrine.models.training.data.classification_layouts import LabelledImages, unknown_label
+from vitrine.models.training.data.classification_layouts import SPLITS, LabelledImages, unknown_label
 from vitrine.models.training.data.contact_sheet import DrawnBox, box_sheet, class_sheet
 from vitrine.models.training.data.dataset import IMBALANCE, Files
 from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotation, Annotations, Box
-from vitrine.models.training.data.layouts import SPLITS, find_task, missing_split, read_split
+from vitrine.models.training.data.layouts import find_task, missing_split, read_split
 from vitrine.models.training.errors import DataError
 
 _TOLERANCE = 1.0  # pixels; annotation tools round boxes

@@ -16,7 +16,6 @@ from PIL import Image
 from vitrine.bundle.images import SUPPORTED_FORMATS
 from vitrine.bundle.manifest import Task
 from vitrine.models.training.data import classification_layouts, detection_layouts
-from vitrine.models.training.data.classification_layouts import SPLITS as SPLITS
 from vitrine.models.training.data.classification_layouts import LabelledImages, unknown_label
 from vitrine.models.training.data.dataset import ClassificationData, Data, DetectionData, Files, Names, Ragged
 from vitrine.models.training.data.detection_layouts import AnnotatedImage, Annotations
