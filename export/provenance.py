@@ -51,9 +51,11 @@ def _training(checkpoint: Checkpoint) -> Training | None:
     if progress is None:
         return None
     recipe, start = progress.read_recipe(), progress.start
+    settings = dict(change.split("=", 1) for change in progress.changes)
+    settings.pop("features", None)  # a folder of the machine that trained
     return Training(
         recipe=recipe.name,
-        recipe_settings=dict(change.split("=", 1) for change in progress.changes),
+        recipe_settings=settings,
         epochs=progress.epoch,
         seed=recipe.seed,
         seconds=round(progress.seconds, 1),

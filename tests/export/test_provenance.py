@@ -21,6 +21,15 @@ def test_a_trained_run(classifier_run: Path, tiny_vit: tuple[str, ...]) -> None:
     assert found.git_commit
 
 
+def test_the_folder_of_cached_features_is_not_part_of_it(classifier_run: Path) -> None:
+    checkpoint = load_checkpoint(classifier_run)
+    assert checkpoint.progress is not None
+    progress = replace(checkpoint.progress, changes=["features=/home/me/features", "epochs=6"])
+    found = provenance(classifier_run, replace(checkpoint, progress=progress), 1000)
+    assert found.training is not None
+    assert found.training.recipe_settings == {"epochs": "6"}
+
+
 def test_an_imported_run(classifier_run: Path) -> None:
     checkpoint = replace(load_checkpoint(classifier_run), progress=None, origin=ORIGIN)
     assert describe(checkpoint, None) == "Vision Transformer with the weights of vit.safetensors."
