@@ -9,13 +9,14 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
 _PAUSE_SECONDS = 1e-4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,25 @@ def _cgroup_folders(controller: str, cgroup: Path, proc: Path) -> Iterator[Path]
 
 def release_memory() -> None:
     """Return freed memory to the system, if the C library can; loading a network leaves a lot of it."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory of any size in this process from now on, if the C library can.
+
+    By default, large blocks are given back to the system at once, and the next ones faulted in again page by page.
+    """
+    mallopt = _glibc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
+    """Return a function that only glibc has, if it is this system's C library."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def let_others_run() -> None:

@@ -251,22 +251,19 @@ class Detr(nn.Module):
         pads = self.neck is not None or isinstance(self.backbone, EfficientNetBackbone)
         return self.backbone.strides[-1] if pads else 0
 
-    def forward_features(self, images: Tensor, sizes: Tensor | None, *, early: bool = False) -> list[Tensor]:
+    def forward_features(self, images: Tensor, sizes: Tensor | None, *, stages: int = 0) -> list[Tensor]:
         """Return the backbone's maps that the rest of the network needs: the last, with a neck the last three.
 
-        With `early`, the last but one, with a neck the two before the last. Arguments and shapes are those of `forward`
-        and of the backbone.
+        Those of the backbone's last `stages` (with a neck at most two) are left to `forward_head`. Arguments and shapes
+        are those of `forward` and of the backbone.
         """
         if self.edge_multiple:
             if sizes is None:
                 sizes = torch.tensor([images.shape[-2:]], device=images.device).expand(images.shape[0], -1)
             images = pad_edges(images, self.edge_multiple)
         visible = None if self.published_padding else sizes
-        if early:
-            maps = self.backbone.forward_early(images, visible)
-            return maps[-1:] if self.neck is None else maps[-2:]
-        maps = self.backbone(images, visible)
-        return maps[-1:] if self.neck is None else maps[-3:]
+        maps = self.backbone.forward_early(images, visible, stages)
+        return maps[-1:] if self.neck is None else maps[stages - 3 :]
 
     def forward_head(
         self,
@@ -276,12 +273,10 @@ class Detr(nn.Module):
         record: list[Tensor] | None = None,
         denoising: Denoising | None = None,
         *,
-        early: bool = False,
+        stages: int = 0,
     ) -> DetrOutput:
         """Detect objects, given the maps of `forward_features`, and the height and width of the padded batch."""
-        if early:
-            last = self.backbone.forward_last(maps[-1], sizes)
-            maps = [last] if self.neck is None else [*maps, last]
+        maps = [*maps, *self.backbone.forward_last(maps[-1], sizes, stages)]
         config, stride = self.config, self.backbone.strides[-1]
         features = self.input_proj(maps[-1])  # [B, D, h, w]
         encoder_grid = grid = features.shape[-2:]

@@ -20,7 +20,7 @@ from vitrine.models.vit import ViT, ViTConfig
 
 _NORM_EPS, _NORM_MOMENTUM = 1e-3, 0.01  # of the authors' code, in PyTorch's terms
 _CHANNELS_MULTIPLE = 8  # channels are rounded to it
-_STEM_CHANNELS, _HEAD_CHANNELS = 32, 1280
+_STEM_CHANNELS, _STEM_STRIDE, _HEAD_CHANNELS = 32, 2, 1280
 
 
 class Stage(NamedTuple):
@@ -167,29 +167,27 @@ class EfficientNetBackbone(nn.Module):
 
     def __init__(self, config: EfficientNetConfig) -> None:
         super().__init__()
-        self.stem = ConvNorm(3, _STEM_CHANNELS, 3, 2)
+        self.stem = ConvNorm(3, _STEM_CHANNELS, 3, _STEM_STRIDE)
         self.blocks = nn.ModuleList()
-        channels, depth = _STEM_CHANNELS, sum(stage.blocks for stage in config.stages)
-        for stage in config.stages:
+        self.strides: list[int] = []
+        self.channels: list[int] = []
+        self._ends: list[int] = []  # the block behind each map
+        channels, stride, depth = _STEM_CHANNELS, _STEM_STRIDE, sum(stage.blocks for stage in config.stages)
+        for index, stage in enumerate(config.stages):
             for i in range(stage.blocks):
                 rate = config.drop_path * len(self.blocks) / max(1, depth - 1)
                 self.blocks.append(MBConv(channels, stage, stage.stride if i == 0 else 1, rate))
                 channels = stage.channels
-        self.strides: list[int] = []
-        self.channels: list[int] = []
-        stride = 2
-        for index, stage in enumerate(config.stages):
             stride *= stage.stride
             if index + 1 == len(config.stages) or config.stages[index + 1].stride == 2:  # the last at this resolution
                 self.strides.append(stride)
                 self.channels.append(stage.channels)
-        self.first_of_last = max(i for i, block in enumerate(self.blocks) if block.stride == 2)  # block of the last map
+                self._ends.append(len(self.blocks))
         init_filters(self)
 
-    @property
-    def last_stage(self) -> tuple[str, ...]:
-        """Prefixes of the names of the weights behind `forward_early`."""
-        return tuple(f"blocks.{i}." for i in range(self.first_of_last, len(self.blocks)))
+    def last_stages(self, count: int) -> tuple[str, ...]:
+        """Return the prefixes of the names of the weights of `forward_last`."""
+        return tuple(f"blocks.{i}." for i in range(self._ends[-1 - count], len(self.blocks)))
 
     def forward(self, x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
         """Extract feature maps.
@@ -204,32 +202,29 @@ class EfficientNetBackbone(nn.Module):
         Returns:
             For each of `strides`, [B, channels, H / stride, W / stride] (rounded up), zero outside the valid regions.
         """
-        maps = self.forward_early(x, sizes)
-        return [*maps, self.forward_last(maps[-1], sizes)]
+        return self.forward_early(x, sizes, stages=0)
 
-    def forward_early(self, x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
-        """As `forward`, but without the coarsest map."""
+    def forward_early(self, x: Tensor, sizes: Tensor | None, stages: int) -> list[Tensor]:
+        """As `forward`, but without the `stages` coarsest maps."""
         if sizes is not None:
             x = pad_edges(x, self.strides[-1])
-        maps = []
-        x, stride = self.stem(x), 2
-        valid = level_cells(sizes, x.shape[-2:], stride)
-        for block in self.blocks[: self.first_of_last]:
-            if block.stride == 2:
-                maps.append(x if valid is None else x * valid)
-                x, stride = block(x, valid), 2 * stride
-                valid = level_cells(sizes, x.shape[-2:], stride)
-            else:
-                x = block(x, valid)
-        return [*maps, x if valid is None else x * valid]
+        return self._run(range(len(self.strides) - stages), self.stem(x), sizes)
 
-    def forward_last(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """The last map of `forward_early` -> the coarsest map."""
-        valid = level_cells(sizes, x.shape[-2:], self.strides[-2])
-        for block in self.blocks[self.first_of_last :]:
-            x = block(x, valid)
-            valid = level_cells(sizes, x.shape[-2:], self.strides[-1])
-        return x if valid is None else x * valid
+    def forward_last(self, x: Tensor, sizes: Tensor | None, stages: int) -> list[Tensor]:
+        """The last map of `forward_early` -> the `stages` coarsest maps."""
+        return self._run(range(len(self.strides) - stages, len(self.strides)), x, sizes)
+
+    def _run(self, stages: range, x: Tensor, sizes: Tensor | None) -> list[Tensor]:
+        maps = []
+        for stage in stages:
+            first, end = self._ends[stage - 1] if stage else 0, self._ends[stage]
+            valid = level_cells(sizes, x.shape[-2:], self.strides[stage - 1] if stage else _STEM_STRIDE)
+            for block in self.blocks[first:end]:
+                x = block(x, valid)
+                valid = level_cells(sizes, x.shape[-2:], self.strides[stage])
+            x = x if valid is None else x * valid
+            maps.append(x)
+        return maps
 
 
 def init_filters(module: nn.Module) -> None:
@@ -282,19 +277,19 @@ class EfficientNet(nn.Module):
         features: Tensor = self.neck(self.backbone(x)[-1])
         return features
 
-    def forward_features(self, x: Tensor, *, early: bool = False) -> Tensor:
+    def forward_features(self, x: Tensor, *, stages: int = 0) -> Tensor:
         """Normalised images float [B, 3, H, W] -> what the head needs: [B, 1280] for a linear head, else `features`.
 
-        With `early`, the backbone's last map but one.
+        If the backbone's last `stages` are left to `forward_head`, the map before them.
         """
-        if early:
-            return self.backbone.forward_early(x)[-1]
+        if stages:
+            return self.backbone.forward_early(x, None, stages)[-1]
         return self._pool(self.features(x))
 
-    def forward_head(self, features: Tensor, record: list[Tensor] | None = None, *, early: bool = False) -> Tensor:
+    def forward_head(self, features: Tensor, record: list[Tensor] | None = None, *, stages: int = 0) -> Tensor:
         """`forward_features` -> logits [B, K]."""
-        if early:
-            features = self._pool(self.neck(self.backbone.forward_last(features)))
+        if stages:
+            features = self._pool(self.neck(self.backbone.forward_last(features, None, stages)[-1]))
         features = self.dropout(features)
         logits: Tensor = self.head(features) if isinstance(self.head, nn.Linear) else self.head(features, record)
         return logits

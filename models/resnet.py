@@ -195,39 +195,34 @@ class ResNet(nn.Module):
         Returns:
             For each stage, [B, channels, H / stride, W / stride] (rounded up), zero outside the valid regions.
         """
-        maps = self.forward_early(x, sizes)
-        if len(self.stages) == 1:
-            return maps
-        return [*maps, self.forward_last(maps[-1], sizes)]
+        return self.forward_early(x, sizes, stages=0)
 
-    def forward_early(self, x: Tensor, sizes: Tensor | None = None) -> list[Tensor]:
-        """As `forward`, but without the last map if there are several."""
+    def forward_early(self, x: Tensor, sizes: Tensor | None, stages: int) -> list[Tensor]:
+        """As `forward`, but without the last `stages` maps."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.maxpool(_masked(x, level_cells(sizes, x.shape[-2:], 2)))
         x = _masked(x, level_cells(sizes, x.shape[-2:], 4))
+        return self._run(range(len(self.stages) - stages), x, sizes)
+
+    def forward_last(self, x: Tensor, sizes: Tensor | None, stages: int) -> list[Tensor]:
+        """The last map of `forward_early` -> the last `stages` maps."""
+        return self._run(range(len(self.stages) - stages, len(self.stages)), x, sizes)
+
+    def last_stages(self, count: int) -> tuple[str, ...]:
+        """Return the prefixes of the names of the weights of `forward_last`."""
+        return tuple(f"stages.{i}." for i in range(len(self.stages) - count, len(self.stages)))
+
+    def _run(self, stages: range, x: Tensor, sizes: Tensor | None) -> list[Tensor]:
         maps = []
-        for index in range(max(1, len(self.stages) - 1)):
-            x = self._stage(index, x, sizes)
+        for index in stages:
+            step, stride = self._steps[index], self.strides[index]
+            valid = level_cells(sizes, x.shape[-2:], stride // step)
+            out_valid = level_cells(sizes, [(edge - 1) // step + 1 for edge in x.shape[-2:]], stride)
+            for block in cast(nn.ModuleList, self.stages[index]):
+                x = block(x, valid, out_valid)
+                valid = out_valid
             maps.append(x)
         return maps
-
-    def forward_last(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """The last map of `forward_early` -> the last map."""
-        return self._stage(len(self.stages) - 1, x, sizes)
-
-    @property
-    def last_stage(self) -> tuple[str, ...]:
-        """Prefixes of the names of the weights behind `forward_early`."""
-        return (f"stages.{len(self.stages) - 1}.",) if len(self.stages) > 1 else ()
-
-    def _stage(self, index: int, x: Tensor, sizes: Tensor | None) -> Tensor:
-        step, stride = self._steps[index], self.strides[index]
-        valid = level_cells(sizes, x.shape[-2:], stride // step)
-        out_valid = level_cells(sizes, [(edge - 1) // step + 1 for edge in x.shape[-2:]], stride)
-        for block in cast(nn.ModuleList, self.stages[index]):
-            x = block(x, valid, out_valid)
-            valid = out_valid
-        return x
 
 
 def thaw_frozen_norm(network: nn.Module) -> None:

@@ -51,13 +51,16 @@ class ResNetClassifier(nn.Module):
         features: Tensor = self.backbone(x)[-1]
         return features
 
-    def forward_features(self, x: Tensor, *, early: bool = False) -> Tensor:
-        """Normalised images float [B, 3, H, W] -> averaged features [B, C]; with `early`, the last map but one."""
-        return self.backbone.forward_early(x)[-1] if early else self.features(x).mean(dim=(2, 3))
+    def forward_features(self, x: Tensor, *, stages: int = 0) -> Tensor:
+        """Normalised images float [B, 3, H, W] -> averaged features [B, C].
 
-    def forward_head(self, features: Tensor, *, early: bool = False) -> Tensor:
+        If the backbone's last `stages` are left to `forward_head`, the map before them.
+        """
+        return self.backbone.forward_early(x, None, stages)[-1] if stages else self.features(x).mean(dim=(2, 3))
+
+    def forward_head(self, features: Tensor, *, stages: int = 0) -> Tensor:
         """`forward_features` -> logits [B, K]."""
-        if early:
-            features = self.backbone.forward_last(features).mean(dim=(2, 3))
+        if stages:
+            features = self.backbone.forward_last(features, None, stages)[-1].mean(dim=(2, 3))
         logits: Tensor = self.head(self.dropout(features))
         return logits

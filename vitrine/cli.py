@@ -95,7 +95,7 @@ def train(
     first = run / "head" if finetune else run
     trained = run_training(chosen, data_path, first, resume=resume, start=start, changes=changes)
     if finetune and trained.is_finished:
-        tuned = load_recipe("last_stage", [], trained)
+        tuned = load_recipe("last_stages", [], trained)
         trained = run_training(tuned, data_path, run, resume=resume, start=first)
     if int(os.environ.get("RANK", "0")) == 0 and trained.is_finished:  # else it was interrupted
         typer.echo(f"trained: {run}")

@@ -53,7 +53,7 @@ class FrozenPart(nn.Module):
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network = network
-        self.options = _options(recipe)
+        self.stages = recipe.backbone_stages
         self.normalise = Normalise(recipe.preprocessing.mean, recipe.preprocessing.std)
 
     def forward(self, pixels: Tensor, sizes: Tensor) -> list[Tensor]:
@@ -68,9 +68,9 @@ class FrozenPart(nn.Module):
         """
         images = self.normalise(pixels)
         if not isinstance(self.network, Detr):
-            return [self.network.forward_features(images, **self.options)]  # type: ignore[operator]
+            return [self.network.forward_features(images, **_options(self.stages))]  # type: ignore[operator]
         valid = valid_cells(sizes, pixels.shape[1:3])[:, None]
-        return self.network.forward_features(images * valid, sizes, **self.options)
+        return self.network.forward_features(images * valid, sizes, stages=self.stages)
 
 
 class TrainedPart(nn.Module):
@@ -79,16 +79,16 @@ class TrainedPart(nn.Module):
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network = network
-        self.options = _options(recipe)
+        self.stages = recipe.backbone_stages
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Call the network's `forward_head`."""
-        return self.network.forward_head(*arguments, **options, **self.options)  # type: ignore[operator]
+        return self.network.forward_head(*arguments, **options, **_options(self.stages))  # type: ignore[operator]
 
 
-def _options(recipe: Recipe) -> dict[str, bool]:
-    """Return the option of `forward_features` and `forward_head` for where a recipe cuts the network."""
-    return {"early": True} if recipe.trainable == "last_stage" else {}
+def _options(stages: int) -> dict[str, int]:
+    """Return the option of `forward_features` and `forward_head`, which networks without a backbone do not have."""
+    return {"stages": stages} if stages else {}
 
 
 class FeatureCache:
@@ -162,7 +162,8 @@ class FeatureCache:
                 part = values[view, offsets[image] : offsets[image + 1]].reshape(shapes[image])
                 own = tuple(map(slice, part.shape))
                 out[row][own] = part
-            maps.append(torch.from_numpy(out))
+            level = torch.from_numpy(out)  # convolutions are faster with the channels last
+            maps.append(level.contiguous(memory_format=torch.channels_last) if level.ndim == 4 else level)
         targets = None if self._targets is None else [self._targets[v][i] for i, v in zip(images, chosen, strict=True)]
         return FeatureBatch(maps, self._sizes[indices]), targets
 
@@ -179,7 +180,9 @@ class FeatureCache:
                     recipe = self.recipe if view else _unaugmented(self.recipe)
                     objective = make_objective(recipe, self.data, network, torch.device("cpu"))
                     images = ImageCache(self.data, recipe, show=False)
-                noise = torch.rand(len(self), NOISE, generator=Generator().manual_seed(recipe.seed * self.views + view))
+                # A run that trains more of the network after another has views of its own.
+                seed = np.random.SeedSequence((recipe.seed, view, recipe.backbone_stages)).generate_state(1)[0]
+                noise = torch.rand(len(self), NOISE, generator=Generator().manual_seed(int(seed)))
                 if view == 0:
                     sizes, batches = self._plan(images)
                 found: dict[int, tuple[Tensor, Tensor]] = {}

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vitrine.models.efficientnet import EfficientNetBackbone
 from vitrine.models.resnet import ResNet
+from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.recipe import Recipe
 
 # Learned embeddings of positions, tokens and queries: weight decay would make them alike.
@@ -105,12 +106,21 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
 
     AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
     networks") for the matrices and filters between the first layer and the heads (depthwise filters are no matrices),
-    with AdamW for the rest. Muon's
+    with AdamW for the rest, and for fine-tuned stages of a backbone (Muon suits weights that it trained; ibid.). Muon's
     updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), so both use
     one learning rate. Weight decay applies to matrices, not to biases, norms and embeddings. The learning rate of a
     group is `lr_scale` times the schedule's: less in the backbone with `backbone_lr`, and towards the image with
     `layer_decay`.
+
+    Raises:
+        RecipeError: the backbone has no stage before those that are trained.
     """
+    if recipe.backbone_stages:
+        found = len(cast(ResNet | EfficientNetBackbone, network.backbone).strides)
+        if found <= recipe.backbone_stages:
+            raise RecipeError(
+                f"{recipe.name}: trainable={recipe.trainable} needs a backbone of more stages than it trains, found {found}"
+            )
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     layers = _layers(network)
     for name, parameter in network.named_parameters():
@@ -118,7 +128,8 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.startswith(_EMBEDDINGS)
             is_filter = parameter.ndim == 4 and parameter.shape[1] in (1, 3)  # depthwise, or of the first layer
-            hidden = decays and not is_filter and not name.startswith(_HEADS)
+            is_tuned = recipe.backbone_stages > 0 and name.startswith(_BACKBONE)
+            hidden = decays and not is_filter and not is_tuned and not name.startswith(_HEADS)
             scale = recipe.layer_decay ** (max(layers.values()) - layers[name])
             if recipe.backbone_lr is not None and name.startswith(_BACKBONE):
                 scale *= recipe.backbone_lr / recipe.lr
@@ -168,11 +179,9 @@ def training_mode(network: nn.Module, recipe: Recipe) -> None:
 
 def _is_trained(name: str, network: nn.Module, recipe: Recipe) -> bool:
     """Return whether the recipe trains a weight or a module, whose name ends in a dot."""
-    if recipe.trainable == "last_stage":
-        last = tuple(
-            f"{_BACKBONE}{prefix}" for prefix in cast(ResNet | EfficientNetBackbone, network.backbone).last_stage
-        )
-        return not name.startswith(_BACKBONE) or name.startswith(last)
+    if recipe.backbone_stages:
+        last = cast(ResNet | EfficientNetBackbone, network.backbone).last_stages(recipe.backbone_stages)
+        return not name.startswith(_BACKBONE) or name.removeprefix(_BACKBONE).startswith(last)
     if recipe.trainable == "all_but_backbone":
         return not name.startswith(_BACKBONE)
     return recipe.trainable == "all" or name.startswith(_HEADS)

@@ -31,9 +31,9 @@ class _Recipe(BaseModel):
     warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # linear, then cosine to zero
     clip_grad: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay per step of the moving average that is saved; 0: off
-    # "head": a linear probe; "all_but_backbone": of a detector; "last_stage": the last stage of the backbone (an
-    # EfficientNet or ResNet), and all behind it. Unless it is "all", a backbone keeps its batch norm statistics.
-    trainable: Literal["all", "last_stage", "all_but_backbone", "head"] = "all"
+    # "head": a linear probe; "all_but_backbone": of a detector; "last_stage", "last_two_stages": those of the backbone
+    # (an EfficientNet or ResNet), and all behind them. Unless it is "all", a backbone keeps its batch norm statistics.
+    trainable: Literal["all", "last_two_stages", "last_stage", "all_but_backbone", "head"] = "all"
     # Learning rate of a layer (a block, or what is not in one) over that of the next one (Bao et al. 2022, "BEiT").
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     # Name of `vitrine import --list` whose weights the network starts from, without --from; null: random ones.
@@ -75,12 +75,14 @@ class _Recipe(BaseModel):
             raise ValueError(f"model.{first['loc'][0]}: {first['msg']}, found {first['input']!r}") from error
         if self.views and self.trainable == "all":
             raise ValueError(f"views={self.views} needs a frozen part, found trainable=all")
-        if self.trainable == "last_stage" and self.architecture not in ("efficientnet", "resnet", "detr"):
-            raise ValueError(f"trainable=last_stage needs an efficientnet, resnet or detr, found {self.architecture}")
+        if self.backbone_stages and self.architecture not in ("efficientnet", "resnet", "detr"):
+            raise ValueError(
+                f"trainable={self.trainable} needs an efficientnet, resnet or detr, found {self.architecture}"
+            )
         if self.trainable == "all_but_backbone" and self.task is not Task.DETECTION:
             raise ValueError("trainable=all_but_backbone is for detectors, trainable=head for classifiers")
         if self.views and self.task is Task.DETECTION and self.trainable == "head":
-            raise ValueError(f"views={self.views}: expected trainable=all_but_backbone or last_stage, found head")
+            raise ValueError(f"views={self.views}: expected trainable=all_but_backbone, last_stage or last_two_stages, found head")
         if self.views and self.augmentation.group > 1:
             raise ValueError(f"views={self.views}: expected no mixing of images (mixup, cutmix, mosaic), found some")
         if isinstance(self, ClassificationRecipe):
@@ -89,6 +91,11 @@ class _Recipe(BaseModel):
                 found = f"{size} and {self.preprocessing.input_size}"
                 raise ValueError(f"model.image_size and preprocessing.input_size have to agree, found {found}")
         return self
+
+    @property
+    def backbone_stages(self) -> int:
+        """How many of a backbone's last stages are trained, while those before them are frozen."""
+        return {"last_stage": 1, "last_two_stages": 2}.get(self.trainable, 0)
 
     def derive(self, **changes: Any) -> Self:
         """Return a copy with some settings changed, validated."""

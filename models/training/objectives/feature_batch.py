@@ -22,6 +22,10 @@ class FeatureBatch:
     maps: list[Tensor]  # of its `forward_features`, from fine to coarse
     sizes: Tensor  # int64 [B, 2], height and width in pixels of each image's valid region
 
+    def edges(self, stride: int) -> list[int]:
+        """Return the height and width in pixels that the batch is padded to: multiples of the largest stride."""
+        return [-(-edge // stride) * stride for edge in self.sizes.amax(dim=0).tolist()]
+
     def to(self, device: torch.device) -> "FeatureBatch":
         """Return the batch on a device."""
         return FeatureBatch([level.to(device, non_blocking=True) for level in self.maps], self.sizes.to(device))
@@ -41,12 +45,12 @@ def paste_columns(
 
     Args:
         noise: float [B, NOISE], uniform in [0, 1).
-        stride: pixels per cell of the coarsest map, between whose columns is cut.
+        stride: pixels per cell of the network's coarsest map, between whose columns is cut.
         probability: of each image.
         min_visible: a box is dropped if less than this fraction of its area is left.
     """
     maps, pasted = [level.clone() for level in features.maps], list(targets)
-    coarse = features.maps[-1].shape[-1]
+    coarse = features.edges(stride)[1] // stride
     for row, (choice, place) in enumerate(noise[:, [_CHOICE, _COLUMN]].tolist()):
         other = row - 1
         columns = -(-int(features.sizes[row, 1]) // stride)

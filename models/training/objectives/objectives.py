@@ -176,9 +176,8 @@ class DetectionObjective:
 
     def forward(self, network: nn.Module, batch: DetectionBatch) -> Any:
         if batch.features is not None:
-            maps = batch.features.maps
-            edges = [cells * self.stride for cells in maps[-1].shape[-2:]]
-            return network(maps, batch.sizes, edges, denoising=batch.denoising)
+            edges = batch.features.edges(self.stride)
+            return network(batch.features.maps, batch.sizes, edges, denoising=batch.denoising)
         images = self.normalise(batch.pixels)
         if batch.sizes is not None:
             assert batch.valid is not None

@@ -137,7 +137,7 @@ DETECTOR = (
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
-@pytest.mark.parametrize("trainable", ["all_but_backbone", "last_stage"])
+@pytest.mark.parametrize("trainable", ["all_but_backbone", "last_stage", "last_two_stages"])
 def test_frozen_part_neither_learns_nor_updates_its_statistics(trainable: str, backbone: str) -> None:
     changes = [*DETECTOR, f"model.backbone={backbone}", f"trainable={trainable}", "views=0", "pretrained=null"]
     recipe = load_recipe("objects", [*changes, "augmentation.feature_paste=0"])
@@ -152,21 +152,24 @@ def test_frozen_part_neither_learns_nor_updates_its_statistics(trainable: str, b
     optimizer.step()
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     in_backbone = {name for name in changed if name.startswith("backbone.")}
-    last = tuple(f"backbone.{prefix}" for prefix in network.backbone.last_stage)
+    last = tuple(f"backbone.{prefix}" for prefix in network.backbone.last_stages(recipe.backbone_stages))
     assert changed - in_backbone
-    assert bool(in_backbone) == (trainable == "last_stage")
+    assert bool(in_backbone) == (trainable != "all_but_backbone")
     assert all(name.startswith(last) and "running" not in name for name in in_backbone)
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])
-def test_features_before_the_last_stage_lead_to_the_same_answers(backbone: str) -> None:
-    recipe = load_recipe("objects", [*DETECTOR, f"model.backbone={backbone}", "pretrained=null"])
+@pytest.mark.parametrize("neck", ["none", "fusion"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_features_before_the_last_stages_lead_to_the_same_answers(stages: int, neck: str, backbone: str) -> None:
+    changes = [*DETECTOR, f"model.backbone={backbone}", f"model.neck={neck}", "pretrained=null"]
+    recipe = load_recipe("objects", changes)
     network = build_model(recipe.architecture, recipe.model, 3).eval()
     images, sizes = torch.randn(2, 3, 64, 96), torch.tensor([[64, 96], [33, 70]])
     images[1, :, 33:] = 0
     images[1, :, :, 70:] = 0
-    early = network.forward_features(images, sizes, early=True)
-    found = network.forward_head(early, sizes, images.shape[-2:], early=True)
+    early = network.forward_features(images, sizes, stages=stages)
+    found = network.forward_head(early, sizes, images.shape[-2:], stages=stages)
     assert torch.equal(found["pred_boxes"], network(images, sizes)["pred_boxes"])
 
 

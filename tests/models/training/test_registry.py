@@ -13,7 +13,7 @@ from vitrine.models.training.registry import load_recipe, pretrained_weights, re
 
 CLASSIFIER = load_recipe("vit_cifar10")
 DETECTOR = load_recipe("detr_bccd")
-FROM_A_RUN = ("finetune", "last_stage", "linear_probe", "photos")
+FROM_A_RUN = ("finetune", "last_stages", "linear_probe", "photos")
 
 
 def run_of(recipe: Recipe) -> Checkpoint:
@@ -34,7 +34,7 @@ def test_shipped_recipe(name: str, start: Recipe) -> None:
         with pytest.raises(RecipeError, match="expected a run that classifies, found a detr"):
             load_recipe(name, [], run_of(start))
         return
-    if name == "last_stage" and start is CLASSIFIER:
+    if name == "last_stages" and start is CLASSIFIER:
         with pytest.raises(RecipeError, match="last_stage needs an efficientnet, resnet or detr, found vit"):
             load_recipe(name, [], run_of(start))
         return

@@ -77,7 +77,7 @@ def test_the_last_stage_is_trained_after_the_head(photos: Path, tiny: Path, root
     assert "trained: runs/p" in vitrine(root, tmp_path, *arguments)
     head, tuned = (load_checkpoint(tmp_path / "runs" / path) for path in ("p/head", "p"))
     assert tuned.progress is not None
-    assert tuned.progress.read_recipe().name == "last_stage"
+    assert tuned.progress.read_recipe().name == "last_stages"
     start = load_checkpoint(tiny)
     assert torch.equal(head.weights["backbone.stem.conv.weight"], start.weights["backbone.stem.conv.weight"])
     assert torch.equal(tuned.weights["backbone.stem.conv.weight"], start.weights["backbone.stem.conv.weight"])

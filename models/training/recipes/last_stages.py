@@ -1,11 +1,11 @@
-"""Fine-tune the last stage of a run's backbone, and all behind it: what `--finetune` does after a recipe.
+"""Fine-tune the last stages of a run's backbone, and all behind them: what `--finetune` does after a recipe.
 
     vitrine train photos --data DATA --finetune
-    vitrine train last_stage --from runs/photos --data DATA
+    vitrine train last_stages --from runs/photos --data DATA
 
-Data: that of the run. The features before the last stage are computed once; layers nearer to the image learn more
-slowly. The weights of the best epoch are kept, or those of the run if none is better. The augmentation is that of
-`photos` or `detr_voc`.
+Data: that of the run. One stage of a classifier, two of a detector, whose boxes need finer maps. The features before
+them are computed once; layers nearer to the image learn more slowly. The weights of the best epoch are kept, or those
+of the run if none is better: on the images that the run held out. The augmentation is that of `photos` or `detr_voc`.
 """
 
 from vitrine.bundle.manifest import ClassificationPreprocessing
@@ -18,9 +18,11 @@ from vitrine.models.training.recipes.photos import AUGMENTATION
 def recipe(start: Checkpoint) -> Recipe:
     """Return the recipe for a run's network."""
     preprocessing = start.read_preprocessing()
+    trained = None if start.progress is None else start.progress.read_recipe()
+    held_out, fraction, seed = (trained.held_out, trained.train_fraction, trained.seed) if trained else (None, 1.0, 0)
     if isinstance(preprocessing, ClassificationPreprocessing):
         return ClassificationRecipe(
-            name="last_stage",
+            name="last_stages",
             architecture=start.architecture,
             model=start.settings,
             preprocessing=preprocessing,
@@ -35,22 +37,28 @@ def recipe(start: Checkpoint) -> Recipe:
             weight_decay=0.02,
             label_smoothing=0.1,
             class_weights="auto",
+            held_out=held_out,
+            train_fraction=fraction,
+            seed=seed,
         )
     return DetectionRecipe(
-        name="last_stage",
+        name="last_stages",
         architecture=start.architecture,
         model=start.settings,
         preprocessing=preprocessing,
         augmentation=VOC.augmentation,
-        trainable="last_stage",
-        layer_decay=0.9,
-        views=4,
-        epochs=10,
+        trainable="last_two_stages",
+        layer_decay=0.95,
+        views=8,
+        epochs=20,
         keep="best",
-        batch_size=16,
+        batch_size=24,
         optimizer="muon",
-        lr=4e-4,
+        lr=5e-4,
         weight_decay=0.02,
         clip_grad=0.5,
         ema=0.999,
+        held_out=held_out,
+        train_fraction=fraction,
+        seed=seed,
     )
