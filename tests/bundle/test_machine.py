@@ -1,6 +1,8 @@
 """Cores and memory as limited by cgroups, on fake file systems."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,25 @@ def test_without_cgroups_and_proc(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path, tmp_path) is None
     assert available_cores(tmp_path, tmp_path) >= 1
     assert available_memory(tmp_path, tmp_path) is None
+
+
+def page_faults_of_a_large_block(setup: str) -> int:
+    script = f"""
+import resource
+from vitrine.bundle.machine import keep_freed_memory
+{setup}
+bytearray(2**26)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    command = [sys.executable, "-c", script]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+
+@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="glibc only")
+def test_freed_memory_can_be_kept() -> None:
+    assert page_faults_of_a_large_block("") > 10 * page_faults_of_a_large_block("keep_freed_memory()")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")

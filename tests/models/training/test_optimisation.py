@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vitrine.models.build import build_model
+from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.optimisation import (
     MuonWithAdamW,
     average_weights,
@@ -156,6 +157,14 @@ def test_frozen_part_neither_learns_nor_updates_its_statistics(trainable: str, b
     assert changed - in_backbone
     assert bool(in_backbone) == (trainable != "all_but_backbone")
     assert all(name.startswith(last) and "running" not in name for name in in_backbone)
+
+
+def test_a_backbone_needs_a_frozen_stage_before_those_that_are_trained() -> None:
+    changes = [*DETECTOR, "model.backbone=resnet", "model.backbone_layers=[1, 1]", "model.neck=none"]
+    recipe = load_recipe("objects", [*changes, "trainable=last_two_stages", "pretrained=null"])
+    network = build_model(recipe.architecture, recipe.model, 3)
+    with pytest.raises(RecipeError, match="trainable=last_two_stages needs a backbone of more stages"):
+        make_optimizer(network, recipe)
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "resnet18"])

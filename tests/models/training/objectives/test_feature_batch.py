@@ -43,6 +43,13 @@ def test_features_and_boxes_are_cut_at_the_same_column(place: float) -> None:
     assert targets[1].class_ids.tolist() == ([1, 0] if 1 - cut >= 0.3 else [1])
 
 
+def test_maps_without_the_coarsest_are_cut_between_its_columns() -> None:
+    fine = FeatureBatch(batch().maps[:1], batch().sizes)
+    pasted, targets = paste(fine, 0.9, [WIDE, LEFT])
+    assert pasted.maps[0][0, 0, 0].tolist() == [1, 1, 1, 1, 2, 2]
+    assert targets[0].boxes_cxcywh[0].tolist() == pytest.approx([1 / 3, 0.5, 2 / 3, 0.5])
+
+
 def test_images_of_other_sizes_and_unchosen_ones_stay() -> None:
     features = batch()
     features.sizes[1] = torch.tensor([96, 64])

@@ -73,11 +73,13 @@ def test_one_command_with_published_weights(photos: Path, root: Path, tmp_path: 
 
 
 def test_the_last_stage_is_trained_after_the_head(photos: Path, tiny: Path, root: Path, tmp_path: Path) -> None:
-    arguments = ("train", "photos", "--data", photos, "--from", tiny, "--out", "runs/p", "epochs=3", "--finetune")
-    assert "trained: runs/p" in vitrine(root, tmp_path, *arguments)
+    arguments = ("train", "photos", "--data", photos, "--from", tiny, "--out", "runs/p", "epochs=3", "held_out=0.3")
+    assert "trained: runs/p" in vitrine(root, tmp_path, *arguments, "--finetune")
     head, tuned = (load_checkpoint(tmp_path / "runs" / path) for path in ("p/head", "p"))
     assert tuned.progress is not None
-    assert tuned.progress.read_recipe().name == "last_stages"
+    recipe = tuned.progress.read_recipe()
+    assert recipe.name == "last_stages"
+    assert recipe.held_out == 0.3  # of other images, some would have been trained on
     start = load_checkpoint(tiny)
     assert torch.equal(head.weights["backbone.stem.conv.weight"], start.weights["backbone.stem.conv.weight"])
     assert torch.equal(tuned.weights["backbone.stem.conv.weight"], start.weights["backbone.stem.conv.weight"])
