@@ -134,6 +134,7 @@ class Metrics(_Strict):
     confusion: tuple[tuple[int, ...], ...] | None = None  # images by true label (row) and prediction; None if too large
     reliability: tuple[ReliabilityBin, ...] | None = None
     thresholds: tuple[ScoreThreshold, ...] | None = None  # detectors only, by ascending score
+    chosen: str = ""  # what training chose by these images, so that the values are optimistic; empty: nothing
     notes: str = ""  # caveats about the data
 
 

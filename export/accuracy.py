@@ -40,12 +40,12 @@ Values = dict[str, float]
 Resampled = Callable[[NDArray[np.int64]], Values]
 
 
-def measure_accuracy(predictions: Predictions, data: Data, notes: str) -> Metrics:
+def measure_accuracy(predictions: Predictions, data: Data, *, chosen: str = "", notes: str = "") -> Metrics:
     """Measure the metrics of `evaluation.metrics.measure` with 95 % confidence intervals, the confusion matrix of up to
     20 labels, the reliability of probabilities or scores, and what thresholds a detector's scores allow.
 
     The intervals are percentiles over bootstrap samples of the images (Efron & Tibshirani 1993, chapter 13): they show
-    the variation over other images of the same kind, not over training runs.
+    the variation over other images of the same kind, not over training runs. `chosen` and `notes` are copied.
     """
     values = measure(predictions, data)
     confusion = listed = None
@@ -75,6 +75,7 @@ def measure_accuracy(predictions: Predictions, data: Data, notes: str) -> Metric
         confusion=confusion,
         reliability=bins,
         thresholds=listed,
+        chosen=chosen,
         notes=notes,
     )
 

@@ -42,7 +42,15 @@ from vitrine.export.accuracy import measure_accuracy, measure_calibration, measu
 from vitrine.export.errors import AccuracyError, ExportError
 from vitrine.export.explain import write_explanation
 from vitrine.export.graph import export_graph, served_module, write_metadata
-from vitrine.export.inputs import Inputs, calibration_inputs, evaluation_data, make_inputs, parity_images, trace_size
+from vitrine.export.inputs import (
+    Inputs,
+    calibration_inputs,
+    chosen_by,
+    evaluation_data,
+    make_inputs,
+    parity_images,
+    trace_size,
+)
 from vitrine.export.latency import Timing, time_bundle
 from vitrine.export.model_card import model_card
 from vitrine.export.parity import check_metrics, check_parity
@@ -144,7 +152,7 @@ def export_run(
             predictors = {p: make_predictor(n, identity.preprocessing, identity.labels) for p, n in networks.items()}
             predictions = {precision: predict(predictor, data) for precision, predictor in predictors.items()}
             reference = predictions[Precision.FP32]
-            metrics = measure_accuracy(reference, data, notes)
+            metrics = measure_accuracy(reference, data, chosen=chosen_by(data, checkpoint), notes=notes)
             parity = check_metrics(parity, checkpoint, data, metrics)
             if calibration is not None:
                 calibration = measure_calibration(calibration, reference, data)

@@ -61,6 +61,20 @@ def _load_evaluation_split(path: Path, checkpoint: Checkpoint) -> Data:
     return load_split(path, checkpoint.task, split or "val")
 
 
+def chosen_by(data: Data, checkpoint: Checkpoint) -> str:
+    """Return what training chose by its validation images, if these are the data; else an empty text."""
+    progress = checkpoint.progress
+    if progress is None:
+        return ""
+    recipe = progress.read_recipe()
+    is_validation = data.split == HELD_OUT or (data.split == "val" and recipe.held_out is None)
+    if not is_validation or data.name != Path(progress.data_path).name:
+        return ""
+    choices = ["the best epoch"] if recipe.keep == "best" else []
+    calibrated = (checkpoint.temperature, checkpoint.offset) != (1, 0)
+    return " and ".join([*choices, "the calibration of its scores"] if calibrated else choices)
+
+
 def parity_images(data: Data | None, preprocessing: Preprocessing) -> list[Image.Image]:
     """Return the first images of the data, or generated ones."""
     if data is None:

@@ -110,9 +110,10 @@ def _measured(manifest: Manifest) -> list[str]:
         for name in metrics.values
         if name not in label_metrics
     ]
+    chosen = f"Training chose {metrics.chosen} by these images: on others, expect less. " if metrics.chosen else ""
     lines = [
         f"On the {metrics.images:,} images of `{metrics.data}`, split `{metrics.split}`, with `model.onnx` through "
-        f"the predictor that serves it. {metrics.notes}".strip(),
+        f"the predictor that serves it. {chosen}{metrics.notes}".strip(),
         "",
         *_table(("metric", "value", "95 % interval"), rows),
     ]

@@ -346,6 +346,11 @@ def export(
         providers=parse_providers(providers),
     )
     typer.echo(f"exported: {out}  {_summary(manifest)}")
+    if manifest.metrics is not None and manifest.metrics.chosen:
+        typer.echo(
+            f"on other images, expect less: training chose {manifest.metrics.chosen} by these (a split named test, or "
+            "another --data, is measured on instead)"
+        )
 
 
 @app.command()

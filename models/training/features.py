@@ -191,7 +191,7 @@ class FeatureCache:
                     if isinstance(batch, DetectionBatch):
                         objects = [(target.class_ids, target.boxes_cxcywh) for target in batch.targets]
                         found |= dict(zip(indices.tolist(), objects, strict=True))
-                    pixels = _padded(batch.pixels, canvas)
+                    pixels = _padded(batch.inputs, canvas)
                     if canvas not in functions:
                         functions[canvas] = _frozen_function(network, self.recipe, pixels, sizes[indices])
                     outputs = functions[canvas](pixels, sizes[indices])

@@ -118,9 +118,8 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> Optimizer:
     if recipe.backbone_stages:
         found = len(cast(ResNet | EfficientNetBackbone, network.backbone).strides)
         if found <= recipe.backbone_stages:
-            raise RecipeError(
-                f"{recipe.name}: trainable={recipe.trainable} needs a backbone of more stages than it trains, found {found}"
-            )
+            needed = f"a backbone of more than {recipe.backbone_stages} stages"
+            raise RecipeError(f"{recipe.name}: trainable={recipe.trainable} needs {needed}, found {found}")
     groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     layers = _layers(network)
     for name, parameter in network.named_parameters():

@@ -82,7 +82,8 @@ class _Recipe(BaseModel):
         if self.trainable == "all_but_backbone" and self.task is not Task.DETECTION:
             raise ValueError("trainable=all_but_backbone is for detectors, trainable=head for classifiers")
         if self.views and self.task is Task.DETECTION and self.trainable == "head":
-            raise ValueError(f"views={self.views}: expected trainable=all_but_backbone, last_stage or last_two_stages, found head")
+            expected = "all_but_backbone, last_stage or last_two_stages"
+            raise ValueError(f"views={self.views}: expected trainable={expected}, found head")
         if self.views and self.augmentation.group > 1:
             raise ValueError(f"views={self.views}: expected no mixing of images (mixup, cutmix, mosaic), found some")
         if isinstance(self, ClassificationRecipe):

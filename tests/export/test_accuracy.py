@@ -101,28 +101,28 @@ def test_a_label_that_no_drawn_image_has_is_left_out(scenes: DetectionData, dete
 def test_no_detections_are_measured_too(scenes: DetectionData) -> None:
     none = np.zeros(0, np.int64)
     nothing = DetectionPredictions(np.arange(IMAGES), none, none.astype(np.float32), none, np.zeros((0, 4)), 0.0)
-    metrics = measure_accuracy(nothing, scenes, "")
+    metrics = measure_accuracy(nothing, scenes)
     assert (metrics.values["AP"], metrics.intervals["AP"]) == (0.0, (0.0, 0.0))
 
 
 def test_intervals_hold_the_values_and_narrow_with_more_images(
     pictures: ClassificationData, classified: ClassificationPredictions
 ) -> None:
-    metrics = measure_accuracy(classified, pictures, "a note")
+    metrics = measure_accuracy(classified, pictures, notes="a note")
     assert metrics.values == measure(classified, pictures)
     for name, (low, high) in metrics.intervals.items():
         assert low <= metrics.values[name] <= high, name
     low, high = metrics.intervals["top1"]
     deviation = (metrics.values["top1"] * (1 - metrics.values["top1"]) / IMAGES) ** 0.5
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)  # of the binomial distribution
-    assert measure_accuracy(classified, pictures, "a note") == metrics
+    assert measure_accuracy(classified, pictures, notes="a note") == metrics
 
 
 def test_the_interval_of_a_small_calibration_error_holds_it() -> None:
     sure = np.linspace(0.51, 0.99, 400, dtype=np.float32)  # approximately calibrated
     right = np.diff(np.floor(np.cumsum(sure)), prepend=0) > 0
     data = ClassificationData("fair", "test", ("a", "b"), ["x"] * 400, [b""] * 400, np.where(right, 0, 1))
-    metrics = measure_accuracy(ClassificationPredictions(np.arange(400), np.stack([sure, 1 - sure], 1), 0.0), data, "")
+    metrics = measure_accuracy(ClassificationPredictions(np.arange(400), np.stack([sure, 1 - sure], 1), 0.0), data)
     low, high = metrics.intervals["ECE"]
     assert low == metrics.values["ECE"] < 0.02 < high
 
@@ -130,7 +130,7 @@ def test_the_interval_of_a_small_calibration_error_holds_it() -> None:
 def test_a_classifier_has_confusion_and_reliability(
     pictures: ClassificationData, classified: ClassificationPredictions
 ) -> None:
-    metrics = measure_accuracy(classified, pictures, "")
+    metrics = measure_accuracy(classified, pictures)
     assert metrics.confusion is not None
     assert metrics.reliability is not None
     assert np.trace(metrics.confusion) / IMAGES == metrics.values["top1"]
@@ -140,7 +140,7 @@ def test_a_classifier_has_confusion_and_reliability(
 
 
 def test_a_detectors_scores(scenes: DetectionData, detected: DetectionPredictions) -> None:
-    metrics = measure_accuracy(detected, scenes, "")
+    metrics = measure_accuracy(detected, scenes)
     right = right_detections(detected, scenes)
     assert metrics.confusion is None
     assert metrics.reliability is not None
@@ -169,7 +169,7 @@ def test_the_confusion_of_many_labels_is_left_out(classified: ClassificationPred
     labels = tuple(map(str, range(21)))
     data = ClassificationData("many", "test", labels, ["x"] * 3, [b""] * 3, np.arange(3))
     answers = ClassificationPredictions(np.arange(3), np.eye(21, dtype=np.float32)[:3], 0.0)
-    assert measure_accuracy(answers, data, "").confusion is None
+    assert measure_accuracy(answers, data).confusion is None
 
 
 def test_agreement_of_classifiers(classified: ClassificationPredictions) -> None:

@@ -34,9 +34,8 @@ from vitrine.models.training.targets import Target
 class Batch:
     """Augmented images, or their features, and their targets on the device."""
 
-    pixels: Tensor  # uint8 [B, H, W, 3]; empty if there are features
+    inputs: Tensor | FeatureBatch  # pixels uint8 [B, H, W, 3], or their features
     totals: Tensor  # float [k], divisors of the losses, to be summed over all batches of a step
-    features: FeatureBatch | None
 
 
 @dataclass(frozen=True)
@@ -104,22 +103,21 @@ class ClassificationObjective:
         inputs = loaded.pixels, loaded.sizes, self.class_ids[indices]
         pixels, sizes, class_ids = (tensor.to(self.device, non_blocking=True) for tensor in inputs)
         pixels, targets = self.augmentation(pixels, sizes, class_ids, self.num_classes, noise, self.size)
-        return self._batch(pixels, None, targets)
+        return self._batch(pixels, targets)
 
     def prepare_features(
         self, features: FeatureBatch, indices: Tensor, targets: list[Target] | None, noise: Tensor
     ) -> ClassificationBatch:
-        on_device = features.to(self.device)
         one_hot = F.one_hot(self.class_ids[indices], self.num_classes).float().to(self.device)
-        return self._batch(torch.empty(0), on_device, one_hot)
+        return self._batch(features.to(self.device), one_hot)
 
-    def _batch(self, pixels: Tensor, features: FeatureBatch | None, targets: Tensor) -> ClassificationBatch:
+    def _batch(self, inputs: Tensor | FeatureBatch, targets: Tensor) -> ClassificationBatch:
         weights = targets @ self.class_weights
-        return ClassificationBatch(pixels, weights.sum()[None], features, targets, weights)
+        return ClassificationBatch(inputs, weights.sum()[None], targets, weights)
 
     def forward(self, network: nn.Module, batch: ClassificationBatch) -> Tensor:
-        inputs = self.normalise(batch.pixels) if batch.features is None else batch.features.maps[0]
-        logits: Tensor = network(inputs)
+        inputs = batch.inputs
+        logits: Tensor = network(inputs.maps[0] if isinstance(inputs, FeatureBatch) else self.normalise(inputs))
         return logits
 
     def loss(self, output: Tensor, batch: ClassificationBatch, totals: Tensor) -> dict[str, Tensor]:
@@ -149,7 +147,6 @@ class DetectionObjective:
         return DetectionBatch(
             pixels,
             totals=self.criterion.totals(targets, self.config).to(self.device),
-            features=None,
             sizes=sizes if padded else None,
             valid=valid,
             targets=targets,
@@ -165,9 +162,8 @@ class DetectionObjective:
             features, targets = paste_columns(features, targets, noise, self.stride, probability, min_visible)
         targets = [Target(t.class_ids.to(self.device), t.boxes_cxcywh.to(self.device)) for t in targets]
         return DetectionBatch(
-            torch.empty(0),
+            features.to(self.device),
             totals=self.criterion.totals(targets, self.config).to(self.device),
-            features=features.to(self.device),
             sizes=features.sizes.to(self.device),
             valid=None,
             targets=targets,
@@ -175,10 +171,10 @@ class DetectionObjective:
         )
 
     def forward(self, network: nn.Module, batch: DetectionBatch) -> Any:
-        if batch.features is not None:
-            edges = batch.features.edges(self.stride)
-            return network(batch.features.maps, batch.sizes, edges, denoising=batch.denoising)
-        images = self.normalise(batch.pixels)
+        inputs = batch.inputs
+        if isinstance(inputs, FeatureBatch):
+            return network(inputs.maps, batch.sizes, inputs.edges(self.stride), denoising=batch.denoising)
+        images = self.normalise(inputs)
         if batch.sizes is not None:
             assert batch.valid is not None
             images = images * batch.valid

@@ -163,7 +163,7 @@ def test_a_backbone_needs_a_frozen_stage_before_those_that_are_trained() -> None
     changes = [*DETECTOR, "model.backbone=resnet", "model.backbone_layers=[1, 1]", "model.neck=none"]
     recipe = load_recipe("objects", [*changes, "trainable=last_two_stages", "pretrained=null"])
     network = build_model(recipe.architecture, recipe.model, 3)
-    with pytest.raises(RecipeError, match="trainable=last_two_stages needs a backbone of more stages"):
+    with pytest.raises(RecipeError, match="trainable=last_two_stages needs a backbone of more than 2 stages"):
         make_optimizer(network, recipe)
 
 

@@ -71,7 +71,7 @@ def test_a_classification_batch_has_the_images_and_their_classes() -> None:
     sizes = torch.full((3, 2), 16)
     images = loaded(16, 16, sizes, sizes)
     batch = objective.prepare(images, torch.tensor([3, 1, 2]), noise(3))
-    assert torch.equal(batch.pixels, images.pixels)
+    assert torch.equal(batch.inputs, images.pixels)
     assert batch.targets.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
     assert batch.totals.tolist() == [3]
     torch.testing.assert_close(objective.forward(Recorder(), batch), normalised(images.pixels, recipe))
@@ -113,7 +113,7 @@ def test_a_detection_batch_has_the_objects_in_fractions_of_their_images() -> Non
     _, objective = detection()
     images = loaded(100, 50, torch.tensor([[20, 40], [100, 50]]), ORIGINAL_SIZES.flip(0))
     batch = objective.prepare(images, torch.tensor([1, 0]), noise(2))
-    assert torch.equal(batch.pixels, images.pixels)
+    assert torch.equal(batch.inputs, images.pixels)
     assert [target.class_ids.tolist() for target in batch.targets] == [[1], [1, 0]]
     torch.testing.assert_close(batch.targets[0].boxes_cxcywh, torch.tensor([[0.05, 0.5, 0.1, 1.0]]))
     torch.testing.assert_close(

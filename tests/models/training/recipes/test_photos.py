@@ -94,6 +94,8 @@ def test_a_vit_as_head_is_exported_and_explained(photos: Path, tiny: Path, root:
     vitrine(root, tmp_path, "train", "photos", "--data", photos, "--from", tiny, "--out", "runs/p", *small)
     printed = vitrine(root, tmp_path, "export", "runs/p", "--out", "bundles/p/1", "--latency", "none")
     assert "held out of train" in printed  # there is no other split to measure on
+    assert "training chose the best epoch and the calibration of its scores by these" in printed
+    assert "on others, expect less" in (tmp_path / "bundles" / "p" / "1" / "README.md").read_text()
     picture = next((photos / "red").iterdir())
     vitrine(root, tmp_path, "explain", "bundles/p/1", picture, "--out", "seen.png")
     assert (tmp_path / "seen.png").is_file()
