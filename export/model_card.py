@@ -196,8 +196,8 @@ def _calibrated(manifest: Manifest) -> list[str]:
         )
     if calibration.ece_before is not None and calibration.ece_after is not None:
         sentence += (
-            f" The expected calibration error is {calibration.ece_after:.2%}, without the temperature "
-            f"{calibration.ece_before:.2%}."
+            f" The expected calibration error is {calibration.ece_after:.2%}, without "
+            f"{'the temperature' if manifest.task is Task.CLASSIFICATION else 'this'} {calibration.ece_before:.2%}."
         )
     return [*lines, sentence, ""]
 

@@ -167,7 +167,7 @@ def test_calibration_of_scores(detector: Manifest) -> None:
     calibration = Calibration(temperature=0.5, offset=-1.25, ece_before=0.081, ece_after=0.0123)
     card = model_card(detector.model_copy(update={"calibration": calibration}))
     assert "divides the logits of its scores by 0.5 and adds -1.25, fitted on held-out images" in card
-    assert "The expected calibration error is 1.23%, without the temperature 8.10%." in card
+    assert "The expected calibration error is 1.23%, without this 8.10%." in card
 
 
 def test_thresholds_of_a_detector(detector: Manifest) -> None:
