@@ -1,4 +1,4 @@
-"""Draw answers: boxes over the image, or a caption of classes below it.
+"""Draw answers: boxes over the image, a caption of classes below it, or heat maps that explain them.
 
 Lines and text scale with the image, so that a thumbnail and a 24-megapixel photograph look alike at the same display
 size. Text on a small image would be illegible, so the picture is upscaled by an integer factor: the smallest that
@@ -10,14 +10,15 @@ import colorsys
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vitrine.bundle.predictors import Detection, Prediction
+from vitrine.bundle.explaining import Explained, HeatMap, Method
+from vitrine.bundle.predictors import Box, Detection, Prediction
 
 MAX_JPEG_EDGE = 65_500  # pixels; libjpeg writes no longer edge
 READABLE_EDGE = 320
@@ -29,6 +30,14 @@ _EDGE_PER_FONT_SIZE = 36  # edge: sqrt(width x height); font of 15 pixels on 640
 _MAX_COVERED = 0.4  # share of a box that a tag may cover
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 _SATURATION_VALUE = ((0.85, 1.0), (0.62, 0.85), (1.0, 0.72))  # HSV saturation and value, in rotation
+# "inferno" of Matplotlib at 17 evenly spaced places (CC0): from cold to hot, lightness grows evenly.
+_COLORMAP = np.array(
+    [
+        *((0, 0, 4), (11, 7, 36), (33, 12, 74), (61, 9, 101), (87, 16, 110), (113, 25, 110)),
+        *((138, 34, 106), (163, 44, 97), (188, 55, 84), (210, 70, 68), (228, 90, 49), (241, 115, 29)),
+        *((249, 142, 9), (252, 172, 17), (249, 203, 53), (242, 234, 105), (252, 255, 164)),
+    ]
+)
 _DARK, _LIGHT, _DIM = (24, 24, 27), (250, 250, 250), (63, 63, 70)
 
 Color = tuple[int, int, int]  # RGB, 0 to 255
@@ -124,6 +133,107 @@ def draw_classification(image: Image.Image, predictions: Sequence[Prediction]) -
         draw.text((left + style.padding, baseline), label, fill=_LIGHT, font=style.font, anchor="ls")
         draw.text((right - style.padding, baseline), percent, fill=_LIGHT, font=style.font, anchor="rs")
     return drawn
+
+
+def draw_explanations(
+    image: Image.Image, explained: Sequence[Explained], method: Method, *, opacity: float = 0.6
+) -> Image.Image:
+    """Draw a panel for each explanation: its heat over an RGB image, and its box; below it a caption, and a legend.
+
+    Heat is relative to the panel's largest value; evidence against an answer (negative values) is not shown. Without an
+    explanation, there is one panel, the image.
+
+    Returns:
+        A new RGB image, upscaled if the image is small (see the module), with smaller panels if there are many.
+    """
+    columns = math.ceil(math.sqrt(max(1, len(explained))))
+    factor = float(upscale_factor(*image.size))
+    factor = min(factor, max(LARGEST_EDGE, max(image.size)) / (columns * max(image.size)))
+    width, height = (max(1, round(edge * factor)) for edge in image.size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    style = _Style.of(width, height)
+    panels = [_panel(resized, entry, width / image.width, height / image.height, opacity, style) for entry in explained]
+    panels = panels or [resized]
+    rows, gap = -(-len(panels) // columns), style.padding
+    step_x, step_y = width + gap, panels[0].height + gap
+    total = max(columns * step_x - gap, round(14 * style.font.size))
+    drawn = Image.new("RGB", (total, rows * step_y + style.height + style.padding), _DARK)
+    for index, panel in enumerate(panels):
+        drawn.paste(panel, (index % columns * step_x, index // columns * step_y))
+    _draw_legend(drawn, method, style)
+    return drawn
+
+
+def overlay(image: Image.Image, heatmap: HeatMap, *, opacity: float = 0.6) -> Image.Image:
+    """Blend a heat map, relative to its largest value, over an RGB image; what is cold, or has no cell, is unchanged.
+
+    The pixels of `heatmap.box` are those of the image.
+    """
+    values = heatmap.values.clip(min=0)
+    if not values.max(initial=0.0) > 0:
+        return image.copy()
+    left, top, right, bottom = (round(edge) for edge in heatmap.box.xyxy())
+    size = max(1, right - left), max(1, bottom - top)
+    levels = Image.fromarray((255 * values / values.max()).round().astype(np.uint8))
+    smooth = np.asarray(levels.resize(size, Image.Resampling.BICUBIC), np.float32) / 255
+    strength = np.zeros((image.height, image.width), np.float32)
+    part = strength[max(0, top) : bottom, max(0, left) : right]
+    part[:] = smooth[max(0, -top) :, max(0, -left) :][: part.shape[0], : part.shape[1]]
+    weight = opacity * np.sqrt(strength)[..., None]
+    return Image.fromarray((np.asarray(image) * (1 - weight) + heat_color(strength) * weight).round().astype(np.uint8))
+
+
+def heat_color(strength: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the colors of values from 0 to 1, RGB [..., 3]."""
+    places = np.linspace(0, 1, len(_COLORMAP))
+    return np.stack([np.interp(strength, places, channel) for channel in _COLORMAP.T], axis=-1)
+
+
+def _panel(
+    image: Image.Image, entry: Explained, x_scale: float, y_scale: float, opacity: float, style: _Style
+) -> Image.Image:
+    """Draw one explanation over an image that was scaled."""
+
+    def scaled(box: Box) -> Box:
+        return Box(box.x_min * x_scale, box.y_min * y_scale, box.x_max * x_scale, box.y_max * y_scale)
+
+    heated = overlay(image, HeatMap(entry.heatmap.values, scaled(entry.heatmap.box)), opacity=opacity)
+    target, draw = entry.target, ImageDraw.Draw(heated)
+    if isinstance(target, Detection):
+        box = _pixel_box(replace(target, box=scaled(target.box)), 1, heated.size)
+        _draw_box(draw, box, class_color(target.class_id), style)
+        text, value = _display_label(target), f" {target.score:.1%}"
+    elif isinstance(target, Prediction):
+        text, value = _display_label(target), f" {target.probability:.1%}"
+    else:
+        x, y, radius = target.x * x_scale, target.y * y_scale, 2 * style.line
+        draw.ellipse(
+            (x - radius, y - radius, x + radius, y + radius), fill=_LIGHT, outline=_DARK, width=style.line // 2
+        )
+        text, value = f"from ({target.x:g}, {target.y:g})", ""
+    panel = Image.new("RGB", (heated.width, heated.height + style.height), _DARK)
+    panel.paste(heated)
+    position = style.padding, heated.height + style.baseline
+    words = _truncate(text, value, panel.width, style)
+    ImageDraw.Draw(panel).text(position, words, fill=_LIGHT, font=style.font, anchor="ls")
+    return panel
+
+
+def _draw_legend(drawn: Image.Image, method: Method, style: _Style) -> None:
+    """Draw the method and the scale of colors along the bottom edge."""
+    draw, top = ImageDraw.Draw(drawn), drawn.height - style.height - style.padding
+    baseline = top + style.baseline
+    right = drawn.width - style.padding
+    least, most = (math.ceil(style.font.getlength(text)) for text in ("0", "max"))
+    length = max(1, drawn.width // 4)
+    left = right - most - style.padding - length
+    scale = heat_color(np.linspace(0, 1, length, dtype=np.float32))[None].round().astype(np.uint8)
+    bar = Image.fromarray(scale).resize((length, max(1, style.height // 2)), Image.Resampling.NEAREST)
+    drawn.paste(bar, (left, top + style.height // 4))
+    draw.text((right, baseline), "max", fill=_LIGHT, font=style.font, anchor="rs")
+    draw.text((left - style.padding, baseline), "0", fill=_LIGHT, font=style.font, anchor="rs")
+    name = _truncate(method.value, "", left - least - 2 * style.padding, style)
+    draw.text((style.padding, baseline), name, fill=_LIGHT, font=style.font, anchor="ls")
 
 
 def upscale_factor(width: int, height: int) -> int:

@@ -1,185 +1,367 @@
 """Heat maps that explain what a network looks at.
 
-ViT: attention rollout. Convolutional networks: class activation maps. DETR: cross-attention of each detection's query.
-All of these are outputs of a bundle's explain graph (`models/explaining.py`). An MLP-Mixer has no such output; it is
-explained by occlusion: mask one patch at a time and measure how much the probability drops (Zeiler & Fergus 2014,
-"Visualizing and Understanding Convolutional Networks", sec. 4.2).
+What a method needs is in the outputs of a bundle's explain graph (`models/explaining.py`):
+
+    attention-rollout   ViT: what each patch contributes to the classified state through all layers (Abnar & Zuidema
+                        2020, "Quantifying Attention Flow in Transformers", sec. 3); the same for all classes
+    class-attention     ViT: where the class token of the last layer looks; the mean over the heads, and each of them
+    class-activation    networks that average a feature map and classify it linearly: the part of the logit that is from
+                        each cell (Zhou et al. 2016, "Learning Deep Features for Discriminative Localization", eq. 2)
+    cross-attention     DETR: where the query of a detection looks, in the last decoder layer
+    encoder-attention   DETR: where the encoder looks from a point of the image, in its last layer
+
+Any bundle can be explained by `occlusion`: parts of the image are hidden, one at a time, and the answer's score is
+compared (Zeiler & Fergus 2014, "Visualizing and Understanding Convolutional Networks", sec. 4.2). For a detection, the
+score is that of the detection most like it: score times IoU, of the same class (Petsiuk et al. 2021, "Black-box
+Explanation of Object Detectors via Saliency Maps", eq. 2, without the similarity of the classes).
+
+Shapes: K classes, L layers, Q detections, h x w cells.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vitrine.bundle.errors import ParameterError
-from vitrine.bundle.manifest import Explanation
-from vitrine.bundle.predictors import Classifier, Detection, Detector, Network, Prediction, Predictor
+from vitrine.bundle.images import ReducedImage, classification_box
+from vitrine.bundle.manifest import ClassificationPreprocessing, Identity, Manifest, Task
+from vitrine.bundle.predictors import (
+    Box,
+    Classifier,
+    Detection,
+    Detector,
+    Network,
+    Prediction,
+    Predictor,
+    PreparedImage,
+    Row,
+    make_predictor,
+)
 
+DEFAULT_GRID, MAX_GRID = 8, 16  # hidden parts along the longer edge
+DEFAULT_TARGETS, MAX_TARGETS = 8, 32  # detections
+_LAYERS, _TOP_K = "layers", 5
 _OCCLUSION_BATCH = 32  # images per call of the network
-_OPACITY = 0.6
-# Evenly spaced from cold to hot: dark violet, red, orange, light yellow; lightness increases throughout.
-_COLORMAP = np.array([(13, 8, 60), (106, 23, 110), (188, 55, 84), (240, 110, 40), (250, 185, 40), (252, 255, 190)])
 
-Heatmap = NDArray[np.float32]
+Values = NDArray[np.float32]
+
+
+class Method(StrEnum):
+    """How an answer is explained; see the module."""
+
+    ATTENTION_ROLLOUT = "attention-rollout"
+    CLASS_ATTENTION = "class-attention"
+    CLASS_ACTIVATION = "class-activation"
+    CROSS_ATTENTION = "cross-attention"
+    ENCODER_ATTENTION = "encoder-attention"
+    OCCLUSION = "occlusion"
+
+
+_NEEDED = {  # output of the explain graph
+    Method.ATTENTION_ROLLOUT: "rollout",
+    Method.CLASS_ATTENTION: "attention",
+    Method.CLASS_ACTIVATION: "activation",
+    Method.CROSS_ATTENTION: "cross_attention",
+    Method.ENCODER_ATTENTION: "encoder_attention",
+}
+
+
+def explain_outputs(identity: Identity) -> tuple[str, ...]:
+    """Return the names of the outputs of a bundle's explain graph; none if it has no such graph."""
+    explanation = identity.explanation if isinstance(identity, Manifest) else None
+    return tuple(spec.name for spec in explanation.outputs) if explanation else ()
+
+
+def methods_of(identity: Identity) -> tuple[Method, ...]:
+    """Return the methods by which a bundle can be explained, the default first."""
+    outputs = explain_outputs(identity)
+    return (*(method for method, output in _NEEDED.items() if output in outputs), Method.OCCLUSION)
 
 
 @dataclass(frozen=True)
-class ClassExplanation:
-    """The evidence for one class."""
+class HeatMap:
+    """Values of the cells of a grid, and its place in the upright image.
 
-    prediction: Prediction
-    heatmap: Heatmap  # [h, w], non-negative, over `pixels`
-    pixels: NDArray[np.uint8]  # [H, W, 3], the network's input
-
-
-@dataclass(frozen=True)
-class DetectionExplanation:
-    """The image regions that one detection's query attended to."""
-
-    detection: Detection
-    heatmap: Heatmap  # [h, w], non-negative, over the whole image
-
-
-class ClassificationExplainer:
-    """Explains the predictions of a classifier."""
-
-    def __init__(self, classifier: Classifier, explanation: Explanation, network: Network | None) -> None:
-        """Wrap `classifier`; `network` is the explain graph, None for "occlusion"."""
-        self._classifier, self._explanation, self._network = classifier, explanation, network
-
-    def explain(self, image: Image.Image, class_id: int | None = None) -> ClassExplanation:
-        """Explain one class, by default the most probable one, for an RGB image.
-
-        Attention is the same for every class. A class activation map leaves out evidence against the class; occlusion
-        leaves out patches that make the class more probable when hidden.
-
-        Raises:
-            ParameterError: the class does not exist.
-        """
-        labels = self._classifier.labels
-        if class_id is not None and not 0 <= class_id < len(labels):
-            raise ParameterError("class_id", expected=f"an integer from 0 to {len(labels) - 1}", found=class_id)
-        pixels = self._classifier.prepare(image)
-        outputs = self._run(pixels)
-        probabilities = outputs["probabilities"][0]
-        class_id = int(probabilities.argmax()) if class_id is None else class_id
-        if "rollout" in outputs:
-            heatmap = outputs["rollout"][0]
-        elif "activation" in outputs:
-            heatmap = outputs["activation"][0, class_id].clip(min=0)
-        else:
-            heatmap = self._occlusion(pixels, class_id, float(probabilities[class_id]))
-        return ClassExplanation(Prediction(labels[class_id], class_id, float(probabilities[class_id])), heatmap, pixels)
-
-    def _run(self, pixels: NDArray[np.uint8]) -> dict[str, Heatmap]:
-        if self._network is None:
-            return {"probabilities": self._classifier.predict([pixels])}
-        names = [spec.name for spec in self._explanation.outputs]
-        outputs = self._network(pixels=pixels[None])
-        return {name: output.astype(np.float32) for name, output in zip(names, outputs, strict=True)}
-
-    def _occlusion(self, pixels: NDArray[np.uint8], class_id: int, probability: float) -> Heatmap:
-        """Return the drop in probability for each patch that is filled with the mean color of the data."""
-        assert self._explanation.patch_size is not None
-        edge = self._explanation.patch_size
-        rows, columns = pixels.shape[0] // edge, pixels.shape[1] // edge
-        mean_color = np.round(255 * np.array(self._classifier.preprocessing.mean)).astype(np.uint8)
-        drop = np.empty(rows * columns, np.float32)
-        for start in range(0, len(drop), _OCCLUSION_BATCH):
-            patches = np.arange(start, min(start + _OCCLUSION_BATCH, len(drop)))
-            occluded = np.repeat(pixels[None], len(patches), axis=0)
-            for image, (row, column) in zip(occluded, zip(*divmod(patches, columns), strict=True), strict=True):
-                image[row * edge : (row + 1) * edge, column * edge : (column + 1) * edge] = mean_color
-            drop[patches] = probability - self._classifier.predict(list(occluded))[:, class_id]
-        return drop.clip(min=0).reshape(rows, columns)
-
-
-class DetectionExplainer:
-    """Explains the detections of a detector."""
-
-    def __init__(self, detector: Detector, explanation: Explanation, network: Network) -> None:
-        """Wrap `detector`; `network` is the explain graph."""
-        self._detector, self._explanation, self._network = detector, explanation, network
-
-    def explain(
-        self, image: Image.Image, *, threshold: float = 0.5, max_detections: int = 100
-    ) -> list[DetectionExplanation]:
-        """Return the detections of `Detector.detect` in an RGB image, each with its query's attention.
-
-        Raises:
-            ParameterError: see `Detector.detect`.
-        """
-        graph = _RecordingNetwork(self._network, [spec.name for spec in self._explanation.outputs])
-        detector = Detector(graph, self._detector.preprocessing, self._detector.labels)
-        detections = detector.detect(image, threshold=threshold, max_detections=max_detections)
-        order = np.argsort(-graph.outputs["scores"][0], kind="stable")  # the order of `detections`
-        attention = graph.outputs["cross_attention"][0].astype(np.float32)
-        return [DetectionExplanation(found, attention[query]) for found, query in zip(detections, order, strict=False)]
-
-
-class _RecordingNetwork:
-    """A detector's explain graph, called like the serving graph; keeps all of its outputs."""
-
-    def __init__(self, network: Network, names: Sequence[str]) -> None:
-        self._network, self._names = network, names
-        self.outputs: dict[str, NDArray[np.generic]] = {}
-
-    def __call__(self, **inputs: NDArray[np.generic]) -> Sequence[NDArray[np.generic]]:
-        self.outputs = dict(zip(self._names, self._network(**inputs), strict=True))
-        return [self.outputs[name] for name in ("scores", "class_ids", "boxes")]
-
-
-Explainer = ClassificationExplainer | DetectionExplainer
-
-
-def make_explainer(predictor: Predictor, explanation: Explanation, network: Network | None) -> Explainer:
-    """Return the explainer for a bundle; `network` is its explain graph (`bundle.loading.load_explain_network`)."""
-    if isinstance(predictor, Classifier):
-        return ClassificationExplainer(predictor, explanation, network)
-    assert network is not None  # detectors are never explained by occlusion
-    return DetectionExplainer(predictor, explanation, network)
-
-
-def overlay(image: Image.Image, heatmap: Heatmap) -> Image.Image:
-    """Blend a heat map, normalised to its maximum, over an RGB image; cold regions stay unchanged."""
-    strength = heatmap / heatmap.max() if heatmap.max() > 0 else heatmap
-    smooth = Image.fromarray(strength.astype(np.float32)).resize(image.size, Image.Resampling.BICUBIC)
-    values = np.asarray(smooth).clip(0, 1)[..., None]
-    position = values[..., 0] * (len(_COLORMAP) - 1)
-    lower = np.minimum(position.astype(int), len(_COLORMAP) - 2)
-    weight = (position - lower)[..., None]
-    colors = _COLORMAP[lower] * (1 - weight) + _COLORMAP[lower + 1] * weight
-    opacity = _OPACITY * np.sqrt(values)
-    return Image.fromarray((np.asarray(image) * (1 - opacity) + colors * opacity).round().astype(np.uint8))
-
-
-def draw_explanation(explainer: Explainer, image: Image.Image, *, min_edge: int = 448) -> tuple[Image.Image, list[str]]:
-    """Draw an image beside a copy with its heat map, and describe it in lines of text.
-
-    For a detector, the heat map is the maximum over all detections, and their boxes are drawn.
+    The cells at the right and bottom edges may reach beyond the image.
     """
-    if isinstance(explainer, ClassificationExplainer):
-        explained = explainer.explain(image)
-        original, heatmap = Image.fromarray(explained.pixels), explained.heatmap
-        boxes = []
-        lines = [f"{explained.prediction.label} {explained.prediction.probability:.1%}"]
-    else:
-        explanations = explainer.explain(image)
-        original, boxes = image, [entry.detection.box for entry in explanations]
-        maps = [entry.heatmap / entry.heatmap.max() for entry in explanations] or [np.zeros((1, 1), np.float32)]
-        heatmap = np.max(maps, axis=0).astype(np.float32)
-        lines = [f"{entry.detection.label} {entry.detection.score:.1%}" for entry in explanations]
-    scale = max(1.0, min_edge / min(original.size))
-    size = round(original.width * scale), round(original.height * scale)
-    resized = original.resize(size, Image.Resampling.BICUBIC)
-    explained_image = overlay(resized, heatmap)
-    draw = ImageDraw.Draw(explained_image)
-    for box in boxes:
-        corners = [edge * scale for edge in (box.x_min, box.y_min, box.x_max, box.y_max)]
-        draw.rectangle(corners, outline="white", width=2)
-    picture = Image.new("RGB", (2 * size[0], size[1]))
-    picture.paste(resized, (0, 0))
-    picture.paste(explained_image, (size[0], 0))
-    return picture, lines
+
+    values: Values  # [rows, columns]
+    box: Box
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the upright image, in pixels."""
+
+    x: float
+    y: float
+
+
+Target = Prediction | Detection | Point
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What the network looked at for an answer, or from a point."""
+
+    target: Target
+    heatmap: HeatMap
+    heads: Values | None = None  # [heads, rows, columns], of which `heatmap` is the mean
+    layers: list[list[Prediction]] | None = None  # the best classes if the state after each block were classified
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be explained.
+
+    `target` is the id of a class or the index of a detection; None: the best class, or all detections up to
+    `max_targets`. `threshold`, `labels` and `max_detections` are those of `Detector.detect`.
+    """
+
+    method: Method
+    target: int | None = None
+    max_targets: int = 1
+    point: Point | None = None  # for "encoder-attention"
+    heads: bool = False  # for "class-attention"
+    layers: bool = False  # of a ViT
+    grid: int = DEFAULT_GRID  # for "occlusion"
+    threshold: float = 0.5
+    labels: Collection[str] | None = None
+    max_detections: int = 100
+
+    def targets(self, predictor: Predictor, prepared: Any, row: Row) -> Sequence[tuple[int, Prediction | Detection]]:
+        """Return the answers to explain, each with its index in the network's outputs.
+
+        Raises:
+            ParameterError: there is no such detection.
+        """
+        if isinstance(predictor, Classifier):
+            class_id = int(row[0].argmax()) if self.target is None else self.target
+            return [(class_id, Prediction(predictor.labels[class_id], class_id, float(row[0][class_id])))]
+        options: dict[str, Any] = {"threshold": self.threshold, "max_detections": self.max_detections}
+        options["labels"] = self.labels
+        indices = predictor.select(row[:3], **options)
+        found = list(zip(indices, predictor.postprocess(row[:3], prepared, **options), strict=True))
+        if self.target is None:
+            return found[: self.max_targets]
+        if self.target >= len(found):
+            expected = f"an index below the number of detections, {len(found)} at threshold={self.threshold:g}"
+            raise ParameterError("target", expected=expected, found=self.target)
+        return [found[self.target]]
+
+
+def check_question(question: Question, predictor: Predictor, identity: Identity) -> None:
+    """Check a question about a bundle before an image is decoded.
+
+    Raises:
+        ParameterError: the bundle does not have the method, or a value is out of range.
+    """
+    methods = methods_of(identity)
+    if question.method not in methods:
+        raise ParameterError("method", expected=f"one of {', '.join(methods)}", found=question.method)
+    count = len(predictor.labels) if isinstance(predictor, Classifier) else None
+    if question.target is not None and not 0 <= question.target < (count or question.target + 1):
+        expected = "an index from 0" if count is None else f"a label, or a class id from 0 to {count - 1}"
+        raise ParameterError("target", expected=expected, found=question.target)
+    if not 1 <= question.max_targets <= MAX_TARGETS:
+        raise ParameterError("max_targets", expected=f"an integer from 1 to {MAX_TARGETS}", found=question.max_targets)
+    if not 2 <= question.grid <= MAX_GRID:
+        raise ParameterError("grid", expected=f"an integer from 2 to {MAX_GRID}", found=question.grid)
+    if (question.point is None) == (question.method is Method.ENCODER_ATTENTION):
+        expected = f"both for method={Method.ENCODER_ATTENTION}, none for others"
+        raise ParameterError("x, y", expected=expected, found="none" if question.point is None else question.method)
+    if question.heads and question.method is not Method.CLASS_ATTENTION:
+        raise ParameterError("heads", expected=f"method={Method.CLASS_ATTENTION}", found=question.method)
+    if question.layers and _LAYERS not in explain_outputs(identity):
+        raise ParameterError("layers", expected="a ViT whose explain graph has them", found=f"none in {identity.name}")
+    if question.layers and question.method is Method.OCCLUSION:
+        raise ParameterError("layers", expected=f"another method than {Method.OCCLUSION}", found=question.method)
+    if isinstance(predictor, Detector):
+        predictor.check_parameters(
+            threshold=question.threshold, max_detections=question.max_detections, labels=question.labels
+        )
+
+
+def read_explanation(
+    question: Question, predictor: Predictor, names: Sequence[str], prepared: Any, size: tuple[int, int], row: Row
+) -> list[Explained]:
+    """Return the explanations in the outputs of an explain graph for one image.
+
+    Args:
+        names: of the outputs.
+        prepared: the network's input, from `predictor.prepare`.
+        size: width and height of the upright image.
+        row: the outputs, each without the batch axis.
+
+    Raises:
+        ParameterError: the point is outside the image, or there is no such detection.
+    """
+    outputs = dict(zip(names, row, strict=True))
+    values = outputs[_NEEDED[question.method]].astype(np.float32)
+    if isinstance(predictor, Classifier):
+        box = Box(*classification_box(*size, predictor.preprocessing))
+        ((class_id, target),) = question.targets(predictor, prepared, row)
+        heads = values[-1] if question.method is Method.CLASS_ATTENTION else None
+        if heads is not None:
+            values = heads.mean(axis=0)
+        elif question.method is Method.CLASS_ACTIVATION:
+            values = values[class_id]
+        layers = None
+        if question.layers:
+            layers = [predictor.postprocess(probabilities, top_k=_TOP_K) for probabilities in outputs[_LAYERS]]
+        return [Explained(target, HeatMap(values, box), heads if question.heads else None, layers)]
+    if question.point is not None:
+        return [_from_point(question.point, values, prepared)]
+    return [
+        Explained(target, _over_image(values[index], prepared))
+        for index, target in question.targets(predictor, prepared, row)
+    ]
+
+
+def _from_point(point: Point, attention: Values, image: PreparedImage) -> Explained:
+    """Return what the encoder attends to from the cell of a point, given its attention [h, w, h, w]."""
+    if not (0 <= point.x < image.width and 0 <= point.y < image.height):
+        expected = f"a pixel of the image of {image.width} x {image.height}"
+        raise ParameterError("x, y", expected=expected, found=f"{point.x:g}, {point.y:g}")
+    stride = _stride(attention.shape[:2], image)
+    height, width = image.pixels.shape[:2]
+    row, column = int(point.y / image.height * height / stride), int(point.x / image.width * width / stride)
+    return Explained(point, _over_image(attention[row, column], image))
+
+
+def _over_image(values: Values, image: PreparedImage) -> HeatMap:
+    """Place a map [h, w] over an image, without the cells that hold padding only."""
+    stride = _stride(values.shape, image)
+    height, width = image.pixels.shape[:2]
+    rows, columns = -(-height // stride), -(-width // stride)
+    box = Box(0.0, 0.0, columns * stride / width * image.width, rows * stride / height * image.height)
+    return HeatMap(values[:rows, :columns], box)
+
+
+def _stride(cells: Sequence[int], image: PreparedImage) -> int:
+    """Return the pixels of a network's input per cell: the power of two by which its longer edge has so many cells."""
+    edge, count = max((int(edge), count) for edge, count in zip(image.pixels.shape[:2], cells, strict=True))
+    return int(2 ** math.ceil(math.log2(edge / count)))
+
+
+class Occlusion:
+    """Copies of a network's input, each with another part of a grid hidden under the mean colour of the data."""
+
+    def __init__(self, predictor: Predictor, prepared: Any, size: tuple[int, int], grid: int) -> None:
+        """Args: the input of `predictor.prepare`, width and height of the image, and parts along the longer edge."""
+        self._predictor, self._prepared, self._size = predictor, prepared, size
+        self._pixels: NDArray[np.uint8] = prepared.pixels if isinstance(prepared, PreparedImage) else prepared
+        height, width = self._pixels.shape[:2]
+        longer = max(height, width)
+        self.rows, self.columns = (max(1, min(edge, round(grid * edge / longer))) for edge in (height, width))
+        self._color = np.round(255 * np.array(predictor.preprocessing.mean)).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return int(self.rows * self.columns)
+
+    def hide(self, part: int) -> Any:
+        """Return the input with a part hidden, from 0 at the top left, row by row."""
+        row, column = divmod(part, self.columns)
+        height, width = self._pixels.shape[:2]
+        hidden = self._pixels.copy()
+        hidden[
+            row * height // self.rows : (row + 1) * height // self.rows,
+            column * width // self.columns : (column + 1) * width // self.columns,
+        ] = self._color
+        if isinstance(self._prepared, PreparedImage):
+            return PreparedImage(hidden, self._prepared.width, self._prepared.height)
+        return hidden
+
+    def read(self, question: Question, row: Row, hidden_rows: Sequence[Row]) -> list[Explained]:
+        """Return how much the score of each target drops where a part is hidden; negative where it grows.
+
+        Args:
+            row: the network's outputs for the whole image.
+            hidden_rows: those for each part.
+        """
+        width, height = self._size
+        if isinstance(self._predictor, Classifier):
+            box = Box(*classification_box(width, height, self._predictor.preprocessing))
+        else:
+            box = Box(0.0, 0.0, float(width), float(height))
+        explained = []
+        for index, target in question.targets(self._predictor, self._prepared, row):
+            if isinstance(target, Prediction):
+                before, after = row[0][index], np.array([outputs[0][index] for outputs in hidden_rows])
+            else:
+                corners = row[2][index]
+                before = row[0][index]
+                after = np.array([_likest(outputs, target.class_id, corners) for outputs in hidden_rows])
+            values = (before - after).astype(np.float32).reshape(self.rows, self.columns)
+            explained.append(Explained(target, HeatMap(values, box)))
+        return explained
+
+
+def _likest(row: Row, class_id: int, corners: NDArray[np.float32]) -> float:
+    """Return the largest score times IoU of the detections of a class with a box, xyxy."""
+    scores, class_ids, boxes = row[:3]
+    low, high = np.maximum(boxes[:, :2], corners[:2]), np.minimum(boxes[:, 2:], corners[2:])
+    common = (high - low).clip(min=0).prod(axis=1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (corners[2:] - corners[:2]).prod() - common
+    likeness = np.where(class_ids == class_id, scores * common / areas.clip(min=1e-9), 0.0)
+    return float(likeness.max(initial=0.0))
+
+
+class Explainer:
+    """Explains the answers of a bundle on this thread."""
+
+    def __init__(self, identity: Identity, predictor: Predictor, network: Network | None) -> None:
+        """Args: the bundle's manifest and predictor, and its explain graph (`bundle.loading.load_explain_network`)."""
+        self.predictor = predictor
+        self._identity = identity
+        self._names = explain_outputs(identity)
+        preprocessing, labels = identity.preprocessing, identity.labels
+        self._explaining = None if network is None else make_predictor(network, preprocessing, labels)
+
+    def explain(self, image: Image.Image | ReducedImage, question: Question) -> list[Explained]:
+        """Explain answers for an RGB image.
+
+        Raises:
+            ParameterError: see `check_question` and `read_explanation`.
+        """
+        check_question(question, self.predictor, self._identity)
+        prepared: Any = self.predictor.prepare(image)
+        size = image.width, image.height
+        if question.method is not Method.OCCLUSION:
+            assert self._explaining is not None
+            (row,) = self._explaining.infer([prepared])
+            return read_explanation(question, self.predictor, self._names, prepared, size, row)
+        (row,) = self.predictor.infer([prepared])
+        occlusion = Occlusion(self.predictor, prepared, size, question.grid)
+        rows: list[Row] = []
+        for start in range(0, len(occlusion), _OCCLUSION_BATCH):
+            parts = range(start, min(start + _OCCLUSION_BATCH, len(occlusion)))
+            rows += self.predictor.infer([occlusion.hide(part) for part in parts])
+        return occlusion.read(question, row, rows)
+
+
+def default_question(identity: Identity, **changes: Any) -> Question:
+    """Return the question for a bundle's best class, or its first detections, by its default method.
+
+    Args:
+        changes: fields of the question.
+    """
+    defaults: dict[str, Any] = {"method": methods_of(identity)[0], "grid": _default_grid(identity)}
+    if identity.task is Task.DETECTION:
+        defaults["max_targets"] = DEFAULT_TARGETS
+    return Question(**{**defaults, **changes})
+
+
+def _default_grid(identity: Identity) -> int:
+    """Return the parts to hide along the longer edge: a network's patches, if it is made of them and they are few."""
+    explanation = identity.explanation if isinstance(identity, Manifest) else None
+    if explanation is None or explanation.patch_size is None:
+        return DEFAULT_GRID
+    assert isinstance(identity.preprocessing, ClassificationPreprocessing)
+    return min(MAX_GRID, max(2, max(identity.preprocessing.input_size) // explanation.patch_size))

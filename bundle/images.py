@@ -300,16 +300,23 @@ def to_classification_pixels(
         uint8 [height, width, 3].
     """
     height, width = preprocessing.input_size
-    if preprocessing.crop_mode == "squash":
-        box = (0.0, 0.0, float(image.width), float(image.height))
-    else:
-        # Resize only the part of the source that the crop keeps: the same pixels for less work.
-        resized = _resized_size(image.width, image.height, preprocessing)
-        left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)
-        x_scale, y_scale = image.width / resized[0], image.height / resized[1]
-        right, bottom = min(image.width, (left + width) * x_scale), min(image.height, (top + height) * y_scale)
-        box = (left * x_scale, top * y_scale, right, bottom)  # clamped to the image against rounding
+    # Resize only the part of the source that the crop keeps: the same pixels for less work.
+    box = classification_box(image.width, image.height, preprocessing)
     return _resize(image, (width, height), box, preprocessing)
+
+
+def classification_box(
+    width: int, height: int, preprocessing: ClassificationPreprocessing
+) -> tuple[float, float, float, float]:
+    """Return the part of an upright image that a classifier sees, in its pixels: left, top, right, bottom."""
+    if preprocessing.crop_mode == "squash":
+        return 0.0, 0.0, float(width), float(height)
+    input_height, input_width = preprocessing.input_size
+    resized = _resized_size(width, height, preprocessing)
+    left, top = round((resized[0] - input_width) / 2), round((resized[1] - input_height) / 2)
+    x_scale, y_scale = width / resized[0], height / resized[1]
+    right, bottom = min(width, (left + input_width) * x_scale), min(height, (top + input_height) * y_scale)
+    return left * x_scale, top * y_scale, right, bottom  # clamped to the image against rounding
 
 
 def _resized_size(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:

@@ -168,7 +168,9 @@ def load_bundle(
     return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path, precision)
 
 
-def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[str] = CPU) -> OnnxNetwork | None:
+def load_explain_network(
+    path: Path, *, threads: int = 1, providers: Sequence[str] = CPU, cache: Path | None = None
+) -> OnnxNetwork | None:
     """Load a bundle's explain graph and verify its scores; return None if the bundle has none.
 
     Raises:
@@ -177,11 +179,12 @@ def load_explain_network(path: Path, *, threads: int = 1, providers: Sequence[st
     """
     with naming_exhaustion(path):
         manifest = read_manifest(path)
-        if EXPLAIN_FILE not in manifest.files or manifest.explanation is None:
+        if not manifest.has_explain_graph or manifest.explanation is None:
             return None
         _check_files(path, manifest)
-        network = OnnxNetwork(path / EXPLAIN_FILE, threads=threads, providers=providers, hashes=manifest.hashes)
-        _check_tensors(path / EXPLAIN_FILE, manifest, network, manifest.explanation.outputs)
+        file, hashes = path / EXPLAIN_FILE, manifest.hashes
+        network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache, hashes=hashes)
+        _check_tensors(file, manifest, network, manifest.explanation.outputs)
         _check_golden(path, manifest, network, Precision.FP32, EXPLAIN_FILE)
         return network
 

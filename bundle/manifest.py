@@ -311,6 +311,11 @@ class Manifest(Identity):
     files: dict[str, File]
 
     @property
+    def has_explain_graph(self) -> bool:
+        """Whether there is a graph that explains the answers."""
+        return self.explanation is not None and bool(self.explanation.outputs)
+
+    @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each file, by name."""
         return {name: file.sha256 for name, file in self.files.items()}

@@ -48,6 +48,10 @@ class Box:
     x_max: float
     y_max: float
 
+    def xyxy(self) -> tuple[float, float, float, float]:
+        """Return the edges: left, top, right, bottom."""
+        return self.x_min, self.y_min, self.x_max, self.y_max
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -208,14 +212,20 @@ class Detector:
         """Return the objects, as in `detect`, for the network's outputs for one image."""
         scores, class_ids, corners = row
         boxes = corners * np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
-        order = np.argsort(-scores, kind="stable")
-        wanted = None if labels is None else frozenset(labels)
-        selected = [i for i in order if wanted is None or self.labels[class_ids[i]] in wanted]
         return [
             Detection(self.labels[class_ids[i]], int(class_ids[i]), float(scores[i]), Box(*boxes[i].tolist()))
-            for i in selected[:max_detections]
-            if scores[i] >= threshold
+            for i in self.select(row, threshold=threshold, max_detections=max_detections, labels=labels)
         ]
+
+    def select(
+        self, row: Row, *, threshold: float, max_detections: int, labels: Collection[str] | None = None
+    ) -> list[int]:
+        """Return the indices of the objects that `postprocess` returns, in the network's outputs for one image."""
+        scores, class_ids, _ = row
+        order = np.argsort(-scores, kind="stable")
+        wanted = None if labels is None else frozenset(labels)
+        selected = [i for i in order.tolist() if wanted is None or self.labels[class_ids[i]] in wanted]
+        return [i for i in selected[:max_detections] if scores[i] >= threshold]
 
 
 def _check_labels(labels: Collection[str] | None, known: Sequence[str]) -> None:

@@ -19,8 +19,8 @@ from typing import TypeVar
 
 from vitrine.bundle.errors import BundleError, ParameterError, UnknownModelError, VitrineError
 from vitrine.bundle.exhaustion import naming_exhaustion
-from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_file
-from vitrine.bundle.manifest import MANIFEST_FILE, Manifest, Precision, Task
+from vitrine.bundle.loading import Bundle, find_bundles, load_bundle, load_explain_network, load_file, read_manifest
+from vitrine.bundle.manifest import MANIFEST_FILE, Identity, Manifest, Precision, Task
 from vitrine.bundle.predictors import make_predictor
 from vitrine.bundle.profile import measure_profile
 from vitrine.bundle.runtime import CPU, OnnxNetwork
@@ -70,6 +70,7 @@ class _LoadedBundle:
     fingerprint: str
     seconds: float  # load time
     variants: dict[Precision, Bundle] = field(default_factory=dict)  # loaded so far, without the default
+    explaining: list[Bundle] = field(default_factory=list)  # with the explain graph, once it is loaded
     loading: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -245,6 +246,22 @@ class Repository:
             if variant not in loaded.variants:
                 loaded.variants[variant] = self._load_variant(bundle, variant)
             return loaded.variants[variant]
+
+    def explaining(self, bundle: Bundle) -> Bundle:
+        """Return a bundle with its explain graph, which is loaded and verified on first use; itself if it has none.
+
+        Raises:
+            BundleError, ResourceError: the graph's file differs from the manifest, or see `OnnxNetwork`.
+        """
+        loaded = self._snapshot.loaded.get(bundle.path)
+        if loaded is None:  # removed since the lookup
+            return self._load_explaining(bundle)
+        if loaded.bundle is not bundle:  # replaced
+            return self.explaining(loaded.bundle)
+        with loaded.loading:
+            if not loaded.explaining:
+                loaded.explaining.append(self._load_explaining(bundle))
+            return loaded.explaining[0]
 
     def index(self) -> list[ModelState]:
         """Return the state of every served, refused or unloaded version, by name and ascending version."""
@@ -438,10 +455,20 @@ class Repository:
         path = bundle.path
         with _refusals(path):
             loaded = load_bundle(path, variant=variant, providers=self._providers, cache=self._cache)
-            if loaded.manifest != bundle.manifest:
-                found = "another one since; load the model again"
-                raise BundleError(path, MANIFEST_FILE, expected="that of the bundle that is served", found=found)
+            _check_same(loaded.manifest, bundle)
             return self._with_profile(loaded)
+
+    def _load_explaining(self, bundle: Bundle) -> Bundle:
+        path, served = bundle.path, bundle.manifest
+        with _refusals(path):
+            if not isinstance(served, Manifest) or not served.has_explain_graph:
+                return bundle
+            network = load_explain_network(path, providers=self._providers, cache=self._cache)
+            _check_same(read_manifest(path), bundle)
+            assert network is not None
+            predictor = make_predictor(network, served.preprocessing, served.labels)
+            profile = None if self._cores is None else measure_profile(predictor)
+            return replace(bundle, predictor=predictor, variant=Precision.FP32, profile=profile)
 
     def _with_profile(self, bundle: Bundle) -> Bundle:
         if self._cores is None:
@@ -507,6 +534,12 @@ def _check_fingerprint(path: Path, version: Version) -> None:
         os.listdir(path)
     if _fingerprint(path) != version.fingerprint:
         raise BundleError(path, "files", expected="those found before", found="others: they are being changed")
+
+
+def _check_same(manifest: Identity, bundle: Bundle) -> None:
+    if manifest != bundle.manifest:
+        found = "another one since; load the model again"
+        raise BundleError(bundle.path, MANIFEST_FILE, expected="that of the bundle that is served", found=found)
 
 
 def _check_unique(path: Path, bundle: Bundle, served: Mapping[Path, Version]) -> None:

@@ -288,7 +288,8 @@ def _explained(manifest: Manifest) -> list[str]:
     if explanation is None:
         return []
     outputs = {
-        ("attention", Task.CLASSIFICATION): "the attention of each layer and its rollout over the patches",
+        ("attention", Task.CLASSIFICATION): "the attention of each layer, its rollout over the patches, "
+        "and what the state after each block would be classified as",
         ("attention", Task.DETECTION): "the cross-attention of each query in the last decoder layer, and the "
         "self-attention of the encoder",
         ("class-activation", Task.CLASSIFICATION): "the class activation map of each label, whose sum plus the head's "

@@ -26,19 +26,27 @@ from vitrine.models.vit import ViT
 class ExplainedViT(ServedClassifier):
     """A ViT, or an EfficientNet whose head is one, with its attention."""
 
-    output_names = ("probabilities", "attention", "rollout")
+    output_names = ("probabilities", "attention", "rollout", "layers")
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Classify images and return the attention.
 
         Returns:
             probabilities [B, K]; attention [B, L, heads, h, w], from the class token to each patch in each layer
             (without a class token, the mean over the patches); rollout [B, h, w], the contribution of each patch to
-            the classified state: non-negative, sums to one.
+            the classified state: non-negative, sums to one; layers [B, L, K], the probabilities if the state after each
+            block were classified, by the same norm and head ("logit lens", nostalgebraist 2020): the last are the
+            answer's.
         """
         record: list[Tensor] = []
-        logits = self.network(self.normalise(pixels), record)
-        network = cast(ViT, self.network.head if isinstance(self.network, EfficientNet) else self.network)
+        states: list[Tensor] = []
+        x = self.normalise(pixels)
+        if isinstance(self.network, EfficientNet):
+            network, x = cast(ViT, self.network.head), self.network.forward_features(x)
+        else:
+            network = cast(ViT, self.network)
+        logits = network.forward_head(network.forward_features(x, record, states))
+        layers = torch.stack([self.probabilities(network.forward_head(state)) for state in states], dim=1)
         weights = torch.stack(record, dim=1)  # [B, L, heads, N, N]
         rollout = attention_rollout(record)  # [B, N, N]
         if network.cls_token is not None:
@@ -47,7 +55,7 @@ class ExplainedViT(ServedClassifier):
             weights, rollout = weights.mean(dim=-2), rollout.mean(dim=-2)
         rollout = rollout / rollout.sum(dim=-1, keepdim=True)
         grid = network.config.grid
-        return self.probabilities(logits), weights.unflatten(-1, grid), rollout.unflatten(-1, grid)
+        return self.probabilities(logits), weights.unflatten(-1, grid), rollout.unflatten(-1, grid), layers
 
 
 class ExplainedConvNet(ServedClassifier):

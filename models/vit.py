@@ -143,14 +143,25 @@ class ViT(nn.Module):
         """
         return self.forward_head(self.forward_features(x, record))
 
-    def forward_features(self, x: Tensor, record: list[Tensor] | None = None) -> Tensor:
-        """Normalised images float [B, in_channels, H, W] -> the state that is classified [B, D or representation]."""
+    def forward_features(
+        self, x: Tensor, record: list[Tensor] | None = None, states: list[Tensor] | None = None
+    ) -> Tensor:
+        """Normalised images float [B, in_channels, H, W] -> the state that is classified [B, D or representation].
+
+        Each block's output is appended to `states`, as it would be classified if it were the last.
+        """
         x = self.patch_embed(x)  # [B, N, D]
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # [B, 1 + N, D]
         x = self.pos_embed(x)
         for block in self.blocks:
             x = block(x, record)
+            if states is not None:
+                states.append(self._pool(x))
+        return self._pool(x)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, D] -> the state that is classified."""
         x = self.norm(x)
         x = x[:, 0] if self.cls_token is not None else x.mean(dim=1)  # [B, D]
         state: Tensor = self.pre_logits(x)

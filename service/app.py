@@ -23,6 +23,7 @@ from vitrine.bundle.runtime import parse_providers
 from vitrine.service.access import Keys
 from vitrine.service.errors import ERROR_HANDLERS
 from vitrine.service.http.bentoml_client import schema
+from vitrine.service.http.explain import explain
 from vitrine.service.http.images import classify, detect
 from vitrine.service.http.models import describe_model, list_models
 from vitrine.service.http.openapi import DOCS_PAGE, DOCS_POLICY, openapi_document
@@ -43,7 +44,7 @@ from vitrine.service.settings import Settings
 
 _log = logging.getLogger("bentoml.vitrine")  # BentoML's handlers and format
 
-HOT_ROUTES = {("POST", "/classify"): classify, ("POST", "/detect"): detect} | {
+HOT_ROUTES = {("POST", "/classify"): classify, ("POST", "/detect"): detect, ("POST", "/explain"): explain} | {
     ("GET", path): server_health for path in PROBES | PROTOCOL_PROBES
 }
 _SHUTDOWN_SECONDS = 40.0  # longer than gRPC's grace period: after it, a thread that is still busy does not matter

@@ -12,6 +12,7 @@ import typer
 
 from vitrine import __version__
 from vitrine.bundle.errors import VitrineError, printable, unknown
+from vitrine.bundle.explaining import Explainer, Method, Point, default_question
 from vitrine.bundle.images import decode
 from vitrine.bundle.loading import (
     Bundle,
@@ -24,6 +25,7 @@ from vitrine.bundle.loading import (
 )
 from vitrine.bundle.machine import available_cores
 from vitrine.bundle.manifest import MAIN_METRIC, MANIFEST_FILE, NOT_STATED, Identity, Licences, Precision, Task
+from vitrine.bundle.predictors import Prediction
 from vitrine.bundle.runtime import parse_providers
 from vitrine.bundle.tolerances import MAX_DROP
 
@@ -385,24 +387,29 @@ def verify(
 def explain(
     bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")],
     image: Annotated[Path, typer.Argument(help="An image file.")],
-    out: Annotated[Path, typer.Option(help="Picture to write: the image beside its heat map.")],
+    out: Annotated[Path, typer.Option(help="Picture to write: the image with a heat map, of a detector one a box.")],
+    method: Annotated[
+        Method | None, typer.Option(help="How to explain; the bundle's first if none is named.", show_default=False)
+    ] = None,
+    opacity: Annotated[float, typer.Option(help="Of the hottest color.", min=0, max=1)] = 0.6,
 ) -> None:
     """Draw what a bundle's network looks at in an image."""
-    from vitrine.bundle.explaining import draw_explanation, make_explainer
+    from vitrine.bundle.drawing import draw_explanations
 
     loaded = load_bundle(bundle, variant=Precision.FP32, threads=available_cores())
-    explanation = read_manifest(bundle).explanation
-    if explanation is None:
-        raise VitrineError(f"{bundle}: expected a network that shows where it looks, found none of that kind")
     network = load_explain_network(bundle, threads=available_cores())
+    question = default_question(loaded.manifest, **({} if method is None else {"method": method}))
     try:
-        drawn, words = draw_explanation(
-            make_explainer(loaded.predictor, explanation, network), decode(image.read_bytes())
-        )
-        drawn.save(out)
+        decoded = decode(image.read_bytes())
+        explained = Explainer(loaded.manifest, loaded.predictor, network).explain(decoded, question)
+        draw_explanations(decoded, explained, question.method, opacity=opacity).save(out)
     except (OSError, ValueError) as error:  # the image is not there, or the picture has no known ending
         raise VitrineError(f"{error}") from error
-    typer.echo("\n".join([f"explained: {out}", *(f"  {line}" for line in words)]))
+    answers = [entry.target for entry in explained if not isinstance(entry.target, Point)]
+    typer.echo(f"explained by {question.method}: {out}")
+    for answer in answers:
+        value = answer.probability if isinstance(answer, Prediction) else answer.score
+        typer.echo(f"  {answer.label} {value:.1%}")
 
 
 @app.command()

@@ -34,9 +34,11 @@ def make_requests() -> Mapping[str, bytes]:
         for _ in range(16)
     )
     form = {"Content_Type": "multipart/form-data; boundary=b"}
+    occlusion = "model=vit-cifar10&method=occlusion&grid=16"
     return {
         "small": encode_request("POST", "/classify?model=vit-cifar10", encoded["small"]),
         "annotated PNG, 24 MP": encode_request("POST", "/detect", encoded["24 MP"], Accept="image/png"),
+        "occlusion, 256 parts": encode_request("POST", f"/explain?{occlusion}", encoded["small"]),
         "16 small images": encode_request("POST", "/classify?model=vit-cifar10", several + b"--b--\r\n", **form),
         "PNG, 49 MP": encode_request("POST", "/classify?model=vit-cifar10", encoded["49 MP"]),
         "JPEG, 24 MP, to detect": encode_request("POST", "/detect", encoded["24 MP"]),

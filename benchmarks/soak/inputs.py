@@ -65,6 +65,9 @@ def inputs() -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
     def detect(body: bytes, **headers: str) -> bytes:
         return encode_request("POST", "/detect", body, **headers)
 
+    def explain(body: bytes, query: str, **headers: str) -> bytes:
+        return encode_request("POST", f"/explain?{query}", body, **headers)
+
     def form(*images: bytes, **fields: bytes | str) -> bytes:
         body, content_type = encode_form(*images, **fields)
         return encode_request("POST", "/classify", body, Content_Type=content_type)
@@ -75,6 +78,19 @@ def inputs() -> Iterator[tuple[str, Callable[[], list[bytes]]]]:
     yield "JPEG, 32 x 32", lambda: [classify(frog)] * 400
     yield "JPEG, 640 x 480, to detect", lambda: [detect(photograph)] * 100
     yield "JPEG, 640 x 480, drawn as PNG", lambda: [detect(photograph, Accept="image/png")] * 100
+    yield "JPEG, 640 x 480, explained", lambda: [explain(photograph, "model=detr-bccd")] * 100
+    yield (
+        "JPEG, 640 x 480, 32 boxes explained as PNG",
+        lambda: [explain(photograph, "model=detr-bccd&max_targets=32&threshold=0", Accept="image/png")] * 8,
+    )
+    yield (
+        "JPEG, 640 x 480, 192 parts hidden",
+        lambda: [explain(photograph, "model=detr-bccd&method=occlusion&grid=16")] * 4,
+    )
+    yield (
+        "JPEG, 24 megapixels, explained as PNG",
+        lambda: [explain(_large_photograph(), "model=vit-cifar10", Accept="image/png")] * 8,
+    )
     yield "JPEG, 24 megapixels", lambda: [classify(_large_photograph())] * 20
     yield "JPEG, 24 megapixels, drawn as JPEG", lambda: [detect(_large_photograph(), Accept="image/jpeg")] * 8
     yield "PNG, 49 megapixels", lambda: [classify(_png(Image.new("RGB", (7000, 7000), "red")))] * 8

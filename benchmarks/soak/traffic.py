@@ -54,6 +54,7 @@ class Traffic:
             ("classify, 24 megapixels", 0.2, self._classify_large, "200"),
             ("detect", 3, self._detect, "200"),
             ("annotated", 1, self._annotated, "200"),
+            ("explained", 1, self._explained, "200"),
             ("v2 binary", 5, self._v2_binary, "200"),
             ("v2 JSON", 3, self._v2_json, "200"),
             ("gRPC", 5, self._grpc, "OK"),
@@ -93,6 +94,15 @@ class Traffic:
     async def _annotated(self, number: int) -> str:
         accept = ("image/png", "image/jpeg")[number % 2]
         return await self._ask(encode_request("POST", "/detect", self._photograph, Accept=accept))
+
+    async def _explained(self, number: int) -> str:
+        if number % 3 == 2:
+            query = "model=vit-cifar10&method=occlusion"
+            return await self._ask(encode_request("POST", f"/explain?{query}", self._frog))
+        accept = ("application/json", "image/png")[number % 3]
+        query = ("model=vit-cifar10&layers=true", "model=detr-bccd&max_targets=4")[number % 3]
+        picture = (self._frog, self._photograph)[number % 3]
+        return await self._ask(encode_request("POST", f"/explain?{query}", picture, Accept=accept))
 
     async def _v2_binary(self, number: int) -> str:
         pixels = np.full((1 + number % 4, 32, 32, 3), number % 256, np.uint8)

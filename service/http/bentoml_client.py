@@ -6,7 +6,7 @@ from functools import cache
 from starlette.requests import Request
 from starlette.responses import Response
 
-from vitrine.service.http.parameters import CLASSIFY_PARAMETERS, DETECT_PARAMETERS, Parameter
+from vitrine.service.http.parameters import CLASSIFY_PARAMETERS, DETECT_PARAMETERS, EXPLAIN_PARAMETERS, Parameter
 
 
 async def schema(request: Request) -> Response:
@@ -20,7 +20,11 @@ async def schema(request: Request) -> Response:
 @cache
 def client_schema() -> str:
     """Return the schema as JSON."""
-    routes = [_route("classify", CLASSIFY_PARAMETERS), _route("detect", DETECT_PARAMETERS)]
+    routes = [
+        _route("classify", CLASSIFY_PARAMETERS),
+        _route("detect", DETECT_PARAMETERS),
+        _route("explain", EXPLAIN_PARAMETERS),
+    ]
     return json.dumps({"name": "vitrine", "type": "service", "routes": routes})
 
 

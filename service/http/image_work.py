@@ -28,6 +28,7 @@ class ImageWork:
     predictor: Predictor
     to_result: "Callable[[ImageWork, Row], Any]"
     draws: bool = False  # `to_result` needs the image
+    explains: bool = False
     encoded: EncodedImage | None = field(init=False, default=None)  # after `cost`
     decoded: Image.Image = field(init=False)  # only with `draws`
     shape: schemas.Image = field(init=False)  # width and height
@@ -36,6 +37,10 @@ class ImageWork:
     @property
     def size(self) -> int:
         return len(self.image) if isinstance(self.image, (bytes, str, memoryview, LongText)) else 0
+
+    @property
+    def limited(self) -> bool:
+        return self.draws or self.explains
 
     def cost(self) -> float:
         self.image = image_bytes(self.image)

@@ -10,12 +10,14 @@ from pydantic import TypeAdapter
 
 from vitrine.bundle.images import SUPPORTED_FORMATS
 from vitrine.service.errors import ErrorAnswer, ProtocolErrorAnswer
-from vitrine.service.http.parameters import CLASSIFY_PARAMETERS, DETECT_PARAMETERS, Parameter
+from vitrine.service.http.parameters import CLASSIFY_PARAMETERS, DETECT_PARAMETERS, EXPLAIN_PARAMETERS, Parameter
 from vitrine.service.http.schemas import (
     Classification,
     Classifications,
     Detections,
     DetectionsOfSeveral,
+    ExplainedImage,
+    ExplainedImages,
     ModelDetail,
     ModelList,
 )
@@ -28,6 +30,8 @@ _SCHEMAS = (
     Detections,
     DetectionsOfSeveral,
     ErrorAnswer,
+    ExplainedImage,
+    ExplainedImages,
     ModelDetail,
     ModelList,
     ProtocolErrorAnswer,
@@ -149,7 +153,14 @@ def _image_paths() -> Json:
     detect = _image_route("detect", "Detect objects", DETECT_PARAMETERS, ("Detections", "DetectionsOfSeveral"))
     detect["responses"]["200"]["content"] |= {"image/png": {"schema": _BINARY}, "image/jpeg": {"schema": _BINARY}}
     detect["description"] += " A drawing (`Accept: image/png` or `image/jpeg`) is available for a single image only."
-    return {"/classify": {"post": classify}, "/detect": {"post": detect}}
+    explain = _image_route("explain", "Explain answers", EXPLAIN_PARAMETERS, ("ExplainedImage", "ExplainedImages"))
+    del explain["responses"]["200"]["content"]["text/csv"]
+    explain["responses"]["200"]["content"] |= {"image/png": {"schema": _BINARY}, "image/jpeg": {"schema": _BINARY}}
+    explain["description"] += (
+        " A picture (`Accept: image/png` or `image/jpeg`), with a panel for each explanation, is available for a "
+        "single image only. `occlusion` runs the network once for each part of the grid."
+    )
+    return {"/classify": {"post": classify}, "/detect": {"post": detect}, "/explain": {"post": explain}}
 
 
 def _image_route(operation_id: str, summary: str, parameters: tuple[Parameter, ...], schemas: tuple[str, str]) -> Json:

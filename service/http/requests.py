@@ -36,6 +36,10 @@ class ImageRequest:
     several: bool  # respond with a list, even for one image
     parameters: Mapping[str, object]
 
+    def has(self, parameter: Parameter) -> bool:
+        """Whether the client sent a parameter."""
+        return parameter.name in self.parameters
+
     def text(self, parameter: Parameter) -> str | None:
         """Return a string parameter, None if it was not sent.
 
@@ -73,6 +77,18 @@ class ImageRequest:
             with contextlib.suppress(ValueError):
                 return float(value)
         raise ParameterError(parameter.name, expected="a number", found=preview(value))
+
+    def boolean(self, parameter: Parameter) -> bool:
+        """Return a boolean parameter.
+
+        Raises:
+            ParameterError: it is neither true nor false.
+        """
+        value = self.parameters.get(parameter.name, parameter.default)
+        known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+        if isinstance(value, bool) or (isinstance(value, str) and value.lower() in known):
+            return known[value if isinstance(value, bool) else value.lower()]
+        raise ParameterError(parameter.name, expected="true or false", found=preview(value))
 
     def labels(self, known: Collection[str]) -> tuple[str, ...] | None:
         """Return the parameter `labels`, None if it was not sent.

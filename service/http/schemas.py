@@ -5,12 +5,17 @@ the OpenAPI document.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from vitrine.bundle import explaining
+from vitrine.bundle.explaining import Method, Point
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import Identity, Manifest, Metrics, Precision, Task
-from vitrine.bundle.predictors import Detection, Prediction
+from vitrine.bundle.predictors import Box, Detection, Prediction
 from vitrine.service.errors import ErrorAnswer, StrictSchema
 
 
@@ -83,6 +88,80 @@ class DetectionsOfSeveral(StrictSchema):
 
     model: Model
     results: list[ImageDetections | ErrorAnswer]
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap(StrictSchema):
+    """Values of a grid of cells, and its place in the upright image, in pixels.
+
+    The cells at the right and bottom edges may reach beyond the image. Attention is not negative and adds up to one;
+    the cells of a class activation map, with the bias of the head, add up to the logit; occlusion is the drop of the
+    score where a cell is hidden.
+    """
+
+    rows: int
+    columns: int
+    box: Box
+    values: list[list[float]]
+
+    @classmethod
+    def of(cls, heatmap: explaining.HeatMap) -> "HeatMap":
+        rows, columns = heatmap.values.shape
+        return cls(rows, columns, heatmap.box, rounded(heatmap.values))
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedTarget(StrictSchema):
+    """What the network looked at for an answer, or from a point."""
+
+    target: Detection | Prediction | Point
+    heatmap: HeatMap
+    heads: list[list[list[float]]] | None = None  # the map of each head, if asked for
+    layers: list[list[Prediction]] | None = None  # the best classes if the state after each block were classified
+
+    @classmethod
+    def of(cls, explained: explaining.Explained) -> "ExplainedTarget":
+        heads = None if explained.heads is None else rounded(explained.heads)
+        return cls(explained.target, HeatMap.of(explained.heatmap), heads, explained.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageExplanations(StrictSchema):
+    """The explanations for one of several images."""
+
+    image: Image
+    explanations: list[ExplainedTarget]
+    images_computed: int  # what the network was run on: the image, and for occlusion a copy for each hidden part
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedImage(StrictSchema):
+    """Response of `POST /explain` for one image."""
+
+    model: Model
+    method: Method
+    methods: list[Method]  # by which the model can be explained, the default first
+    image: Image
+    explanations: list[ExplainedTarget]
+    images_computed: int
+    milliseconds: float  # from the request's body to the maps, waiting included
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedImages(StrictSchema):
+    """Response of `POST /explain` for several images, in their order; an invalid image has an error."""
+
+    model: Model
+    method: Method
+    methods: list[Method]
+    results: list[ImageExplanations | ErrorAnswer]
+    milliseconds: float
+
+
+def rounded(values: NDArray[np.float32]) -> list[Any]:
+    """Return numbers with seven decimals, which are all that float32 has of a fraction."""
+    numbers: list[Any] = np.round(values.astype(np.float64), 7).tolist()
+    return numbers
 
 
 class _Schema(BaseModel):

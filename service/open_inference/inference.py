@@ -220,7 +220,7 @@ class _PixelWork:
 
     prepared: NDArray[np.uint8] | PreparedImage
     size: int = 0
-    draws: bool = False
+    limited: bool = False
 
     def cost(self) -> float:
         return 0.0

@@ -55,8 +55,8 @@ class Work(Protocol[T_co]):
         """Size of the encoded image in bytes; 0 if there is nothing to decode."""
 
     @property
-    def draws(self) -> bool:
-        """Whether the result is a picture: such work may not occupy all threads."""
+    def limited(self) -> bool:
+        """Whether such work may not occupy all threads: pictures and explanations."""
 
     def cost(self) -> float:
         """Return the expected seconds on one core besides the network, from the header of the image; cheap."""
@@ -108,6 +108,11 @@ class Scheduler:
         self._threads = [threading.Thread(target=self._worker, name=f"image-{i}") for i in range(threads)]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def limited_threads(self) -> int:
+        """Number of threads that limited work may occupy."""
+        return self._max_limited
 
     @property
     def waiting(self) -> int:
@@ -199,7 +204,7 @@ class Scheduler:
         future: asyncio.Future[tuple[T, Exception | None]] = asyncio.get_running_loop().create_future()
         profile = bundle.profile or _UNMEASURED
         cost = _SECONDS_PER_IMAGE + profile.seconds + work.size * _SECONDS_PER_BYTE
-        flow = FlowKey(record.sender, Kind.of(id(bundle), cost * images, limited=work.draws))
+        flow = FlowKey(record.sender, Kind.of(id(bundle), cost * images, limited=work.limited))
         job = _Job(work, bundle, profile, record, future, time.monotonic_ns(), images, flow, cost)
         with self._lock:
             overload = self._overload(flow)

@@ -46,7 +46,7 @@ class Serving:
         return ""
 
     async def admit(self, request: Request, *, task: Task | None = None, name: str | None = None) -> None:
-        """Check that there is capacity for a request for a model, or any model for a task, before its body is read.
+        """Check that there is capacity for a request for a model, or any model (for a task), before its body is read.
 
         Raises:
             OverloadedError: see `Scheduler.check_capacity`.
@@ -54,7 +54,8 @@ class Serving:
         if not self.scheduler.is_loaded:
             return
         bundles = self.repository.bundles.values()
-        possible = [b for b in bundles if b.manifest.task is task or b.manifest.name == name]
+        is_any = task is None and name is None
+        possible = [b for b in bundles if is_any or b.manifest.task is task or b.manifest.name == name]
         size = request.headers.get("content-length", "")
         try:
             sender = get_record(request).sender

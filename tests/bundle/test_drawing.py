@@ -15,9 +15,13 @@ from vitrine.bundle.drawing import (
     contrast,
     draw_classification,
     draw_detections,
+    draw_explanations,
+    heat_color,
+    overlay,
     text_color,
     upscale_factor,
 )
+from vitrine.bundle.explaining import Explained, HeatMap, Method, Point
 from vitrine.bundle.images import decode
 from vitrine.bundle.predictors import Box, Detection, Prediction
 
@@ -201,3 +205,81 @@ def test_a_narrow_image_gets_a_margin() -> None:
     assert picture.width > 20
     assert picture.getpixel((19, 2999)) == GREY
     assert picture.getpixel((20, 0)) != GREY
+
+
+PLACE = Box(0.0, 0.0, 40.0, 40.0)
+
+
+def heat(*rows: list[float], box: Box = PLACE) -> HeatMap:
+    return HeatMap(np.array(rows, np.float32), box)
+
+
+def changed(before: Image.Image, after: Image.Image) -> NDArray[np.bool_]:
+    return (np.asarray(before) != np.asarray(after)).any(axis=-1)
+
+
+def test_cold_regions_and_evidence_against_are_unchanged() -> None:
+    image = Image.new("RGB", (40, 40), (0, 128, 255))
+    for nothing in (heat([0, 0], [0, 0]), heat([-1, -2], [0, -3])):
+        assert overlay(image, nothing).tobytes() == image.tobytes()
+    hot = overlay(image, heat([3, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, -9]))
+    assert not changed(image, hot)[:, 24:].any()
+    assert not changed(image, hot)[24:].any()
+    assert hot.getpixel((2, 2))[0] > 100  # type: ignore[index]
+
+
+@pytest.mark.parametrize("box", [(10, 5, 30, 35), (-10, -5, 20, 25), (25, 30, 60, 70), (0, 0, 43, 47)])
+def test_heat_lies_in_the_box_of_its_map(box: tuple[float, float, float, float]) -> None:
+    image = Image.new("RGB", (40, 40))
+    found = changed(image, overlay(image, heat([1, 1], [1, 1], box=Box(*box)), opacity=1))
+    rows, columns = np.nonzero(found)
+    left, top, right, bottom = (min(max(edge, 0), 40) for edge in box)
+    assert (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) == (left, top, right, bottom)
+    assert found[int(top) : int(bottom), int(left) : int(right)].all()
+
+
+def test_opacity_is_that_of_the_hottest_color() -> None:
+    image = Image.new("RGB", (40, 40), "white")
+    whole = heat([1, 1], [1, 1])
+    assert overlay(image, whole, opacity=0).tobytes() == image.tobytes()
+    assert overlay(image, whole, opacity=1).getpixel((20, 20)) == (252, 255, 164)
+
+
+def test_hotter_is_lighter_by_even_steps() -> None:
+    linear = heat_color(np.linspace(0, 1, 65, dtype=np.float32)) / 255
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ (0.2126, 0.7152, 0.0722)
+    lightness = np.where(luminance > 216 / 24389, 116 * np.cbrt(luminance) - 16, luminance * 24389 / 27)  # CIE L*
+    steps = np.diff(lightness)
+    assert lightness[0] < 2
+    assert lightness[-1] > 97
+    assert (steps > 0).all()
+    assert np.abs(lightness - np.linspace(lightness[0], lightness[-1], 65)).max() < 6
+
+
+@pytest.mark.parametrize(("count", "columns", "rows"), [(0, 1, 1), (1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2)])
+def test_each_explanation_has_a_panel(count: int, columns: int, rows: int, photograph: bytes) -> None:
+    image = decode(photograph)
+    box = Box(100.0, 100.0, 300.0, 250.0)
+    entries = [Explained(Detection("cat", i, 0.9, box), heat([0, 1], [0, 0])) for i in range(count)]
+    drawn = draw_explanations(image, entries, Method.CROSS_ATTENTION)
+    assert drawn.width == pytest.approx(columns * 640, abs=20 * columns)
+    assert drawn.height == pytest.approx(rows * 480, abs=60 * rows)
+    assert draw_explanations(image, entries, Method.CROSS_ATTENTION).tobytes() == drawn.tobytes()
+    if not count:
+        assert drawn.crop((0, 0, 640, 480)).tobytes() == image.tobytes()
+
+
+def test_many_panels_of_a_large_image_are_smaller() -> None:
+    image = Image.new("RGB", (3000, 2000))
+    entries = [Explained(Prediction("cat", 0, 0.5), heat([1], box=Box(0, 0, 3000, 2000)))] * 9
+    assert max(draw_explanations(image, entries, Method.OCCLUSION).size) < 4300
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (5000, 3)])
+def test_any_size_can_be_explained(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, "grey")
+    whole = Box(0.0, 0.0, float(size[0]), float(size[1]))
+    long = Prediction("a label that is longer than the picture is wide", 0, 1.0)
+    for target in (long, Detection("x", 3, 0.1, whole), Point(0, 0)):
+        draw_explanations(image, [Explained(target, heat([1, 2], [0, 1], box=whole))], Method.ENCODER_ATTENTION)

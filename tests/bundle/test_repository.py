@@ -144,6 +144,26 @@ def test_variants_are_loaded_on_first_use(root: Path) -> None:
         repository.variant(bundle, "fp16-weights")
 
 
+def test_explain_graphs_are_loaded_on_first_use(root: Path) -> None:
+    repository = Repository(root)
+    bundle = repository.get("colours")
+    first = repository.explaining(bundle)
+    names = [spec.name for spec in bundle.manifest.explanation.outputs]
+    assert len(first.predictor.infer([np.zeros((16, 16, 3), np.uint8)])[0]) == len(names) > 1
+    assert repository.explaining(bundle) is first
+    assert first.manifest == bundle.manifest
+    other = Repository(root)
+    (bundle.path / "explain.onnx").write_bytes(b"nothing")
+    assert repository.explaining(bundle) is first
+    with pytest.raises(BundleError, match=r"explain\.onnx: size"):
+        other.explaining(other.get("colours"))
+
+
+def test_a_single_file_has_no_explain_graph(root: Path) -> None:
+    repository = Repository(root / "colours" / "1" / "model.onnx")
+    assert repository.explaining(repository.get()) is repository.get()
+
+
 def test_a_variant_is_one_of_the_bundle_that_is_served_not_of_what_lies_in_its_place_since(root: Path) -> None:
     repository = Repository(root)
     bundle = repository.get("colours")

@@ -136,6 +136,7 @@ def test_the_maps_axes_have_names_and_lengths(exported: Callable[[str], Exported
         "probabilities": ("batch", 40),
         "attention": ("batch", 2, 2, 4, 4),
         "rollout": ("batch", 4, 4),
+        "layers": ("batch", 2, 40),
     }
     assert shapes("BiT") == {"probabilities": ("batch", 40), "activation": ("batch", 40, "rows", "columns")}
     assert shapes("squares") == {

@@ -96,6 +96,18 @@ def test_the_rollout_of_one_layer_is_its_attention() -> None:
     torch.testing.assert_close(found["rollout"], attention / attention.sum(dim=(1, 2), keepdim=True))
 
 
+@pytest.mark.parametrize("head", [{}, {"global_pool": "avg"}, {"representation_size": 8}, {"norm": "post"}])
+def test_layers_are_the_answers_of_networks_that_end_earlier(head: dict[str, Any]) -> None:
+    x = pixels(2, 16, 24, 3)
+    whole = make_network("vit", {**VIT, **head})
+    layers = explain(explained(whole, MEAN, STD, 1.5), x)["layers"]
+    assert layers.shape == (2, 3, 3)
+    for depth in (1, 2, 3):
+        short = build_model("vit", {**VIT, **head, "depth": depth}, 3).eval()
+        short.load_state_dict(whole.state_dict(), strict=False)
+        torch.testing.assert_close(layers[:, depth - 1], served(short, MEAN, STD, 1.5)(x))
+
+
 @pytest.mark.parametrize("name", ["BiT", "ResNet"])
 def test_a_class_activation_map_sums_to_the_logit(name: str) -> None:
     network, x = make_network(*CLASSIFIERS[name]), pixels(2, 16, 24, 3)

@@ -70,6 +70,10 @@ def protocol(*images: bytes) -> bytes:
     )
 
 
+def explain(image: bytes, query: str) -> bytes:
+    return encode_request("POST", f"/explain?{query}", image)
+
+
 PICTURE = {"Accept": "image/png"}
 FAILURES: dict[str, tuple[bytes, int]] = {  # request and status; 0: the client leaves before the answer
     "400 parameter": (classify(NOISE, "&top_k=0"), 400),
@@ -81,10 +85,13 @@ FAILURES: dict[str, tuple[bytes, int]] = {  # request and status; 0: the client 
     "415": (classify(UNKNOWN), 415),
     "422": (classify(BROKEN), 422),
     "422 picture": (encode_request("POST", "/detect", BROKEN, **PICTURE), 422),
+    "400 explanation": (explain(NOISE, "model=detr-bccd&threshold=1&target=0"), 400),
+    "422 explanation": (explain(BROKEN, "model=vit-cifar10"), 422),
     "422 v2": (protocol(GOOD, BROKEN, GOOD), 422),
     "several, one broken": (form(GOOD, BROKEN, GOOD), 200),
     "several, all broken": (as_json(BROKEN, UNKNOWN, HUGE), 200),
     "client gone": (encode_request("POST", "/detect", NOISE), 0),
+    "client gone, explanation": (explain(NOISE, "model=vit-cifar10&method=occlusion&grid=16"), 0),
     "client gone, v2": (protocol(GOOD, NOISE, BROKEN), 0),
 }
 TIMED_OUT = "504"
