@@ -260,7 +260,8 @@ def _unaugmented(recipe: Recipe) -> Recipe:
 def _key(network: nn.Module, recipe: Recipe, data: Data, views: int) -> str:
     """Hash all that the features depend on."""
     digest = hashlib.sha256()
-    document = recipe.model_dump(mode="json", include={"model", "preprocessing", "augmentation", "seed", "trainable"})
+    document = recipe.model_dump(mode="json", include={"model", "augmentation", "seed", "trainable"})
+    document["preprocessing"] = recipe.training_preprocessing.model_dump(mode="json")
     digest.update(json.dumps([document, views, data.name, data.split, len(data)], sort_keys=True).encode())
     for name in data.names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

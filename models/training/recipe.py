@@ -115,7 +115,7 @@ class _Recipe(BaseModel):
 class ClassificationRecipe(_Recipe):
     """A recipe for image classification."""
 
-    preprocessing: ClassificationPreprocessing
+    preprocessing: ClassificationPreprocessing  # in training, evaluation and service
     augmentation: ClassificationAugmentation = ClassificationAugmentation()
     loss: Literal["softmax", "sigmoid"] = "softmax"  # softmax cross entropy, or binary cross entropy per class
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -127,17 +127,33 @@ class ClassificationRecipe(_Recipe):
     def task(self) -> Task:
         return Task.CLASSIFICATION
 
+    @property
+    def training_preprocessing(self) -> ClassificationPreprocessing:
+        """The preprocessing of training images."""
+        return self.preprocessing
+
 
 class DetectionRecipe(_Recipe):
     """A recipe for object detection."""
 
-    preprocessing: DetectionPreprocessing
+    preprocessing: DetectionPreprocessing  # in evaluation and service
+    # Shortest and longest edge in training, if they differ: smaller images train faster, and random zoom shows objects
+    # larger there than they are in evaluation (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
+    training_edges: tuple[Positive, Positive] | None = None
     augmentation: DetectionAugmentation = DetectionAugmentation()
     eos_coef: Annotated[float, Field(gt=0)] = 0.1  # weight of "no object" in the class loss
 
     @property
     def task(self) -> Task:
         return Task.DETECTION
+
+    @property
+    def training_preprocessing(self) -> DetectionPreprocessing:
+        """The preprocessing of training images."""
+        if self.training_edges is None:
+            return self.preprocessing
+        shortest, longest = self.training_edges
+        return self.preprocessing.model_copy(update={"shortest_edge": shortest, "longest_edge": longest})
 
 
 Recipe = ClassificationRecipe | DetectionRecipe

@@ -110,7 +110,7 @@ class _DecodedImages(Dataset[Decoded | DataError]):
     def __getitem__(self, index: int) -> Decoded | DataError:
         try:
             if isinstance(self.transform, _EvaluationTransform):
-                reduced = self.data.image_for(index, self.transform.recipe.preprocessing)
+                reduced = self.data.image_for(index, self.transform.recipe.training_preprocessing)
                 return self.transform(reduced), (reduced.height, reduced.width)
             image = self.data.image(index)
             return self.transform(image), (image.height, image.width)
@@ -157,7 +157,7 @@ class _EvaluationTransform:
     def __call__(self, image: Image.Image | ReducedImage) -> Pixels:
         if isinstance(self.recipe, ClassificationRecipe):
             return to_classification_pixels(image, self.recipe.preprocessing)
-        return to_detection_pixels(image, self.recipe.preprocessing)
+        return to_detection_pixels(image, self.recipe.training_preprocessing)
 
 
 def image_transform(recipe: Recipe) -> Callable[[Image.Image], Pixels]:

@@ -2,8 +2,8 @@
 
     vitrine train detr_voc --data DATA/voc2007
 
-Data: 4,006 photographs of at most 384 pixels, 20 classes, at 320 x 256; validation on 4 % of `train`; `val` is the test
-set.
+Data: 4,006 photographs of at most 384 pixels, 20 classes; trained on at 320 x 256, served at full size; validation on
+4 % of `train`; `val` is the test set.
 """
 
 from vitrine.bundle.manifest import DetectionPreprocessing
@@ -28,8 +28,9 @@ RECIPE = DetectionRecipe(
         "dropout": 0.0,
     },
     preprocessing=DetectionPreprocessing(
-        shortest_edge=256, longest_edge=320, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic"
+        shortest_edge=320, longest_edge=384, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, interpolation="bicubic"
     ),
+    training_edges=(256, 320),
     pretrained="efficientnet-lite2",
     trainable="all_but_backbone",
     views=6,

@@ -20,6 +20,7 @@ def recipe(start: Checkpoint) -> Recipe:
     preprocessing = start.read_preprocessing()
     trained = None if start.progress is None else start.progress.read_recipe()
     held_out, fraction, seed = (trained.held_out, trained.train_fraction, trained.seed) if trained else (None, 1.0, 0)
+    edges = trained.training_edges if isinstance(trained, DetectionRecipe) else None
     if isinstance(preprocessing, ClassificationPreprocessing):
         return ClassificationRecipe(
             name="last_stages",
@@ -47,6 +48,7 @@ def recipe(start: Checkpoint) -> Recipe:
         model=start.settings,
         preprocessing=preprocessing,
         augmentation=VOC.augmentation,
+        training_edges=edges,
         trainable="last_two_stages",
         layer_decay=0.95,
         views=8,
