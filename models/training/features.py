@@ -265,9 +265,10 @@ def _key(network: nn.Module, recipe: Recipe, data: Data, views: int) -> str:
     digest.update(json.dumps([document, views, data.name, data.split, len(data)], sort_keys=True).encode())
     for name in data.names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    statistics = {name for name, _ in network.named_buffers() if not name.startswith("backbone.")}  # change, too
     for name, value in network.state_dict().items():
-        if name in frozen or name.startswith("backbone."):
+        if name not in trained | statistics:
             digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
