@@ -150,6 +150,21 @@ def test_files_are_used_again_and_those_of_others_refused(photos: Data, tmp_path
         FeatureCache(network, PHOTOS, photos, 2, folder, show=False)
 
 
+@pytest.mark.parametrize("trainable", ["head", "last_stage"])
+def test_features_are_those_of_the_frozen_weights(trainable: str, photos: Data, tmp_path: Path) -> None:
+    recipe, folder = PHOTOS.derive(trainable=trainable), tmp_path / "features"
+    network = make(recipe)
+    FeatureCache(network, recipe, photos, 1, folder, show=False)
+    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += parameter.requires_grad  # it has learned: a run that is resumed
+        FeatureCache(network, recipe, photos, 1, folder, show=False)
+        frozen[-1] += 1
+    with pytest.raises(TrainingError, match="found others"):
+        FeatureCache(network, recipe, photos, 1, folder, show=False)
+
+
 def test_an_unfinished_cache_is_computed_anew(photos: Data, tmp_path: Path) -> None:
     network, folder = make(PHOTOS), tmp_path / "features"
     complete = FeatureCache(network, PHOTOS, photos, 1, folder, show=False).batch(torch.arange(3), noise(3, 0))

@@ -44,6 +44,16 @@ def test_detection_batches(squares: Path, cache: str) -> None:
             assert not pixels[:, width:].any()
 
 
+def test_training_edges_are_those_of_training_only(squares: Path) -> None:
+    recipe = load_recipe("detr_bccd", [*DETR, "training_edges=[32, 48]"])
+    data = load_split(squares, Task.DETECTION, "train")
+    (batch,) = ImageCache(data, recipe, show=False).batches([torch.tensor([0])])
+    smaller = recipe.preprocessing.model_copy(update={"shortest_edge": 32, "longest_edge": 48})
+    expected = to_detection_pixels(data.image(0), smaller)
+    assert np.array_equal(batch.pixels[0].numpy(), expected)
+    assert expected.shape != to_detection_pixels(data.image(0), recipe.preprocessing).shape
+
+
 @pytest.mark.parametrize("cache", ["memory", "disk"])
 def test_broken_image_is_named(tmp_path: Path, cache: str) -> None:
     folder = tmp_path / "train" / "cat"
