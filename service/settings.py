@@ -95,7 +95,7 @@ class Settings(BaseSettings):
         "without a folder `bundles`, the shipped ones",
     )
     default_models: _Texts = Field(
-        ("imagenet",),
+        ("imagenet", "detr-voc"),
         description="models that answer where a request names none, separated by commas; else the first by name",
     )
     providers: str = Field("cpu", description="execution providers of ONNX Runtime, in order of preference: `cuda,cpu`")

@@ -170,7 +170,8 @@ def test_the_documented_settings_match_the_code(root: Path) -> None:
     expected = {}
     for name, field in Settings.model_fields.items():
         value = Settings().model_dump(mode="json")[name]
-        default = ":".join(value) if isinstance(value, list) else "" if value is None else yaml.safe_dump(value)
+        separator = ":" if name == "bundles" else ","
+        default = separator.join(value) if isinstance(value, list) else "" if value is None else yaml.safe_dump(value)
         shown_default = default.strip().removesuffix("\n...").strip("'")
         expected[f"{PREFIX}{name.upper()}"] = (f"`{shown_default}`" if shown_default else "", field.description)
     assert documented == expected
