@@ -56,9 +56,9 @@ class Value:
     size = 0
 
     def __init__(
-        self, value: int, before: Callable[[], object] = lambda: None, *, seconds: float = 0.0, draws: bool = False
+        self, value: int, before: Callable[[], object] = lambda: None, *, seconds: float = 0.0, limited: bool = False
     ) -> None:
-        self.value, self.before, self.seconds, self.draws = value, before, seconds, draws
+        self.value, self.before, self.seconds, self.limited = value, before, seconds, limited
 
     def cost(self) -> float:
         return self.seconds
@@ -404,7 +404,7 @@ def test_pictures_leave_a_thread_for_other_work() -> None:
         bundle = bundle_of(Doubling())
         pictures = [Blocked(), Blocked(), Blocked()]
         for picture in pictures:
-            picture.draws = True
+            picture.limited = True
         results = start_all(*(scheduler.run(picture, bundle, RequestRecord()) for picture in pictures))
         for _ in range(3):
             assert await asyncio.wait_for(scheduler.run(Value(2), bundle, RequestRecord()), 30) == 4
@@ -650,10 +650,10 @@ def test_closing_finishes_what_runs_and_cancels_what_waits() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("draws", [False, True])
-def test_a_single_thread_does_all_kinds_of_work(draws: bool) -> None:
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_single_thread_does_all_kinds_of_work(limited: bool) -> None:
     with scheduling() as scheduler:
-        work = Value(2, draws=draws)
+        work = Value(2, limited=limited)
         assert asyncio.run(asyncio.wait_for(scheduler.run(work, bundle_of(Doubling()), RequestRecord()), 30)) == 4
 
 
