@@ -177,8 +177,8 @@ def test_a_provider_that_is_not_there(
 def test_card_describes_explanations(tiny_bundles: Path, colours: Path, tmp_path: Path, run_vitrine: Run) -> None:
     bundle, image = tiny_bundles / "colours" / "1", colours / "test" / "red" / "0.png"
     printed = run_vitrine("explain", bundle, image, "--out", tmp_path / "seen.png")
-    assert re.search(r"explained: .*seen\.png\n  \w+ \d+\.\d%", printed)
-    assert decode((tmp_path / "seen.png").read_bytes()).size == (896, 448)
+    assert re.search(r"explained by .*seen\.png\n  \w+ \d+\.\d%", printed)
+    assert decode((tmp_path / "seen.png").read_bytes()).size == (400, 362)
     assert "No such file" in run_vitrine("explain", bundle, tmp_path / "no.png", "--out", tmp_path / "a.png", status=1)
     assert "unknown file extension" in run_vitrine("explain", bundle, image, "--out", tmp_path / "a.xyz", status=1)
 
