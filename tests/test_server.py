@@ -34,7 +34,7 @@ NOT_ON_PURPOSE = {entry for entry in DOCUMENTED if entry[2] == 500} | {
 PROBES = ("/livez", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 STUCK = {("get", path, 503) for path in PROBES}  # tests/service/runtime/test_model_control.py
 
-IMAGE_ROUTES = ("/classify", "/detect")
+IMAGE_ROUTES = ("/classify", "/detect", "/explain")
 INFER_ROUTES = ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
 
 
@@ -54,7 +54,7 @@ def servers(serve: Serving, tiny_bundles: Path, tmp_path_factory: pytest.TempPat
         urls = {
             name: stack.enter_context(serve(tiny_bundles, **environment)).url for name, environment in settings.items()
         }
-        for file in damaged.glob("*/1/model.int8-dynamic.onnx"):
+        for file in (*damaged.glob("*/1/model.int8-dynamic.onnx"), *damaged.glob("*/1/explain.onnx")):
             file.write_bytes(b"x")
         assert httpx.get(f"{urls['limited']}/models").status_code == 200  # the only one for a quarter of an hour
         yield urls
@@ -72,7 +72,8 @@ def asked(servers: dict[str, str], method: str, path: str, status: int, photogra
     content = {413: bytes(LARGE), 415: b"no image", 422: b"\x89PNG\r\n\x1a\n"}.get(status, photograph)
     url = servers[{401: "locked", 429: "limited", 503: "damaged", 504: "hasty"}.get(status, "plain")]
     if path in IMAGE_ROUTES:
-        query = {400: "?to=1", 404: "?model=cats", 503: "?variant=int8-dynamic"}.get(status, "")
+        queries = {400: "?to=1", 404: "?model=cats", 503: "" if path == "/explain" else "?variant=int8-dynamic"}
+        query = queries.get(status, "")
         headers = {"Accept": "text/html"} if status == 406 else {}
         return httpx.post(f"{url}{path}{query}", content=content, headers=headers, timeout=60)
     if path in INFER_ROUTES:
