@@ -391,6 +391,10 @@ def explain(
     method: Annotated[
         Method | None, typer.Option(help="How to explain; the bundle's first if none is named.", show_default=False)
     ] = None,
+    point: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--point", metavar="X Y", help="In pixels, for encoder-attention.", show_default=False),
+    ] = None,
     opacity: Annotated[float, typer.Option(help="Of the hottest color.", min=0, max=1)] = 0.6,
 ) -> None:
     """Draw what a bundle's network looks at in an image."""
@@ -398,7 +402,8 @@ def explain(
 
     loaded = load_bundle(bundle, variant=Precision.FP32, threads=available_cores())
     network = load_explain_network(bundle, threads=available_cores())
-    question = default_question(loaded.manifest, **({} if method is None else {"method": method}))
+    changes = {} if method is None else {"method": method}
+    question = default_question(loaded.manifest, **changes, point=None if point is None else Point(*point))
     try:
         decoded = decode(image.read_bytes())
         explained = Explainer(loaded.manifest, loaded.predictor, network).explain(decoded, question)

@@ -585,8 +585,8 @@ def _wrap_ddp(network: nn.Module, recipe: Recipe, processes: ProcessGroup) -> Di
 def _kernel_settings(recipe: Recipe, processes: ProcessGroup) -> Iterator[None]:
     """Use plain attention in bfloat16 on a CPU (decision 18); reproducible kernels if `deterministic`.
 
-    Denormal numbers, a hundred times as slow on CPUs, are zeros (masked attention is full of them), and freed memory is
-    kept: each step's would otherwise be given back to the operating system and faulted in again page by page.
+    Denormal numbers, which CPUs compute slowly, are zeros, and freed memory is kept: each step's would otherwise be
+    given back to the operating system and faulted in again page by page (decision 24).
     """
     torch.set_flush_denormal(True)
     keep_freed_memory()
