@@ -10,7 +10,7 @@ from vitrine.models.training.errors import RecipeError
 from vitrine.models.training.recipe import Recipe
 from vitrine.models.vit import ViT, ViTConfig, patch_grid
 
-_HEADS = ("head.", "class_embed.", "label_embed.")
+_OF_LABELS = {"head", "class_embed", "label_embed"}  # modules with a row for each label, at any depth
 _BACKBONE = "backbone."
 _OPTIONAL = ("num_batches_tracked", "label_embed.weight")
 _POSITIONS = "pos_embed.embedding"
@@ -40,8 +40,8 @@ def load_initial_weights(network: nn.Module, recipe: Recipe, labels: list[str], 
         if isinstance(network, ViT) and _POSITIONS in weights:
             weights[_POSITIONS] = _interpolate(checkpoint, network.config)
         if checkpoint.labels != labels:
-            weights = {name: value for name, value in weights.items() if not name.startswith(_HEADS)}
-        required = [name for name in state if not name.startswith(_HEADS)]
+            weights = {name: value for name, value in weights.items() if not _is_of_labels(name)}
+        required = [name for name in state if not _is_of_labels(name)]
     # Optional: frozen batch norms have no counter, and not every DETR has denoising queries.
     weights = {name: value for name, value in weights.items() if name in state or not name.endswith(_OPTIONAL)}
     required = [name for name in required if name in weights or not name.endswith(_OPTIONAL)]
@@ -51,6 +51,10 @@ def load_initial_weights(network: nn.Module, recipe: Recipe, labels: list[str], 
             raise RecipeError(f"{run}: {name}: expected shape {expected} for {recipe.name}, found {found}")
     network.load_state_dict(weights, strict=False)
     return WarmStart(run.resolve().name, checkpoint_sha256(run), [name for name in state if name not in weights])
+
+
+def _is_of_labels(name: str) -> bool:
+    return not _OF_LABELS.isdisjoint(name.split("."))
 
 
 def _interpolate(checkpoint: Checkpoint, config: ViTConfig) -> Tensor:

@@ -14,6 +14,7 @@ from vitrine.models.training.warm_start import load_initial_weights
 
 VIT = ("model.embed_dim=16", "model.depth=2", "model.num_heads=2")
 DETR = ("model.embed_dim=16", "model.num_heads=2", "model.backbone_width=8", "model.backbone_layers=[1, 1]")
+SELECTED = (*DETR, "model.queries=selected", "model.query_groups=1", "model.scores=sigmoid", "model.denoising=1")
 
 
 def saved(run: Path, name: str, labels: list[str], *changes: str) -> Checkpoint:
@@ -37,18 +38,23 @@ def test_same_labels_take_everything(tmp_path: Path, name: str, changes: tuple[s
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "head"), [("vit_cifar10", VIT, "head"), ("detr_bccd", DETR, "class_embed")]
+    ("name", "changes", "heads"),
+    [
+        ("vit_cifar10", VIT, ["head"]),
+        ("detr_bccd", DETR, ["class_embed"]),
+        ("detr_bccd", SELECTED, ["class_embed", "label_embed", "proposals.class_embed"]),
+    ],
 )
 @pytest.mark.parametrize("labels", [["b", "a"], ["a", "b", "c"]], ids=["other order", "more"])
 def test_other_labels_start_a_new_head(
-    tmp_path: Path, name: str, changes: tuple[str, ...], head: str, labels: list[str]
+    tmp_path: Path, name: str, changes: tuple[str, ...], heads: list[str], labels: list[str]
 ) -> None:
     source = saved(tmp_path / "run", name, ["a", "b"], *changes)
     recipe = load_recipe(name, changes)
     network = build_model(recipe.architecture, recipe.model, len(labels))
     before = {key: value.clone() for key, value in network.state_dict().items()}
     start = load_initial_weights(network, recipe, labels, tmp_path / "run")
-    assert sorted(start.fresh) == [f"{head}.bias", f"{head}.weight"]
+    assert {key.rpartition(".")[0] for key in start.fresh} == set(heads)
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key] if key in start.fresh else source.weights[key])
 
