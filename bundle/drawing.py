@@ -179,7 +179,7 @@ def overlay(image: Image.Image, heatmap: HeatMap, *, opacity: float = 0.6) -> Im
     strength = np.zeros((image.height, image.width), np.float32)
     part = strength[max(0, top) : bottom, max(0, left) : right]
     part[:] = smooth[max(0, -top) :, max(0, -left) :][: part.shape[0], : part.shape[1]]
-    weight = opacity * np.sqrt(strength)[..., None]
+    weight = opacity * np.minimum(1, 2 * strength)[..., None]
     return Image.fromarray((np.asarray(image) * (1 - weight) + heat_color(strength) * weight).round().astype(np.uint8))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import ValidationError
 
 from vitrine.bundle.errors import BundleError
@@ -55,6 +56,7 @@ class Bundle:
     path: Path
     variant: Precision | None = None  # None if loaded from a single ONNX file
     profile: ExecutionProfile | None = None  # None if not measured
+    samples: int = 0  # images of `read_samples`; none if loaded from a single ONNX file
 
     @property
     def file(self) -> Path:
@@ -164,8 +166,9 @@ def load_bundle(
         file = path / precision.file
         network = OnnxNetwork(file, threads=threads, providers=providers, cache=cache, hashes=manifest.hashes)
         _check_tensors(file, manifest, network, manifest.outputs)
-        _check_golden(path, manifest, network, precision)
-    return Bundle(manifest, make_predictor(network, manifest.preprocessing, manifest.labels), path, precision)
+        samples = _check_golden(path, manifest, network, precision)
+    predictor = make_predictor(network, manifest.preprocessing, manifest.labels)
+    return Bundle(manifest, predictor, path, precision, samples=samples)
 
 
 def load_explain_network(
@@ -239,7 +242,8 @@ def _check_tensors(file: Path, identity: Identity, network: OnnxNetwork, outputs
 
 def _check_golden(
     path: Path, manifest: Manifest, network: OnnxNetwork, precision: Precision, name: str | None = None
-) -> None:
+) -> int:
+    """Compare a graph's outputs with the golden sample, and return its number of images."""
     file = path / (name or precision.file)
     golden = read_golden(path, manifest)
     try:
@@ -262,6 +266,21 @@ def _check_golden(
     classes = outputs[0].shape[-1] if manifest.task is Task.CLASSIFICATION else int(golden["class_ids"].max()) + 1
     if classes > len(manifest.labels) or (manifest.task is Task.CLASSIFICATION and classes < len(manifest.labels)):
         raise BundleError(path / MANIFEST_FILE, "labels", expected=f"{classes} labels", found=len(manifest.labels))
+    return len(golden["pixels"])
+
+
+def read_samples(bundle: Bundle) -> list[Image.Image]:
+    """Return the images of a bundle's golden sample, RGB, resized as the network sees them.
+
+    Raises:
+        BundleError: the sample has changed since the bundle was loaded.
+    """
+    if not isinstance(bundle.manifest, Manifest):
+        return []
+    golden = read_golden(bundle.path, bundle.manifest)
+    pixels = golden["pixels"]
+    sizes = golden.get("sizes", np.tile(pixels.shape[1:3], (len(pixels), 1)))  # a detector's are padded
+    return [Image.fromarray(image[:height, :width]) for image, (height, width) in zip(pixels, sizes, strict=True)]
 
 
 def read_golden(path: Path, manifest: Manifest) -> dict[str, NDArray[np.generic]]:

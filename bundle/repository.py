@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -202,13 +202,9 @@ class Repository:
             UnknownModelError: there is no such bundle, or none for this task.
             BundleError, ResourceError: it is to be served, but this process could not load it.
         """
-        candidates = {
-            name: versions
-            for name, versions in self._snapshot.models.items()
-            if task is None or versions[next(reversed(versions))].task == task
-        }
+        candidates = self._candidates(task)
         if reference is None and candidates:
-            name, version = next(name for name in (*self._defaults, *candidates) if name in candidates), ""
+            name, version = self._default(candidates), ""
         else:
             name, _, version = (reference or "").partition("@")
         versions = candidates.get(name, {})
@@ -221,6 +217,18 @@ class Repository:
         if isinstance(entry, _MissingBundle):
             raise entry.error.bare()
         return entry.bundle
+
+    def defaults(self) -> set[str]:
+        """Return the names of the models that `get` returns for a task where none is named."""
+        by_task = filter(None, map(self._candidates, Task))
+        return {self._default(candidates) for candidates in by_task}
+
+    def _candidates(self, task: Task | None) -> dict[str, dict[int, _LoadedBundle | _MissingBundle]]:
+        models = self._snapshot.models.items()
+        return {name: entry for name, entry in models if task is None or entry[next(reversed(entry))].task == task}
+
+    def _default(self, candidates: Collection[str]) -> str:
+        return next(name for name in (*self._defaults, *candidates) if name in candidates)
 
     def variant(self, bundle: Bundle, precision: str) -> Bundle:
         """Return a bundle with another of its graphs, which is loaded and verified on first use.

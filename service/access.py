@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vitrine.bundle.errors import VitrineError
 from vitrine.service.errors import RateLimitedError, UnauthorizedError, vitrine_error_response
-from vitrine.service.paths import METRICS, PROBES, PROTOCOL_PROBES, STATIC_FILES
+from vitrine.service.paths import METRICS, PAGE_FILES, PROBES, PROTOCOL_PROBES, STATIC_FILES
 from vitrine.service.rate_limit import RateLimit
 from vitrine.service.settings import KEY_HASH, MAX_KEY_NAME, hash_key, is_key_name
 
@@ -21,8 +21,8 @@ _log = logging.getLogger("bentoml.vitrine")
 _POLL_SECONDS = 1.0  # polling interval of the key file
 _LABEL_DIGITS = 8  # of the hash of a key without a name
 
-# Probes and the OpenAPI page.
-_PUBLIC_PATHS = PROBES | PROTOCOL_PROBES | {"/", "/openapi.json", "/docs.json"}
+# Probes and the pages, which ask with the key of their visitor.
+_PUBLIC_PATHS = PROBES | PROTOCOL_PROBES | {"/", "/docs", "/openapi.json", "/docs.json"}
 
 
 class KeysError(VitrineError):
@@ -162,4 +162,4 @@ class AccessMiddleware:
     def _is_public(self, path: str) -> bool:
         if path == METRICS:
             return not self.metrics_need_key
-        return path in _PUBLIC_PATHS or (path.startswith(STATIC_FILES) and ".." not in path)
+        return path in _PUBLIC_PATHS or (path.startswith((PAGE_FILES, STATIC_FILES)) and ".." not in path)

@@ -25,8 +25,9 @@ from vitrine.service.errors import ERROR_HANDLERS
 from vitrine.service.http.bentoml_client import schema
 from vitrine.service.http.explain import explain
 from vitrine.service.http.images import classify, detect
-from vitrine.service.http.models import describe_model, list_models
+from vitrine.service.http.models import describe_model, list_models, sample
 from vitrine.service.http.openapi import DOCS_PAGE, DOCS_POLICY, openapi_document
+from vitrine.service.http.page import page
 from vitrine.service.observability import metrics
 from vitrine.service.observability.logs import flush_requests
 from vitrine.service.observability.tracing import shutdown_tracing
@@ -60,7 +61,7 @@ async def openapi(request: Request) -> Response:
 
 
 async def docs(request: Request) -> Response:
-    """`GET /`: the OpenAPI page."""
+    """`GET /docs`: the OpenAPI page."""
     return HTMLResponse(DOCS_PAGE, headers={"Content-Security-Policy": DOCS_POLICY})
 
 
@@ -166,11 +167,13 @@ def create_app(
             *(_Route(path, endpoint, methods=[method]) for (method, path), endpoint in HOT_ROUTES.items()),
             _Route("/models", list_models, methods=["GET"]),
             _Route("/models/{name}", describe_model, methods=["GET"]),
+            _Route("/models/{name}/samples/{number}", sample, methods=["GET"]),
             _Route("/openapi.json", openapi, methods=["GET"]),
             _Route("/docs.json", openapi, methods=["GET"]),  # instead of BentoML's own document
             _Route("/schema.json", schema, methods=["GET"]),
             _Route("/metrics", prometheus, methods=["GET"]),
-            _Route("/", docs, methods=["GET"]),
+            _Route("/docs", docs, methods=["GET"]),
+            *(_Route(path, page, methods=["GET"]) for path in ("/", "/page/{name}") if settings.page),
             *protocol_routes(_Route),
         ],
         exception_handlers=ERROR_HANDLERS,

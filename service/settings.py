@@ -135,6 +135,7 @@ class Settings(BaseSettings):
         description="requests per second of a key, or without keys of an address; the next ones get 429; 0: no limit",
     )
     metrics_need_key: bool = Field(False, description="`/metrics` requires a key, too")
+    page: bool = Field(True, description="a page at `/` on which a person tries the models")
     cors_origins: _Texts = Field((), description="origins allowed by CORS, separated by commas; `*`: all")
 
     log_format: LogFormat = Field("auto", description="`json`, `text`, or `auto`: text on a terminal only")

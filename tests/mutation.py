@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LINKED = ".venv", ".venv-dev", "bundles", "tests/export/node/node_modules"
+LINKED = ".venv", ".venv-dev", "bundles", "tests/node/node_modules"
 OPERATORS = {
     **{ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt)},
     **{ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,), ast.In: (ast.NotIn,)},

@@ -54,8 +54,9 @@ def servers(serve: Serving, tiny_bundles: Path, tmp_path_factory: pytest.TempPat
         urls = {
             name: stack.enter_context(serve(tiny_bundles, **environment)).url for name, environment in settings.items()
         }
-        for file in (*damaged.glob("*/1/model.int8-dynamic.onnx"), *damaged.glob("*/1/explain.onnx")):
-            file.write_bytes(b"x")
+        for name in ("model.int8-dynamic.onnx", "explain.onnx", "golden.npz"):
+            for file in damaged.glob(f"*/1/{name}"):
+                file.write_bytes(b"x")
         assert httpx.get(f"{urls['limited']}/models").status_code == 200  # the only one for a quarter of an hour
         yield urls
 
@@ -68,7 +69,7 @@ def infer_body(image: bytes, **parameters: str) -> dict[str, Any]:
 def asked(servers: dict[str, str], method: str, path: str, status: int, photograph: bytes) -> httpx.Response:
     """The answer to a request that should have that status."""
     name = {404: "cats", 200: "squares" if path.endswith("unload") else "colours"}.get(status, "colours")
-    target = path.replace("{name}", name).replace("{version}", "1")
+    target = path.replace("{name}", name).replace("{version}", "1").replace("{number}", "3" if status == 400 else "0")
     content = {413: bytes(LARGE), 415: b"no image", 422: b"\x89PNG\r\n\x1a\n"}.get(status, photograph)
     url = servers[{401: "locked", 429: "limited", 503: "damaged", 504: "hasty"}.get(status, "plain")]
     if path in IMAGE_ROUTES:

@@ -209,11 +209,23 @@ def _model_paths() -> Json:
     models = _response("The models.", _json_content(_reference("ModelList")))
     model = _response("The model.", _json_content(_reference("ModelDetail")))
     name = _path_parameter("name", "`name` (its highest version) or `name@version`.")
+    sample = _response("The image.", {"image/png": {"schema": _BINARY}})
+    number = _path_parameter("number", "From 0; `GET /models` says how many there are.")
     summary = "A model's manifest: labels, measured metrics, preprocessing, variants, provenance"
     return {
         "/models": {"get": _operation("listModels", "models", "The served models", models, (401, 500))},
         "/models/{name}": {
             "get": _operation("describeModel", "models", summary, model, (401, 404, 500), parameters=[name])
+        },
+        "/models/{name}/samples/{number}": {
+            "get": _operation(
+                "sample",
+                "models",
+                "An image that the model was verified with, as the network sees it",
+                sample,
+                (400, 401, 404, 500, 503),
+                parameters=[name, number],
+            )
         },
     }
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from vitrine.bundle import explaining
-from vitrine.bundle.explaining import Method, Point
+from vitrine.bundle.explaining import Method, Point, methods_of
 from vitrine.bundle.loading import Bundle
 from vitrine.bundle.manifest import Identity, Manifest, Metrics, Precision, Task
 from vitrine.bundle.predictors import Box, Detection, Prediction
@@ -181,9 +181,12 @@ class ModelDescription(_Schema):
     description: str
     labels: list[str]
     metrics: Metrics | None  # None: exported without labelled data
+    is_default: bool  # answers requests of its task that name no model
+    explanations: list[Method]  # of `POST /explain`, the default first
+    samples: int  # images at `/models/{name}/samples/{number}`, from 0
 
     @classmethod
-    def of(cls, versions: list[Bundle]) -> "ModelDescription":
+    def of(cls, versions: list[Bundle], *, is_default: bool) -> "ModelDescription":
         """Describe a model, given all its served versions, ascending."""
         manifest = versions[-1].manifest
         return cls(
@@ -193,6 +196,9 @@ class ModelDescription(_Schema):
             default_variant=manifest.default_variant if isinstance(manifest, Manifest) else None,
             labels=list(manifest.labels),
             metrics=manifest.metrics,
+            is_default=is_default,
+            explanations=list(methods_of(manifest)),
+            samples=versions[-1].samples,
         )
 
 

@@ -525,3 +525,4 @@ def test_default_model(defaults: tuple[str, ...], expected: str, root: Path) -> 
     assert repository.get().manifest.name == expected
     assert repository.get("colours").manifest.name == "colours"
     assert repository.get(task=Task.CLASSIFICATION).manifest.name == "colours"  # another task's default does not answer
+    assert repository.defaults() == {"colours", "squares"}

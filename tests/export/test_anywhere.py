@@ -55,7 +55,7 @@ def assert_same_answer(found: Mapping[str, NDArray[Any]], expected: Arrays, wher
 
 @pytest.mark.parametrize("runtime", ["onnxruntime-node", "onnxruntime-web"])
 def test_node_and_web_runtimes_agree(runtime: str, bundles: list[Path], root: Path, tmp_path: Path) -> None:
-    node = root / "tests" / "export" / "node"
+    node = root / "tests" / "node"
     assert (node / "node_modules" / runtime).is_dir(), f"{runtime} is missing: run the tests by `make test`"
     for bundle in bundles:
         inputs, expected = golden_sample(bundle, batch=3)

@@ -33,8 +33,8 @@ Serving = Callable[..., AbstractContextManager[Any]]
 
 KEY, OTHER = "a-key-of-the-tests-1", "a-key-of-the-tests-2"
 ORIGIN = "http://page.example"
-OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/", "/openapi.json")
-OPEN += ("/docs.json", "/metrics")
+OPEN = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/", "/page/app.js", "/docs")
+OPEN += ("/openapi.json", "/docs.json", "/metrics")
 
 
 class Pages(ThreadingHTTPServer):

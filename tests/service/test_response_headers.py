@@ -63,7 +63,7 @@ def test_refusals_of_what_is_no_request_have_them(request_line: bytes, server: s
 
 def test_the_page_may_run_its_own_script_only(server: str) -> None:
     """That the page works under its policy is seen in tests/service/http/test_openapi.py."""
-    page = httpx.get(f"{server}/")
+    page = httpx.get(f"{server}/docs")
     (policy,) = page.headers.get_list("content-security-policy")
     directives = dict(part.split(" ", 1) for part in policy.split("; "))
     assert directives["default-src"] == directives["frame-ancestors"] == directives["base-uri"] == "'none'"
@@ -92,7 +92,7 @@ class Copy(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize(("path", "title"), [("/without", "forged"), ("/with", "Vitrine")])
 def test_the_policy_stops_a_foreign_script(path: str, title: str, server: str, chromium: str, tmp_path: Path) -> None:
-    page = httpx.get(f"{server}/")
+    page = httpx.get(f"{server}/docs")
     Copy.policy = page.headers["content-security-policy"]
     Copy.page = page.text.replace("</body>", "<script>document.title = 'forged'</script></body>")
     with ThreadingHTTPServer(("127.0.0.1", 0), Copy) as copy:

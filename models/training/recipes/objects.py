@@ -6,7 +6,8 @@
 Data: COCO's JSON, Pascal VOC's XML or YOLO's text files; validation on `val` if there is one, else on a part of
 `train`.
 Each photograph is shown in four views, whose features are computed once. The weights of the best epoch are kept.
-Inherited from `detr_voc`: the network but for its backbone, the optimiser, and the augmentation.
+Inherited from `detr_voc`: the network but for its backbone, the optimiser, and the augmentation. Trained on at the size
+that is served: objects that always have the same size, such as cells, are missed at another one (docs/training.md).
 """
 
 from vitrine.models.training.recipes.detr_voc import RECIPE as VOC
@@ -15,6 +16,7 @@ RECIPE = VOC.derive(
     name="objects",
     model={**VOC.model, "backbone": "efficientnet_lite0"},
     pretrained="efficientnet-lite0",
+    training_edges=None,
     views=4,
     epochs=60,
     patience=20,

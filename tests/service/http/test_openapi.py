@@ -38,7 +38,7 @@ CHECKS = [
 def test_the_document_is_valid_and_names_every_route(server: str, root: Path, tmp_path: Path) -> None:
     document = httpx.get(f"{server}/openapi.json").json()
     validate(document)
-    own = {"/", "/openapi.json", "/docs.json", "/schema.json"}  # the document, its page, and BentoML's client
+    own = {"/", "/page/{name}", "/docs", "/openapi.json", "/docs.json", "/schema.json"}  # pages, and BentoML's client
     program = f"""
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,10 @@ def test_responses_conform_to_the_document(method: str, path: str, api: Any) -> 
 
 
 def test_the_page_shows_the_routes_in_a_browser_offline(server: str, chromium: str, tmp_path: Path) -> None:
-    page = httpx.get(f"{server}/")
+    page = httpx.get(f"{server}/docs")
     assert "http" not in page.text.replace("http-equiv", "")
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--virtual-time-budget=10000"]
-    shown = subprocess.run([*command, "--dump-dom", f"{server}/"], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([*command, "--dump-dom", f"{server}/docs"], capture_output=True, text=True, timeout=120)
     for path in ("/classify", "/detect", "/models/{name}", "/v2/models/{name}/infer", "/metrics"):
         assert f'data-path="{path}"' in shown.stdout, shown.stderr[-2000:]
