@@ -79,9 +79,17 @@ def explain_outputs(identity: Identity) -> tuple[str, ...]:
 
 
 def methods_of(identity: Identity) -> tuple[Method, ...]:
-    """Return the methods by which a bundle can be explained, the default first."""
+    """Return the methods by which a bundle can be explained, the default first.
+
+    Those that were measured to be no better than a baseline are behind the others, and `ENCODER_ATTENTION`, which
+    explains no answer, is the last.
+    """
     outputs = explain_outputs(identity)
-    return (*(method for method, output in _NEEDED.items() if output in outputs), Method.OCCLUSION)
+    available = [method for method in Method if method is Method.OCCLUSION or _NEEDED[method] in outputs]
+    explanation = identity.explanation if isinstance(identity, Manifest) else None
+    measured = explanation.faithfulness if explanation else None
+    unfaithful = measured.unfaithful if measured else ()
+    return tuple(sorted(available, key=lambda method: (method is Method.ENCODER_ATTENTION, method in unfaithful)))
 
 
 @dataclass(frozen=True)
@@ -297,13 +305,13 @@ class Occlusion:
             else:
                 corners = row[2][index]
                 before = row[0][index]
-                after = np.array([_likest(outputs, target.class_id, corners) for outputs in hidden_rows])
+                after = np.array([likeness(outputs, target.class_id, corners) for outputs in hidden_rows])
             values = (before - after).astype(np.float32).reshape(self.rows, self.columns)
             explained.append(Explained(target, HeatMap(values, box)))
         return explained
 
 
-def _likest(row: Row, class_id: int, corners: NDArray[np.float32]) -> float:
+def likeness(row: Row, class_id: int, corners: NDArray[np.float32]) -> float:
     """Return the largest score times IoU of the detections of a class with a box, xyxy."""
     scores, class_ids, boxes = row[:3]
     low, high = np.maximum(boxes[:, :2], corners[:2]), np.minimum(boxes[:, 2:], corners[2:])

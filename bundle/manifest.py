@@ -178,12 +178,44 @@ class Latency(_Strict):
     rows: tuple[LatencyRow, ...]
 
 
+BASELINES = ("random", "centre")  # maps that have not seen the network
+
+
+class FaithfulMap(_Strict):
+    """How much the answers depend on what maps of one kind mark: mean areas under curves of the answer's score."""
+
+    name: str  # of a method, or of a baseline
+    deletion: float  # while the hottest parts are hidden; a faithful map has a small one
+    insertion: float  # while they are shown; a faithful map has a large one
+
+    @property
+    def gain(self) -> float:
+        """The larger, the more faithful."""
+        return self.insertion - self.deletion
+
+
+class Faithfulness(_Strict):
+    """Deletion and insertion curves (Petsiuk et al. 2018) of a bundle's methods and of baselines."""
+
+    data: str
+    split: str
+    images: Annotated[int, Field(ge=1)]
+    maps: tuple[FaithfulMap, ...]
+
+    @property
+    def unfaithful(self) -> tuple[str, ...]:
+        """The methods that are no better than one of `BASELINES`."""
+        best = max((entry.gain for entry in self.maps if entry.name in BASELINES), default=-1.0)
+        return tuple(entry.name for entry in self.maps if entry.gain <= best)
+
+
 class Explanation(_Strict):
     """How the bundle explains its answers."""
 
     method: Literal["attention", "class-activation", "occlusion"]
     patch_size: Annotated[int, Field(ge=1)] | None = None  # for "occlusion", in pixels
     outputs: tuple[TensorSpec, ...] = ()  # of `EXPLAIN_FILE`, the serving graph's first; empty for "occlusion"
+    faithfulness: Faithfulness | None = None  # None if not measured
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:

@@ -1,7 +1,5 @@
 """`vitrine export`: convert a run to a verified bundle. If it fails, nothing is written."""
 
-import json
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +50,7 @@ from vitrine.export.inputs import (
     trace_size,
 )
 from vitrine.export.latency import Timing, time_bundle
-from vitrine.export.model_card import model_card
+from vitrine.export.model_card import write_manifest
 from vitrine.export.parity import check_metrics, check_parity
 from vitrine.export.pictures import RELIABILITY_FILE, SAMPLES_FILE, reliability_svg, sample_sheet
 from vitrine.export.provenance import describe, provenance
@@ -178,8 +176,7 @@ def export_run(
             explanation=explanation,
             files={file.name: File(sha256=hash_file(file), size=file.stat().st_size) for file in _files(bundle)},
         )
-        (bundle / MANIFEST_FILE).write_text(_as_json(manifest))
-        (bundle / CARD_FILE).write_text(model_card(manifest))
+        write_manifest(bundle, manifest)
         for precision in precisions:
             load_bundle(bundle, variant=precision, providers=providers)
         load_explain_network(bundle, providers=providers)
@@ -260,10 +257,3 @@ def _reason(default: Precision, variants: Mapping[Precision, Variant], latency: 
 def _files(bundle: Path) -> list[Path]:
     """Return the files that the manifest lists: all but itself and the card, which is written from it."""
     return sorted(file for file in bundle.iterdir() if file.name not in (MANIFEST_FILE, CARD_FILE))
-
-
-def _as_json(manifest: Manifest) -> str:
-    """Format as indented JSON, with lists of scalars on one line."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    plain = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
-    return plain.sub(lambda match: "[" + re.sub(r",\n *", ", ", match[1]) + "]", text) + "\n"

@@ -1,16 +1,23 @@
 """The model card (README.md) of a bundle, written from its manifest alone, so that the two agree."""
 
+import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from vitrine.bundle.manifest import (
+    BASELINES,
+    CARD_FILE,
     GATE_METRIC,
     GENERATED,
+    MANIFEST_FILE,
     NOT_STATED,
     ClassificationPreprocessing,
+    Faithfulness,
     Manifest,
     Metrics,
     Precision,
@@ -20,6 +27,7 @@ from vitrine.bundle.tolerances import MAX_DROP
 from vitrine.export.pictures import RELIABILITY_FILE, SAMPLES_FILE
 from vitrine.models.training.evaluation.metrics import label_metric, most_confused
 
+BOX = "box"  # a map that marks the box of a detection
 _MAX_LABELS = 100  # that a card lists
 _MAX_COLUMNS = 12  # of a confusion matrix that a card shows
 _PAIRS_WITH_MATRIX, _PAIRS = 3, 10  # most confused labels that are listed, with the matrix and without it
@@ -91,6 +99,21 @@ def model_card(manifest: Manifest) -> str:
         "",
     ]
     return "\n".join(sections)
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Write the manifest of a bundle, and its card; each replaces the file of before in one step."""
+    for name, text in ((MANIFEST_FILE, _as_json(manifest)), (CARD_FILE, model_card(manifest))):
+        hidden = bundle / f".{name}"
+        hidden.write_text(text)
+        hidden.replace(bundle / name)
+
+
+def _as_json(manifest: Manifest) -> str:
+    """Format as indented JSON, with lists of scalars on one line."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False)
+    plain = re.compile(r"\[\n\s+([^\[\]{}]*?)\n\s+\]")
+    return plain.sub(lambda match: "[" + re.sub(r",\n *", ", ", match[1]) + "]", text) + "\n"
 
 
 def _labels(manifest: Manifest) -> str:
@@ -301,7 +324,30 @@ def _explained(manifest: Manifest) -> list[str]:
         else f"`explain.onnx` returns {outputs}. It reads its weights from `model.onnx`."
     )
     command = f"vitrine explain bundles/{manifest.name}/{manifest.version} photo.jpg --out seen.png"
-    return ["## Explanations", "", sentences, "", "```sh", command, "```", ""]
+    return ["## Explanations", "", sentences, "", "```sh", command, "```", "", *_faithful(explanation.faithfulness)]
+
+
+def _faithful(measured: Faithfulness | None) -> list[str]:
+    if measured is None:
+        return []
+    rows = [
+        (entry.name, *(f"{value:.3f}" for value in (entry.deletion, entry.insertion, entry.gain)))
+        for entry in measured.maps
+    ]
+    known = (*BASELINES, BOX)
+    behind = [name for name in measured.unfaithful if name not in known]
+    verdict = "Every method is better than the baselines."
+    if behind:
+        verdict = f"No better than a baseline, and therefore not the default: {', '.join(behind)}."
+    return [
+        f"Does the answer depend on what a map marks? On {measured.images} images of `{measured.data}`, split "
+        f"`{measured.split}`: the mean area under the score of the answer while the hottest fifth, two fifths, ... of "
+        "the pixels are hidden (deletion, low is good) or shown on a blurred copy (insertion, high is good; Petsiuk et "
+        f"al. 2018). {', '.join(name for name in known if name in {entry.name for entry in measured.maps})} have not "
+        f"seen the network. {verdict}",
+        "",
+        *_table(("map", "deletion", "insertion", "insertion - deletion"), rows),
+    ]
 
 
 def _snippet(manifest: Manifest) -> list[str]:

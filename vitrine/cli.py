@@ -12,7 +12,7 @@ import typer
 
 from vitrine import __version__
 from vitrine.bundle.errors import VitrineError, printable, unknown
-from vitrine.bundle.explaining import Explainer, Method, Point, default_question
+from vitrine.bundle.explaining import Explainer, Method, Point, default_question, methods_of
 from vitrine.bundle.images import decode
 from vitrine.bundle.loading import (
     Bundle,
@@ -415,6 +415,25 @@ def explain(
     for answer in answers:
         value = answer.probability if isinstance(answer, Prediction) else answer.score
         typer.echo(f"  {answer.label} {value:.1%}")
+
+
+@app.command()
+def faithfulness(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle, .../NAME/VERSION.")],
+    data: Annotated[Path, typer.Option(help="Data set: its split test, or val without it.")],
+    images: Annotated[int, typer.Option(help="Images to measure on, evenly spaced.", min=1)] = 200,
+) -> None:
+    """Measure whether answers depend on what a bundle's heat maps mark, and write it to its manifest and card."""
+    from tqdm import tqdm
+
+    from vitrine.export.faithfulness import measure_faithfulness, write_faithfulness
+
+    with tqdm(total=images, desc=bundle.parent.name, disable=None) as bar:
+        measured = measure_faithfulness(bundle, data, images=images, progress=lambda: bar.update())
+    manifest = write_faithfulness(bundle, measured)
+    for entry in measured.maps:
+        typer.echo(f"{entry.name:18} deletion {entry.deletion:.3f}  insertion {entry.insertion:.3f}")
+    typer.echo(f"on {measured.images} images; the default method is {methods_of(manifest)[0]}")
 
 
 @app.command()

@@ -29,7 +29,7 @@ def test_models_are_listed_with_labels_metrics_versions_and_variants(server: str
     assert [model["is_default"] for model in models] == [True, True]
     assert [model["samples"] for model in models] == [3, 3]
     assert models[0]["explanations"] == ["attention-rollout", "class-attention", "occlusion"]
-    assert models[1]["explanations"] == ["cross-attention", "encoder-attention", "occlusion"]
+    assert models[1]["explanations"] == ["cross-attention", "occlusion", "encoder-attention"]
 
 
 @pytest.mark.parametrize("name", ["colours", "squares"])
