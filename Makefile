@@ -6,7 +6,7 @@ IMAGE ?= vitrine:latest
 ENGINE ?= $(shell command -v docker || command -v podman || command -v buildah)
 
 .PHONY: help serve test test-fast soak mutation check format picture bench-serving image wheels lock audit proto clean
-.PHONY: browser
+.PHONY: browser screenshots tour
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -49,6 +49,12 @@ format: $(DEV)/installed  ## format the code and sort its imports
 
 picture: $(DEV)/installed  ## draw docs/floors.svg from the imports
 	$(DEV)/bin/python docs/floors.py
+
+screenshots: $(DEV)/installed browser  ## photograph the page with the shipped bundles (docs/screenshots)
+	$(DEV)/bin/python docs/screenshots.py
+
+tour: $(DEV)/installed  ## draw the pictures of docs/tour.md from the shipped bundles
+	$(DEV)/bin/python docs/tour.py
 
 bench-serving: $(SERVE)/installed $(DEV)/installed  ## compare the server with the machine's limit and with other servers
 	@command -v wrk >/dev/null || { echo "make bench-serving: needs wrk (apt-get install wrk)" >&2; exit 1; }
