@@ -81,7 +81,7 @@ def explain_outputs(identity: Identity) -> tuple[str, ...]:
 def methods_of(identity: Identity) -> tuple[Method, ...]:
     """Return the methods by which a bundle can be explained, the default first.
 
-    Those that were measured to be no better than a baseline are behind the others, and `ENCODER_ATTENTION`, which
+    Those that were measured to be no better than a baseline are behind those that are, and `ENCODER_ATTENTION`, which
     explains no answer, is the last.
     """
     outputs = explain_outputs(identity)

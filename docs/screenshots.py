@@ -1,4 +1,4 @@
-"""Photograph the page with the shipped bundles for README: `make screenshots` writes docs/screenshots/*.png."""
+"""Photograph the page with the shipped bundles for README: `make screenshots` writes docs/screenshots/*.jpg."""
 
 import io
 import os
@@ -67,10 +67,10 @@ def show_heat(page: Page, label: str, method: str) -> None:
 
 
 def save(page: Page, name: str) -> None:
-    """Write what is visible, with 256 colors."""
+    """Write what is visible."""
     picture = Image.open(io.BytesIO(page.screenshot(animations="disabled"))).convert("RGB")
-    picture.quantize(256).save(OUT / f"{name}.png", optimize=True)
-    print(f"docs/screenshots/{name}.png")
+    picture.save(OUT / f"{name}.jpg", quality=88, subsampling=0, optimize=True)
+    print(f"docs/screenshots/{name}.jpg")
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 760})
         page.goto(url, wait_until="networkidle")
         ask(page, "blood.jpg", "detr-bccd")
-        show_heat(page, "WBC", "occlusion")
+        show_heat(page, "WBC", "cross-attention")
         save(page, "detection")
         page.goto(url, wait_until="networkidle")
         ask(page, "cat.jpg", "vit-cifar10")

@@ -335,9 +335,12 @@ def _faithful(measured: Faithfulness | None) -> list[str]:
         for entry in measured.maps
     ]
     known = (*BASELINES, BOX)
-    behind = [name for name in measured.unfaithful if name not in known]
+    methods = [entry.name for entry in measured.maps if entry.name not in known]
+    behind = [name for name in measured.unfaithful if name in methods]
     verdict = "Every method is better than the baselines."
-    if behind:
+    if behind == methods:
+        verdict = "No method is better than the baselines: the maps show what the network computes, not what it needs."
+    elif behind:
         verdict = f"No better than a baseline, and therefore not the default: {', '.join(behind)}."
     return [
         f"Does the answer depend on what a map marks? On {measured.images} images of `{measured.data}`, split "
