@@ -36,8 +36,9 @@ def page_files() -> dict[str, _File]:
     """Return the files of the page by name."""
     found = {}
     for file in _FOLDER.iterdir():
-        body = file.read_bytes()
-        found[file.name] = _File(body, _MEDIA_TYPES[file.suffix], f'"{hashlib.sha256(body).hexdigest()[:20]}"')
+        if file.suffix in _MEDIA_TYPES:
+            body = file.read_bytes()
+            found[file.name] = _File(body, _MEDIA_TYPES[file.suffix], f'"{hashlib.sha256(body).hexdigest()[:20]}"')
     return found
 
 

@@ -183,6 +183,16 @@ def test_card_describes_explanations(tiny_bundles: Path, colours: Path, tmp_path
     assert "unknown file extension" in run_vitrine("explain", bundle, image, "--out", tmp_path / "a.xyz", status=1)
 
 
+def test_a_detector_explains_from_a_point(tiny_bundles: Path, squares: Path, tmp_path: Path, run_vitrine: Run) -> None:
+    command = ["explain", tiny_bundles / "squares" / "1", squares / "images" / "test0.png", "--out", tmp_path / "a.png"]
+    command += ["--method", "encoder-attention"]
+    assert run_vitrine(*command, "--point", 10, 20).startswith("explained by encoder-attention")
+    assert "x, y: expected a pixel of the image of 80 x 72, found 80, 20" in run_vitrine(
+        *command, "--point", 80, 20, status=1
+    )
+    assert "x, y: expected both for method=encoder-attention" in run_vitrine(*command, status=1)
+
+
 def test_the_trained_network_has_learned(tiny_bundles: Path, colours: Path) -> None:
     assert read_manifest(tiny_bundles / "colours" / "1").metrics.values["top1"] > 0.8
 

@@ -45,15 +45,6 @@ export function textColor(color) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
-/** Intersection over union of two boxes. */
-export function iou(a, b) {
-  const width = Math.min(a.x_max, b.x_max) - Math.max(a.x_min, b.x_min);
-  const height = Math.min(a.y_max, b.y_max) - Math.max(a.y_min, b.y_min);
-  const both = Math.max(0, width) * Math.max(0, height);
-  const area = (box) => (box.x_max - box.x_min) * (box.y_max - box.y_min);
-  return both / (area(a) + area(b) - both) || 0;
-}
-
 /** Save bytes as a file of the visitor. */
 export function download(blob, name) {
   const url = URL.createObjectURL(blob);

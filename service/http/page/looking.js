@@ -1,7 +1,7 @@
 /* Where the network of a pane looks: heat for an entry of the answer or from a point, and the answer after each layer. */
 
+import { LOWEST, mostLike } from "./detections.js";
 import { bar, element, milliseconds, percent } from "./format.js";
-import { LOWEST, mostLike } from "./pane.js";
 
 const MOST_TARGETS = 32; // of a request
 const FROM_POINT = "encoder-attention";

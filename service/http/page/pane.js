@@ -2,15 +2,14 @@
 
 import { ask, getKey } from "./api.js";
 import { showFacts, showTime } from "./beside.js";
-import { bar, classColor, css, download, element, iou, percent, shortPercent } from "./format.js";
+import { LOWEST, mostLike } from "./detections.js";
+import { bar, classColor, css, download, element, percent, shortPercent } from "./format.js";
 import { Looking } from "./looking.js";
 import { drawPicture } from "./picture.js";
 import { LANGUAGES, snippet } from "./snippets.js";
 import { Stage } from "./stage.js";
 
-export const LOWEST = 0.05; // of the scores that are asked for; the slider filters them here
 const TOP_K = 10;
-const SAME = 0.5; // IoU of boxes that are the same object
 const TASKS = [["object-detection", "Find objects"], ["image-classification", "Classify"]];
 
 export class Pane {
@@ -242,12 +241,6 @@ export class Pane {
     });
     download(blob, `${this.item.stem}-${this.model.name}.png`);
   }
-}
-
-/** Of `others`, the one whose box, `boxOf(other)`, is the most like an entry's; undefined if none is the same object. */
-export function mostLike(entry, others, boxOf) {
-  const overlaps = others.map((other) => [iou(boxOf(other), entry.box), other]).sort((a, b) => b[0] - a[0]);
-  return overlaps[0]?.[0] >= SAME ? overlaps[0][1] : undefined;
 }
 
 const signed = (more) => (Math.abs(more) < 0.0005 ? "" : `${more > 0 ? "+" : "−"}${(100 * Math.abs(more)).toFixed(1)}`);
