@@ -23,7 +23,7 @@ def test_probes(route: str, server: str) -> None:
 
 
 def test_the_openapi_page_is_self_contained(server: str) -> None:
-    page = httpx.get(f"{server}/")
+    page = httpx.get(f"{server}/docs")
     assert page.headers["content-type"].startswith("text/html")
     assert "http" not in page.text.replace("http-equiv", "")
     for asset in ("static_content/swagger-ui.css", "static_content/swagger-ui-bundle.js"):
