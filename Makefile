@@ -51,7 +51,7 @@ picture: $(DEV)/installed  ## draw docs/floors.svg from the imports
 	$(DEV)/bin/python docs/floors.py
 
 screenshots: $(DEV)/installed browser  ## photograph the page with the shipped bundles (docs/screenshots)
-	$(DEV)/bin/python docs/screenshots.py
+	$(DEV)/bin/python -m docs.screenshots
 
 tour: $(DEV)/installed  ## draw the pictures of docs/tour.md from the shipped bundles
 	$(DEV)/bin/python docs/tour.py

@@ -10,13 +10,12 @@ while others ask for explanations without a pause.
 import statistics
 import threading
 import time
-from pathlib import Path
 
 import httpx
 
-from docs.screenshots import serving
+from benchmarks.serving.models import ROOT
+from benchmarks.soak.server import started
 
-ROOT = Path(__file__).parent.parent
 ROUNDS, SECONDS, CLIENTS = 15, 8.0, 4
 EXAMPLES = {"detr-bccd": "blood.jpg"}
 
@@ -84,11 +83,11 @@ def under_load(url: str, query: str) -> None:
 
 def main() -> None:
     """Print the tables."""
-    with serving() as url:
-        with httpx.Client(base_url=url, timeout=120) as client:
+    with started(VITRINE_BUNDLES=str(ROOT / "bundles")) as server:
+        with httpx.Client(base_url=server.url, timeout=120) as client:
             costs(client)
         for query in ("explain", "explain?method=occlusion"):
-            under_load(url, query)
+            under_load(server.url, query)
 
 
 if __name__ == "__main__":

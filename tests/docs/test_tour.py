@@ -4,11 +4,23 @@ import ast
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 PAGES = ("tour.md", "tour.ko.md")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+@pytest.fixture(scope="module")
+def tour(root: Path) -> ModuleType:
+    """The script `docs/tour.py`."""
+    spec = importlib.util.spec_from_file_location("tour", root / "docs" / "tour.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tour = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tour)
+    return tour
 
 
 def defined(file: Path) -> set[str]:
@@ -57,12 +69,7 @@ def test_both_languages_say_the_same(root: Path) -> None:
     assert sections[0] == sections[1]
 
 
-def test_all_pictures_are_drawn_and_used(root: Path) -> None:
-    spec = importlib.util.spec_from_file_location("tour", root / "docs" / "tour.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tour = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tour)
+def test_all_pictures_are_drawn_and_used(tour: ModuleType, root: Path) -> None:
     drawn = {f"{name}.png" for name in tour.PICTURES}
     assert drawn == {file.name for file in (root / "docs" / "tour").iterdir()}
     assert drawn <= {
@@ -70,12 +77,7 @@ def test_all_pictures_are_drawn_and_used(root: Path) -> None:
     }
 
 
-def test_a_picture_is_drawn_from_a_bundle(root: Path) -> None:
+def test_a_picture_is_drawn_from_a_bundle(tour: ModuleType) -> None:
     """The script stops if a graph's values have other names; the classifier's logits are compared with its own."""
-    spec = importlib.util.spec_from_file_location("tour", root / "docs" / "tour.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tour = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tour)
     for name in ("linear-classifier", "self-attention", "positions"):
         assert tour.PICTURES[name]().axes
